@@ -1,0 +1,48 @@
+"""What a scheme is told about positions.
+
+Two notions that padding and caches pull apart:
+
+* a *slot* is an index in the key buffer of one attention call, padding and the unused tail of a static cache included;
+* a *position id* is what the model was given, or would have counted itself: mask-aware in `generate`, where the first
+  real token of a left-padded row has id 0.
+
+Differences of slots equal differences of ids within a row, so a relative scheme needs slots only. A scheme that depends on
+where a query stands (absolute vectors, FIRE, log-length scaling) needs ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the queries of one block and the keys they meet stand.
+
+    Attributes:
+        query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
+        key_slots: `[kv_len]`, int64.
+        query_ids: `[batch or 1, q_len]`, int64.
+    """
+
+    query_slots: Tensor
+    key_slots: Tensor
+    query_ids: Tensor
+
+    @property
+    def distance(self) -> Tensor:
+        """Key slot minus query slot, `[q_len, kv_len]`, int64: negative looks back."""
+        return self.key_slots[None, :] - self.query_slots[:, None]
+
+    def block(self, start: int, stop: int, key_stop: int | None = None) -> Positions:
+        """Return the positions of queries `start` to `stop` against the keys before `key_stop`."""
+        ids = self.query_ids[:, start:stop] if self.query_ids.shape[1] > 1 else self.query_ids
+        return Positions(self.query_slots[start:stop], self.key_slots[:key_stop], ids)
+
+
+def slots_from(first_slot: int | Tensor, length: int, device: torch.device) -> Tensor:
+    """Return `first_slot + [0, ..., length - 1]`, `[length]`, int64; a tensor `first_slot` keeps a compiled graph whole."""
+    return torch.arange(length, device=device) + first_slot

@@ -1,0 +1,103 @@
+"""Options of schemes: frozen dataclasses, checked when built.
+
+A check names the scheme, the option, the value, the rule and the way out. Upper bounds exist so that a hostile
+`config.json` fails here and not in an allocation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from pe_swap.errors import OptionError
+from pe_swap.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from pe_swap.schemes.base import Geometry
+
+LARGEST_LENGTH = 2**24
+"""Positions. Above it a table or an index of positions is refused: float32 stops telling integers apart here."""
+
+OptionsType = TypeVar("OptionsType", bound="SchemeOptions")
+
+
+@dataclass(frozen=True)
+class SchemeOptions:
+    """Base of every scheme's options. A field is an option; its default is the scheme's default."""
+
+    scheme: ClassVar[str] = ""
+
+    def resolve(self, geometry: Geometry, position_table: Tensor | None) -> Self:
+        """Return the options with every value that depends on the model written out.
+
+        `None` or `"match"` become numbers here, so that a saved model needs nothing but its options to be rebuilt.
+
+        Args:
+            geometry: sizes of the model.
+            position_table: the table being replaced, `[trained_length, hidden_size]`, or None where it is no longer at hand.
+
+        Raises:
+            OptionError: a value depends on a table that is no longer at hand, or does not fit the model.
+        """
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    def refuse(self, option: str, rule: str) -> OptionError:
+        """Build the error for `option`, whose value breaks `rule`."""
+        return OptionError(f"{self.scheme}: option '{option}' is {getattr(self, option)!r}; it must be {rule}.")
+
+    def require_choice(self, option: str, choices: tuple[Any, ...]) -> None:
+        """Refuse a value that is not one of `choices`."""
+        value = getattr(self, option)
+        if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+            listed = ", ".join(repr(choice) for choice in choices)
+            near = did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
+            raise OptionError(f"{self.scheme}: option '{option}' is {value!r}; it must be one of {listed}.{near}")
+
+    def require_bool(self, option: str) -> None:
+        """Refuse anything but True or False."""
+        if not isinstance(getattr(self, option), bool):
+            raise self.refuse(option, "True or False")
+
+    def require_int(self, option: str, least: int, most: int, *, none_is: str | None = None) -> None:
+        """Refuse what is not an integer from `least` to `most`; `none_is` says what None means where it is allowed."""
+        value = getattr(self, option)
+        if value is None and none_is is not None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.refuse(option, f"an integer from {least:,} to {most:,}" + (f", or None ({none_is})" if none_is else ""))
+
+    def require_number(self, option: str, above: float, most: float, *, or_text: tuple[str, ...] = ()) -> None:
+        """Refuse what is not a finite number above `above` and at most `most`, or one of the words `or_text`."""
+        value = getattr(self, option)
+        if isinstance(value, str) and value in or_text:
+            return
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not above < value <= most:
+            words = "".join(f", or {word!r}" for word in or_text)
+            raise self.refuse(option, f"a number above {above:g} and at most {most:g}{words}")
+
+
+def build_options(options_class: type[OptionsType], values: Mapping[str, Any]) -> OptionsType:
+    """Build `options_class` from plain values.
+
+    Raises:
+        OptionError: a name that is not an option (the text proposes the nearest), or a value that breaks its rule.
+    """
+    known = [field.name for field in dataclasses.fields(options_class)]
+    for name in values:
+        if name not in known:
+            raise OptionError(
+                f"{options_class.scheme}: unknown option {name!r}.{did_you_mean(name, known)} "
+                f"Options: {', '.join(known) if known else 'none'}."
+            )
+    return options_class(**values)
