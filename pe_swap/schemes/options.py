@@ -74,9 +74,7 @@ class SchemeOptions:
         if value is None and none_is is not None:
             return
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self.refuse(
-                option, f"an integer from {least:,} to {most:,}" + (f", or None ({none_is})" if none_is else "")
-            )
+            raise self.refuse(option, f"an integer from {least:,} to {most:,}" + (f", or None ({none_is})" if none_is else ""))
 
     def require_number(self, option: str, above: float, most: float, *, or_text: tuple[str, ...] = ()) -> None:
         """Refuse what is not a finite number above `above` and at most `most`, or one of the words `or_text`."""
