@@ -39,7 +39,8 @@ class Registry(Generic[T]):
         def decorate(entry: T) -> T:
             if name in self._entries:
                 raise UnknownNameError(
-                    f"The {self._kind} name '{name}' is registered twice: {self._entries[name]!r} and {entry!r}. Rename one of them."
+                    f"The {self._kind} name '{name}' is registered twice: {self._entries[name]!r} and {entry!r}. "
+                    "Rename one of them."
                 )
             self._entries[name] = entry
             return entry
@@ -59,7 +60,8 @@ class Registry(Generic[T]):
         """
         if not isinstance(name, str) or name not in self._entries:
             raise UnknownNameError(
-                f"Unknown {self._kind} {name!r}.{did_you_mean(name, self._entries)} Available: {', '.join(sorted(self._entries))}."
+                f"Unknown {self._kind} {name!r}.{did_you_mean(name, self._entries)} "
+                f"Available: {', '.join(sorted(self._entries))}."
             )
         return self._entries[name]
 

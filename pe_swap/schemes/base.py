@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from pe_swap.positions import Positions
@@ -20,7 +19,11 @@ from pe_swap.schemes.options import SchemeOptions
 
 SCHEMES: Registry[type[Scheme]] = Registry("positional scheme")
 
-HOOKS = ("encode", "embed", "rotate", "relative_bias", "score_bias", "value_bias")
+INPUT_HOOKS = frozenset({"encode", "embed"})
+"""Hooks that act on the input embeddings, which all layers share."""
+
+ATTENTION_HOOKS = frozenset({"rotate", "relative_bias", "score_bias", "value_bias"})
+"""Hooks that act inside attention; a scheme with none of them leaves the attention function to transformers."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Scheme(nn.Module):
         cached_equals_uncached: False only where the paper's own definition makes a cached pass differ.
         options: the resolved options.
         geometry: the sizes of the model.
-        layers: indices of the layers it serves; a hook's `layer` is one of them.
+        layers: indices of the layers it serves; a hook's `layer` is one of them. Parameters of a layer's own live in an
+            `nn.ParameterDict` under `str(layer)`, so that a scheme that loses layers keeps the others'.
     """
 
     Options: ClassVar[type[SchemeOptions]]
@@ -89,8 +93,8 @@ class Scheme(nn.Module):
 
     @property
     def hooks(self) -> frozenset[str]:
-        """The hooks this scheme overrides."""
-        return frozenset(hook for hook in HOOKS if getattr(type(self), hook) is not getattr(Scheme, hook))
+        """The hooks this scheme uses: those its class overrides, less any that its options turn off."""
+        return hooks_of(type(self))
 
     def reset_parameters(self) -> None:
         """Set every parameter to its start on a pretrained model: the one that disturbs the model least."""
@@ -183,6 +187,11 @@ class Scheme(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.to_dict().items())
 
 
+def hooks_of(scheme_class: type[Scheme]) -> frozenset[str]:
+    """Return the hooks that a class overrides."""
+    return frozenset(hook for hook in INPUT_HOOKS | ATTENTION_HOOKS if getattr(scheme_class, hook) is not getattr(Scheme, hook))
+
+
 def root_mean_square(vectors: Tensor) -> float:
     """Return the root mean square of all entries: the size that a replacement of a table should have."""
-    return float(vectors.detach().to(torch.float64).square().mean().sqrt())
+    return float(vectors.detach().double().square().mean().sqrt())

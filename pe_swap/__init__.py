@@ -1,0 +1,18 @@
+"""Swap the positional scheme of a Hugging Face Transformers model: exactly, reversibly, saved and reloaded like any other."""
+
+from pe_swap.adapters import ADAPTERS
+from pe_swap.schemes import SCHEMES
+from pe_swap.swap import restore_positional, swap_positional
+
+
+def list_schemes() -> list[str]:
+    """Return the names of all positional schemes."""
+    return SCHEMES.names()
+
+
+def list_adapters() -> list[str]:
+    """Return the model families that can be swapped, by their `config.model_type`."""
+    return ADAPTERS.names()
+
+
+__all__ = ["list_adapters", "list_schemes", "restore_positional", "swap_positional"]

@@ -1,0 +1,312 @@
+"""The attention functions, registered with transformers under names of our own.
+
+A name of ours stands for one of transformers' implementations with the scheme applied around it or inside it. Modules without
+a scheme (cross-attention shares the configuration) get exactly the implementation the name stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pe_swap.attention.binding import PositionalContext
+from pe_swap.attention.blockwise import blockwise_attention
+from pe_swap.attention.plain import plain_attention
+from pe_swap.attention.relative import relative_bias_attention
+from pe_swap.errors import UnsupportedBackendError
+from pe_swap.positions import Positions
+
+AttentionOutput = tuple[Tensor, Tensor | None]
+
+BIAS_BACKENDS = ("eager", "sdpa")
+"""Implementations that can add a bias to the scores."""
+
+OUR_NAMES = {
+    "eager": "pe_swap_eager",
+    "sdpa": "pe_swap_sdpa",
+    "flex_attention": "pe_swap_flex",
+    "flash_attention_2": "pe_swap_fa2",
+    "flash_attention_3": "pe_swap_fa3",
+    "flash_attention_4": "pe_swap_fa4",
+}
+"""transformers' name to ours. Ours must not contain 'flash' or 'flex_attention': transformers would try to import a kernel by it."""
+
+LIBRARY_NAMES = {ours: library for library, ours in OUR_NAMES.items()}
+
+
+def is_ours(implementation: str | None) -> bool:
+    """Tell whether an attention implementation is one of ours."""
+    return implementation in LIBRARY_NAMES
+
+
+def library_name(implementation: str | None) -> str | None:
+    """Return transformers' name of an implementation, ours or not."""
+    return LIBRARY_NAMES.get(implementation, implementation) if implementation is not None else None
+
+
+def name_for(implementation: str | None, hooks: Iterable[str]) -> str | None:
+    """Return the name to run `implementation` under, given the attention hooks of every layer's scheme together.
+
+    A model whose schemes act on the input alone keeps transformers' own implementation.
+
+    Raises:
+        UnsupportedBackendError: the implementation cannot honour a hook.
+    """
+    requested = library_name(implementation)
+    hooks = frozenset(hooks)
+    if not hooks or requested is None:
+        return requested
+    biases = sorted(hooks - {"rotate"})
+    supported = BIAS_BACKENDS if biases else tuple(OUR_NAMES)
+    if requested not in supported:
+        what = f"adds to the scores inside attention ({', '.join(biases)})" if biases else "rotates queries and keys inside attention"
+        listed = ", ".join(f"'{name}'" for name in supported)
+        raise UnsupportedBackendError(
+            f"The attention implementation is '{requested}', but the scheme {what}; it must be one of {listed}. "
+            'Call model.set_attn_implementation("sdpa").'
+        )
+    return OUR_NAMES[requested]
+
+
+def rotated(context: PositionalContext, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return queries and keys with their positions turned into them, where the scheme does that.
+
+    Keys that were not rotated on their way into a cache are rotated here, all of them: slot and position id of a key differ by
+    its row's padding, which is what the first query's slot and id differ by.
+    """
+    scheme, layer = context.binding.scheme, context.binding.layer
+    if "rotate" not in context.binding.hooks:
+        return query, key
+    query_ids = context.query_ids.to(query.device)
+    query = scheme.rotate(query, query_ids, role="query", layer=layer)
+    if not context.keys_are_rotated:
+        key_ids = query_ids
+        if key.shape[2] != query.shape[2]:
+            positions = context.positions(key.shape[2], key.device)
+            key_ids = positions.key_slots[None, :] - (positions.query_slots[-1] - query_ids[:, -1:])
+        key = scheme.rotate(key, key_ids, role="key", layer=layer)
+    return query, key
+
+
+def bias_by_distance(context: PositionalContext, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+    """Return the relative bias for every pair, `[heads, q_len + kv_len - 1]`, float32.
+
+    Entry `n` belongs to the pairs whose key index minus query index in the call is `n - (q_len - 1)`.
+    """
+    first_slot = context.query_slots[0].to(device)
+    distance = torch.arange(1 - q_len, kv_len, device=device) - first_slot
+    return context.binding.scheme.relative_bias(distance, layer=context.binding.layer)
+
+
+def block_score_bias(context: PositionalContext, scaling: float) -> Callable[[Tensor, Tensor, Positions], Tensor] | None:
+    """Return the function from a block of queries to all that is added to its scores, or None where nothing is."""
+    scheme, layer, hooks = context.binding.scheme, context.binding.layer, context.binding.hooks
+    if not hooks & {"relative_bias", "score_bias"}:
+        return None
+
+    def score_bias(query: Tensor, key: Tensor, positions: Positions) -> Tensor:
+        total: Tensor | None = None
+        if "score_bias" in hooks:
+            total = scheme.score_bias(query, key, positions, scaling=scaling, layer=layer)
+        if "relative_bias" in hooks:
+            distance = positions.distance
+            relative = scheme.relative_bias(distance.reshape(-1), layer=layer).unflatten(-1, distance.shape)[None]
+            total = relative if total is None else total + relative
+        assert total is not None
+        return total
+
+    return score_bias
+
+
+def is_causal_call(module: nn.Module, query: Tensor, attention_mask: Tensor | None, is_causal: bool | None) -> bool:
+    """Tell whether the call relies on causality without a mask, as transformers' sdpa decides it."""
+    declared = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    return attention_mask is None and query.shape[2] > 1 and declared
+
+
+def refuse_unbound(module: nn.Module) -> None:
+    """Refuse a call of a swapped layer that arrives without its positions.
+
+    Raises:
+        UnsupportedBackendError: the layer has a scheme, and something between its hook and here dropped it.
+    """
+    binding = getattr(module, "pe_swap_binding", None)
+    if binding is not None:
+        raise UnsupportedBackendError(
+            f"Layer {binding.layer} carries the scheme '{binding.scheme.name}', but its attention was called without the keyword "
+            "argument 'positional'. Call the attention module, not its forward, so that its hooks run."
+        )
+
+
+def eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    positional: PositionalContext | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> AttentionOutput:
+    """Attention step by step, with the probabilities returned; `output_attentions` needs it.
+
+    Args:
+        module: the attention module.
+        query: `[batch, heads, q_len, head_dim]`.
+        key: `[batch, heads, kv_len, head_dim]`.
+        value: `[batch, heads, kv_len, head_dim]`.
+        attention_mask: additive, `[batch, 1, q_len, kv_len]`, or None.
+        scaling: factor on `query . key`.
+        dropout: probability, on the attention probabilities.
+        positional: what the pre-hook handed on; None for cross-attention.
+        is_causal: transformers' override of the module's own flag.
+        kwargs: what transformers passes along and no backend here reads.
+
+    Returns:
+        The output, `[batch, q_len, heads, head_dim]`, and the probabilities, `[batch, heads, q_len, kv_len]`.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # GPT-2's own eager path scores in float32 under this option; it looks for the name 'eager', which ours is not.
+    upcast = bool(getattr(module, "reorder_and_upcast_attn", False))
+    score_bias: Tensor | None = None
+    value_bias: Callable[[Tensor], Tensor] | None = None
+    if positional is None:
+        refuse_unbound(module)
+    else:
+        query, key = rotated(positional, query, key)
+        positions = positional.positions(key.shape[2], query.device)
+        bias_of_block = block_score_bias(positional, scaling)
+        score_bias = None if bias_of_block is None else bias_of_block(query, key, positions)
+        value_bias = _value_bias(positional, positions)
+    output, probabilities = plain_attention(
+        query,
+        key,
+        value,
+        score_bias,
+        attention_mask=attention_mask,
+        is_causal=is_causal_call(module, query, attention_mask, is_causal),
+        scaling=scaling,
+        dropout=dropout,
+        upcast=upcast,
+    )
+    if value_bias is not None:
+        output = output + value_bias(probabilities).to(output.dtype)
+    return output.transpose(1, 2).contiguous(), probabilities
+
+
+def _value_bias(context: PositionalContext, positions: Positions) -> Callable[[Tensor], Tensor] | None:
+    """Return the scheme's value bias at fixed positions, or None where it has none."""
+    binding = context.binding
+    if "value_bias" not in binding.hooks:
+        return None
+    return lambda probabilities: binding.scheme.value_bias(probabilities, positions, layer=binding.layer)
+
+
+def sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    positional: PositionalContext | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> AttentionOutput:
+    """Attention through PyTorch's fused kernels; a bias never becomes a `[heads, q_len, kv_len]` tensor.
+
+    Arguments and result as `eager`; the probabilities are None, and `attention_mask` may be boolean, True where a query may look.
+    """
+    if positional is None:
+        refuse_unbound(module)
+        return _library("sdpa")(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
+        )
+    hooks = positional.binding.hooks
+    query, key = rotated(positional, query, key)
+    if hooks <= {"rotate"}:
+        return _library("sdpa")(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = is_causal_call(module, query, attention_mask, is_causal)
+    if hooks <= {"rotate", "relative_bias"}:
+        output = relative_bias_attention(
+            query,
+            key,
+            value,
+            bias_by_distance(positional, query.shape[2], key.shape[2], query.device),
+            attention_mask=attention_mask,
+            is_causal=causal,
+            scaling=scaling,
+            dropout=dropout,
+        )
+    else:
+        binding = positional.binding
+
+        def value_bias(probabilities: Tensor, positions: Positions) -> Tensor:
+            return binding.scheme.value_bias(probabilities, positions, layer=binding.layer)
+
+        output = blockwise_attention(
+            query,
+            key,
+            value,
+            positional.positions(key.shape[2], query.device),
+            block_score_bias(positional, scaling),
+            value_bias if "value_bias" in hooks else None,
+            attention_mask=attention_mask,
+            is_causal=causal,
+            scaling=scaling,
+            dropout=dropout,
+        )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _library(name: str) -> Callable[..., AttentionOutput]:
+    """Return transformers' attention function of that name."""
+    function: Callable[..., AttentionOutput] = ALL_ATTENTION_FUNCTIONS[name]
+    return function
+
+
+def rotating(name: str) -> Callable[..., AttentionOutput]:
+    """Return transformers' attention function `name` with the scheme's rotation before it, for backends that take no bias."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        positional: PositionalContext | None = None,
+        **kwargs: Any,
+    ) -> AttentionOutput:
+        """Rotate, then call transformers' function; arguments and result as there."""
+        if positional is None:
+            refuse_unbound(module)
+        else:
+            query, key = rotated(positional, query, key)
+        return _library(name)(module, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+def register_backends() -> None:
+    """File every function, with the mask function it needs, in transformers' interfaces."""
+    functions = {"eager": eager, "sdpa": sdpa}
+    for library, ours in OUR_NAMES.items():
+        if library != "eager" and library not in ALL_ATTENTION_FUNCTIONS:
+            continue  # a kernel that this transformers version does not have yet
+        AttentionInterface.register(ours, functions.get(library) or rotating(library))
+        AttentionMaskInterface.register(ours, ALL_MASK_ATTENTION_FUNCTIONS[library])
+
+
+register_backends()

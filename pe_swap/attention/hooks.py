@@ -1,0 +1,70 @@
+"""Forward pre-hooks: how positions reach an attention call without a copied `forward`.
+
+They are module-level functions that read the module they sit on, so deep copies, pickling, threads and the recomputation of
+gradient checkpointing all see the right scheme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from pe_swap.attention.backends import is_ours
+from pe_swap.attention.binding import LayerBinding, PositionalContext
+from pe_swap.attention.cache import RotatingCache, self_attention_cache
+from pe_swap.errors import UnsupportedBackendError
+from pe_swap.positions import slots_from
+
+BINDING_ATTRIBUTE = "pe_swap_binding"
+
+PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def hand_on_positions(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a self-attention module's call its scheme, its positions, and a cache that rotates keys.
+
+    Raises:
+        UnsupportedBackendError: the configuration was given an attention implementation behind pe_swap's back, which would drop
+            the scheme in silence.
+    """
+    binding: LayerBinding = getattr(module, BINDING_ATTRIBUTE)
+    implementation = module.config._attn_implementation  # type: ignore[union-attr]
+    if not is_ours(implementation):
+        raise UnsupportedBackendError(
+            f"Layer {binding.layer} carries the scheme '{binding.scheme.name}', but its attention implementation is "
+            f"'{implementation}', which knows nothing of it and would drop it. "
+            "Set implementations with model.set_attn_implementation(...)."
+        )
+    hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+    cache = kwargs.get("past_key_values")
+    first_slot = 0 if cache is None else self_attention_cache(cache).get_seq_length(module.layer_idx)
+    # A new tensor, now: a static cache counts in place, and will have counted these queries when attention runs.
+    query_slots = slots_from(first_slot, hidden_states.shape[1], hidden_states.device)
+    position_ids = kwargs.get("position_ids")
+    query_ids = query_slots[None, :] if position_ids is None else position_ids
+    rotates_into_cache = cache is not None and "rotate" in binding.hooks and binding.scheme.caches_rotated_keys
+    context = PositionalContext(binding, query_slots, query_ids, keys_are_rotated=rotates_into_cache)
+    kwargs = {**kwargs, "positional": context}
+    if rotates_into_cache:
+        kwargs["past_key_values"] = RotatingCache(self_attention_cache(cache), binding, query_ids)
+    return args, kwargs
+
+
+def add_pre_hook(module: nn.Module, hook: PreHook) -> None:
+    """Register `hook` on `module`, before hooks of others, so that they see what the module will see."""
+    module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+
+def remove_pre_hook(module: nn.Module, hook: PreHook) -> None:
+    """Remove every registration of `hook` from `module`.
+
+    By the function's identity and not by a handle: a deep copy of a model has hooks, but handles only to its original.
+    """
+    for key, registered in list(module._forward_pre_hooks.items()):
+        if registered is hook:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)

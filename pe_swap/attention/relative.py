@@ -1,0 +1,184 @@
+"""Attention with a bias that depends on `key - query` alone, in O(length) memory.
+
+Such a bias is one vector a head. With the queries in reversed order, the matrix of all pairs is a Hankel matrix, entry `(r, j)`
+depending on `r + j`, and a strided view of that vector: `scaled_dot_product_attention` reads it as a mask on the CPU without a
+copy. Causality is minus infinity in the vector. Queries go in blocks, each against the keys up to its end, so the masked half is
+never computed. Masks that vary by row (padding, packing) are added block by block.
+
+A bias that needs a gradient would send PyTorch to its unfused path, so it has a backward of its own, block by block
+(`_RelativeBiasAttention`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pe_swap.attention.plain import add_mask
+
+QUERY_BLOCK = 512
+"""Queries a block: small enough to skip most of the masked half, large enough for the kernel to work at full speed."""
+
+
+def relative_bias_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    *,
+    attention_mask: Tensor | None,
+    is_causal: bool,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """Return `softmax(scaling * query . key + bias[j - i] + mask) . value`.
+
+    Args:
+        query: `[batch, heads, q_len, head_dim]`.
+        key: `[batch, heads, kv_len, head_dim]`.
+        value: `[batch, heads, kv_len, head_dim]`.
+        bias: `[heads, q_len + kv_len - 1]`, logits; entry `n` is for the pairs with `j - i = n - (q_len - 1)`.
+        attention_mask: boolean (True: may look) or additive, `[batch or 1, heads or 1, q_len, kv_len]`, or None.
+        is_causal: with no mask, key index at most query index; keys beyond the last query (the empty tail of a static cache) are
+            then never read.
+        scaling: factor on `query . key`.
+        dropout: probability, on the attention probabilities.
+
+    Returns:
+        `[batch, heads, q_len, head_dim]`, in the dtype of `query`.
+    """
+    q_len = query.shape[2]
+    if is_causal and attention_mask is None:
+        key, value, bias = key[:, :, :q_len], value[:, :, :q_len], bias[:, : 2 * q_len - 1]
+        bias = bias.masked_fill(torch.arange(bias.shape[1], device=bias.device) >= q_len, float("-inf"))
+    needs_own_backward = bias.requires_grad and torch.is_grad_enabled() and dropout == 0.0 and query.device.type == "cpu"
+    if needs_own_backward:
+        output: Tensor = _RelativeBiasAttention.apply(query, key, value, bias, attention_mask, is_causal, scaling)
+        return output
+    if q_len == 1:
+        return _attend(query, key, value, _masked(bias[None, :, None, :], attention_mask), scaling, dropout)
+    reversed_query = query.flip(2)
+    outputs = []
+    for start, stop, kv_stop in reversed(query_blocks(q_len, key.shape[2], is_causal and attention_mask is None)):
+        mask = _masked(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
+        block = reversed_query[:, :, q_len - stop : q_len - start]
+        outputs.append(_attend(block, key[:, :, :kv_stop], value[:, :, :kv_stop], mask, scaling, dropout))
+    return torch.cat(outputs, dim=2).flip(2)
+
+
+def query_blocks(q_len: int, kv_len: int, skips_future: bool) -> list[tuple[int, int, int]]:
+    """Return `(start, stop, kv_stop)` for each block of queries: the block meets the keys before `kv_stop`."""
+    return [
+        (start, stop := min(start + QUERY_BLOCK, q_len), stop if skips_future else kv_len)
+        for start in range(0, q_len, QUERY_BLOCK)
+    ]
+
+
+def hankel(bias: Tensor, q_len: int, start: int, stop: int, kv_stop: int) -> Tensor:
+    """Return the bias of a block whose queries run backwards, `[1, heads, stop - start, kv_stop]`, a view.
+
+    Row `r` is query `stop - 1 - r`; its entry for key `j` is `bias[j + r + q_len - stop]`.
+    """
+    first = q_len - stop
+    vector = bias[:, first : first + kv_stop + stop - start - 1]
+    return vector.unfold(-1, kv_stop, 1)[None]
+
+
+def sum_of_antidiagonals(matrix: Tensor) -> Tensor:
+    """Return `out[n] = sum of matrix[r, j] with r + j = n`, `[..., rows, columns]` to `[..., rows + columns - 1]`.
+
+    Rows are written one column wider than the result and read back at the result's width, which shifts row `r` by `r`.
+    """
+    rows, columns = matrix.shape[-2:]
+    width = rows + columns - 1
+    shifted = F.pad(matrix, (0, rows)).flatten(-2)[..., : rows * width].unflatten(-1, (rows, width))
+    return shifted.sum(-2)
+
+
+def _reversed_rows(attention_mask: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """Return a mask's rows of a block, backwards; a mask of one row serves all."""
+    if attention_mask is None or attention_mask.shape[2] == 1:
+        return attention_mask
+    return attention_mask[:, :, start:stop].flip(2)
+
+
+def _masked(bias: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return bias and mask in one additive tensor; a view of the bias where there is no mask."""
+    return bias if attention_mask is None else add_mask(bias, attention_mask)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, dropout: float) -> Tensor:
+    """Call the fused kernel with an additive mask, which stays float32 where the kernel takes it beside a narrower query."""
+    if query.device.type != "cpu":
+        mask = mask.to(query.dtype).contiguous()  # CUDA kernels read masks of their own dtype and an aligned layout only
+    elif query.dtype == torch.float64:
+        mask = mask.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+
+
+class _RelativeBiasAttention(torch.autograd.Function):
+    """The fused forward, with a backward that also gives the gradient of the bias vector, in O(length x block) memory.
+
+    With `P = exp(S - logsumexp)` recomputed for a block: `dV = P^T dO`, `dS = P * (dO V^T - rowsum(dO * O))`,
+    `dQ = scaling dS K`, `dK = scaling dS^T Q`, and `dbias[n]` the sum of `dS` over the pairs with `j - i = n - (q_len - 1)`
+    (Dao et al., "FlashAttention", arXiv:2205.14135, appendix B, and one more sum).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor,
+        attention_mask: Tensor | None,
+        skips_future: bool,
+        scaling: float,
+    ) -> Tensor:
+        """Run the kernel block by block, keeping the logsumexp of every row."""
+        q_len = query.shape[2]
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        logsumexp = query.new_empty(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+        for start, stop, kv_stop in query_blocks(q_len, key.shape[2], skips_future and attention_mask is None):
+            mask = _masked(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
+            mask = mask.to(query.dtype) if query.dtype == torch.float64 else mask
+            block_output, block_logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, start:stop].flip(2), key[:, :, :kv_stop], value[:, :, :kv_stop], 0.0, False, attn_mask=mask, scale=scaling
+            )
+            output[:, :, start:stop] = block_output.flip(2)
+            logsumexp[:, :, start:stop] = block_logsumexp.flip(2)
+        ctx.save_for_backward(query, key, value, bias, attention_mask, output, logsumexp)
+        ctx.skips_future, ctx.scaling = skips_future and attention_mask is None, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Recompute the probabilities block by block."""
+        (grad_output,) = grad_outputs
+        query, key, value, bias, attention_mask, output, logsumexp = ctx.saved_tensors
+        scaling, q_len = ctx.scaling, query.shape[2]
+        work = logsumexp.dtype
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
+        grad_bias = torch.zeros_like(bias, dtype=work)
+        delta = (grad_output.to(work) * output.to(work)).sum(-1)
+        for start, stop, kv_stop in query_blocks(q_len, key.shape[2], ctx.skips_future):
+            rows = slice(start, stop)
+            block_query = query[:, :, rows].flip(2).to(work)
+            block_grad = grad_output[:, :, rows].flip(2).to(work)
+            block_key, block_value = key[:, :, :kv_stop].to(work), value[:, :, :kv_stop].to(work)
+            mask = _masked(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
+            scores = torch.matmul(block_query * scaling, block_key.transpose(-1, -2)).add_(mask)
+            probabilities = scores.sub_(logsumexp[:, :, rows].flip(2)[..., None]).exp_()
+            grad_value[:, :, :kv_stop] += torch.matmul(probabilities.transpose(-1, -2), block_grad)
+            grad_scores = torch.matmul(block_grad, block_value.transpose(-1, -2))
+            grad_scores.sub_(delta[:, :, rows].flip(2)[..., None]).mul_(probabilities)
+            grad_query[:, :, rows] = (torch.matmul(grad_scores, block_key) * scaling).flip(2).to(query.dtype)
+            grad_key[:, :, :kv_stop] += torch.matmul(grad_scores.transpose(-1, -2), block_query * scaling)
+            first = q_len - stop
+            summed = sum_of_antidiagonals(grad_scores.sum(0))
+            grad_bias[:, first : first + summed.shape[-1]] += summed
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias.to(bias.dtype), None, None, None

@@ -1,0 +1,318 @@
+"""How a swapped model is saved, and comes back through the Auto classes.
+
+A swapped model is an ordinary folder: safetensors, and a `config.json` whose `model_type` is `pe_swap_<family>` and whose
+`pe_swap` holds schemes and options. `import pe_swap` registers a configuration and model classes for every family. A folder also
+holds a stub, so that `trust_remote_code=True` finds the same classes without the import.
+
+What must never happen is a model with random positions. A family's own class (`GPT2LMHeadModel.from_pretrained`) would build a
+fresh table and only report it; so the saved length field is a sentence instead of a number, and building from it fails, with the
+sentence in the error.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.models.auto import auto_factory, modeling_auto, tokenization_auto
+
+from pe_swap.adapters import ADAPTERS, SWAPPED_PREFIX, Adapter, adapter_for, family_of
+from pe_swap.attention.backends import library_name, name_for
+from pe_swap.errors import CheckpointError
+from pe_swap.install import assemble, attach
+from pe_swap.positional import Positional
+from pe_swap.specification import FORMAT, from_saved
+from pe_swap.version import __version__
+
+NO_LIMIT = 2**20
+"""Positions: what length fields say for a scheme that never ends. Tools truncate and allocate by it, so it is no larger."""
+
+STUB = "modeling_pe_swap"
+"""Module name of the stub in a saved folder."""
+
+LENGTH_SENTENCE = (
+    "The positions of this model were swapped by pe_swap. Run: pip install pe-swap; then import pe_swap and load it with an Auto "
+    "class (AutoModelForCausalLM, ...), or with trust_remote_code=True."
+)
+
+
+class SwappedConfig:
+    """What a swapped model's configuration does beyond its family's; mixed in before the family's class."""
+
+    def describe(self: Any, positional: Positional, trained_length: int) -> None:
+        """Write what the model is swapped to, and the length it can take."""
+        self.pe_swap = {
+            "format": FORMAT,
+            "version": __version__,
+            "original_model_type": family_of(self.model_type),
+            "trained_length": trained_length,
+            "max_length": positional.max_length,
+            **positional.specification(),
+        }
+        setattr(self, self.adapter.length_field, positional.max_length or NO_LIMIT)
+        self._attn_implementation = self._attn_implementation
+
+    def release(self: Any, length: int) -> None:
+        """Turn into the family's own configuration again, with its own length."""
+        implementation = library_name(self._attn_implementation)
+        adapter = self.adapter
+        del self.pe_swap
+        self.__class__ = adapter.config_class
+        setattr(self, adapter.length_field, length)
+        self._attn_implementation = implementation
+
+    @property
+    def adapter(self: Any) -> Adapter:
+        """The family's adapter."""
+        return ADAPTERS[family_of(type(self).model_type)]
+
+    @property
+    def _attn_implementation_internal(self: Any) -> str | None:
+        """The implementation's name, ours where a scheme acts inside attention; transformers writes its own names here."""
+        name: str | None = self.__dict__.get("_attn_implementation_internal")
+        return name
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self: Any, name: str | None) -> None:
+        saved = self.__dict__.get("pe_swap")
+        if saved is not None:
+            name = name_for(name, from_saved(saved, self.num_hidden_layers).attention_hooks())
+        self.__dict__["_attn_implementation_internal"] = name
+
+    @property
+    def output_attentions(self: Any) -> bool | None:
+        """Whether the model returns its attention probabilities; needs the implementation 'eager', as everywhere."""
+        wanted: bool | None = self._output_attentions
+        return wanted
+
+    @output_attentions.setter
+    def output_attentions(self: Any, value: bool | None) -> None:
+        if value and self._attn_implementation is None:
+            self._attn_implementation = "eager"
+        self._output_attentions = value
+        self.validate_output_attentions()
+
+    def validate_output_attentions(self: Any) -> None:
+        """Check that probabilities are asked of an implementation that has them."""
+        implementation = library_name(self._attn_implementation)
+        if self.output_attentions and implementation not in ("eager", None):
+            raise ValueError(
+                f"output_attentions=True needs the attention implementation 'eager', got '{implementation}'. "
+                'Call model.set_attn_implementation("eager").'
+            )
+
+    @classmethod
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build from the content of `config.json`; see the family's class."""
+        adapter = ADAPTERS[family_of(cls.model_type)]
+        saved = config_dict.get("pe_swap")
+        if not isinstance(saved, dict):
+            raise CheckpointError(
+                f"config.json has the model_type '{cls.model_type}' but no 'pe_swap' object, which says what the positions were "
+                "swapped to. Save the model again with save_pretrained."
+            )
+        limit = saved.get("max_length")
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            raise CheckpointError(f"config.json: 'pe_swap.max_length' is {limit!r}; it must be null or a positive integer.")
+        config_dict = {**config_dict, _saved_field(cls, adapter): limit or NO_LIMIT}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    def to_diff_dict(self: Any) -> dict[str, Any]:
+        """Return what is written to `config.json`."""
+        saved: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
+        if "pe_swap" not in saved:
+            return saved
+        saved[_saved_field(type(self), self.adapter)] = LENGTH_SENTENCE
+        saved["architectures"] = [_swapped_name(name) for name in saved.get("architectures") or []] or None
+        saved["auto_map"] = _auto_map(self.adapter)
+        return saved
+
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `config.json` and the stub; see the family's class."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{STUB}.py").write_text(_stub(self.adapter), encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+
+
+class SwappedModel:
+    """What the classes of loaded swapped models do beyond their family's; mixed in before the family's class."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        """Build the model around its schemes; the family's table is never built at its real size."""
+        saved = getattr(config, "pe_swap", None)
+        adapter = ADAPTERS[family_of(type(config).model_type)]
+        specification = from_saved(saved, config.num_hidden_layers)
+        geometry = adapter.geometry(config, _trained_length(saved))
+        length = getattr(config, adapter.length_field)
+        setattr(config, adapter.length_field, 1)
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            setattr(config, adapter.length_field, length)
+        schemes = specification.resolve(geometry, None).build(geometry)
+        base_model = self.base_model
+        positional = assemble(adapter, base_model, config, specification, schemes, original=None)
+        attach(adapter, base_model, positional.to(positional.tokens.weight.dtype))
+        if self.loss_type is None:
+            self.loss_type = default_loss_type(self)
+
+    @classmethod
+    def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a saved swapped model; see the family's class.
+
+        Raises:
+            CheckpointError: positional weights are missing, superfluous or of another shape.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        adapter = adapter_for(model)
+        wrong = {
+            kind: sorted(key for key in names if f"{adapter.position_embedding}." in f"{key}.")
+            for kind, names in (
+                ("missing", info["missing_keys"]),
+                ("unexpected", info["unexpected_keys"]),
+                ("of another shape", [entry[0] for entry in info["mismatched_keys"]]),
+            )
+        }
+        found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in wrong.items() if keys)
+        if found:
+            raise CheckpointError(
+                f"The checkpoint's positional weights do not fit the scheme in its config.json ({found}). Loading it would give a "
+                "model with wrong positions. Save the model again with save_pretrained, or load the folder it was made from."
+            )
+        return (model, info) if output_loading_info else model
+
+
+def default_loss_type(model: PreTrainedModel) -> str | None:
+    """Return the loss that transformers falls back to, with a warning, for causal heads whose name it does not know."""
+    name = type(model).__name__.removeprefix(CLASS_PREFIX)
+    return "ForCausalLM" if name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else model.loss_type
+
+
+CLASS_PREFIX = "PESwap"
+
+
+def _swapped_name(name: str) -> str:
+    """Return the name of the swapped form of a class."""
+    return name if name.startswith(CLASS_PREFIX) else CLASS_PREFIX + name
+
+
+def _saved_field(config_class: Any, adapter: Adapter) -> str:
+    """Return the length field's name in `config.json`: families map the standard name to their own."""
+    name: str = config_class.attribute_map.get(adapter.length_field, adapter.length_field)
+    return name
+
+
+def _trained_length(saved: Any) -> int:
+    """Return the saved trained length.
+
+    Raises:
+        CheckpointError: it is not a positive integer.
+    """
+    length = saved.get("trained_length") if isinstance(saved, dict) else None
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise CheckpointError(f"config.json: 'pe_swap.trained_length' is {length!r}; it must be a positive integer.")
+    return length
+
+
+@cache
+def swapped_config_class(adapter: Adapter) -> type[Any]:
+    """Return the configuration class of a swapped family."""
+    return type(
+        _swapped_name(adapter.config_class.__name__),
+        (SwappedConfig, adapter.config_class),
+        {
+            "__module__": __name__,
+            "__doc__": f"Configuration of a swapped {adapter.model_type} model.",
+            "model_type": SWAPPED_PREFIX + adapter.model_type,
+        },
+    )
+
+
+@cache
+def swapped_model_class(adapter: Adapter, head: type[PreTrainedModel]) -> type[Any]:
+    """Return the class that a saved swapped model with this head is loaded into."""
+    return type(
+        _swapped_name(head.__name__),
+        (SwappedModel, head),
+        {
+            "__module__": __name__,
+            "__doc__": f"{head.__name__} with swapped positions.",
+            "config_class": swapped_config_class(adapter),
+        },
+    )
+
+
+def _auto_classes() -> dict[str, Any]:
+    """Return transformers' Auto model classes by name."""
+    return {
+        name: found
+        for name, found in vars(modeling_auto).items()
+        if isinstance(found, type)
+        and issubclass(found, auto_factory._BaseAutoModelClass)
+        and found._model_mapping is not None
+    }
+
+
+def _heads_by_auto_class(adapter: Adapter) -> dict[str, type[PreTrainedModel]]:
+    """Return, for every Auto class that knows the family, the head it builds."""
+    heads = {}
+    for name, auto_class in _auto_classes().items():
+        if adapter.config_class in auto_class._model_mapping:
+            found = auto_class._model_mapping[adapter.config_class]
+            heads[name] = found[0] if isinstance(found, tuple) else found
+    return heads
+
+
+def _auto_map(adapter: Adapter) -> dict[str, str]:
+    """Return what tells `trust_remote_code=True` which class of the stub to use."""
+    names = {name: _swapped_name(head.__name__) for name, head in _heads_by_auto_class(adapter).items()}
+    return {
+        auto_class: f"{STUB}.{name}"
+        for auto_class, name in {"AutoConfig": _swapped_name(adapter.config_class.__name__), **names}.items()
+    }
+
+
+def _stub(adapter: Adapter) -> str:
+    """Return the text of the stub: imports of pe_swap's own classes, no code."""
+    names = sorted({reference.partition(".")[2] for reference in _auto_map(adapter).values()})
+    return (
+        '"""The positions of this model were swapped by pe_swap, which holds its classes. Install it: pip install pe-swap"""\n\n'
+        + "from pe_swap.checkpoint import (\n"
+        + "".join(f"    {name},\n" for name in names)
+        + ")\n"
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Return a generated class by name: pickles and stubs refer to classes as attributes of this module."""
+    for family in ADAPTERS.names():
+        adapter = ADAPTERS[family]
+        if name == _swapped_name(adapter.config_class.__name__):
+            return swapped_config_class(adapter)
+        for head in adapter.head_classes():
+            if name == _swapped_name(head.__name__):
+                return swapped_model_class(adapter, head)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def register_auto_classes() -> None:
+    """Tell transformers' Auto classes of every swapped family, as their documentation has custom models do."""
+    auto_classes = _auto_classes()
+    for family in ADAPTERS.names():
+        adapter = ADAPTERS[family]
+        heads = _heads_by_auto_class(adapter)
+        config_class = swapped_config_class(adapter)
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        tokenizer = tokenization_auto.TOKENIZER_MAPPING.get(adapter.config_class, None)
+        if tokenizer is not None:
+            slow, fast = tokenizer if isinstance(tokenizer, tuple) else (None, tokenizer)
+            AutoTokenizer.register(config_class, slow_tokenizer_class=slow, fast_tokenizer_class=fast, exist_ok=True)
+        for name, head in heads.items():
+            auto_classes[name].register(config_class, swapped_model_class(adapter, head), exist_ok=True)
+
+
+register_auto_classes()

@@ -1,0 +1,58 @@
+"""Putting schemes into a model's modules, and taking them out. Used by a swap and by the loading of a swapped model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pe_swap.adapters import Adapter
+from pe_swap.attention.binding import LayerBinding
+from pe_swap.attention.hooks import BINDING_ATTRIBUTE, add_pre_hook, hand_on_positions, remove_pre_hook
+from pe_swap.attention.inputs import INPUT_ATTRIBUTE, InputBinding, embed_positions
+from pe_swap.positional import Original, Positional, TokenTable
+from pe_swap.schemes import Scheme
+from pe_swap.specification import Specification
+
+
+def assemble(
+    adapter: Adapter,
+    base_model: nn.Module,
+    config: Any,
+    specification: Specification,
+    schemes: list[Scheme],
+    original: Original | None,
+) -> Positional:
+    """Return the module that will stand in the table's place, not yet attached."""
+    owner, _, attribute = adapter.token_embedding.rpartition(".")
+    adapter.find(base_model, adapter.token_embedding)
+    adapter.attention_modules(base_model, config)
+    tokens = TokenTable(adapter.find(base_model, owner), attribute)
+    return Positional(schemes, specification.layers, specification.input, tokens, original)
+
+
+def attach(adapter: Adapter, base_model: nn.Module, positional: Positional) -> None:
+    """Put `positional` in the table's place and bind every layer that has a scheme."""
+    base_model.set_submodule(adapter.position_embedding, positional)
+    modules = adapter.attention_modules(base_model, base_model.config)
+    for layer, (module, index) in enumerate(zip(modules, positional.scheme_of_layer, strict=True)):
+        if index is None:
+            continue
+        binding = LayerBinding(positional.scheme_at(index), layer)
+        if binding.hooks:
+            setattr(module, BINDING_ATTRIBUTE, binding)
+            add_pre_hook(module, hand_on_positions)
+    input_module = adapter.find(base_model, adapter.input_module)
+    setattr(input_module, INPUT_ATTRIBUTE, InputBinding(positional, input_module, adapter.fills_token_type_ids))
+    add_pre_hook(input_module, embed_positions)
+
+
+def detach(adapter: Adapter, base_model: nn.Module) -> None:
+    """Undo `attach`, except for the table's place."""
+    input_module = adapter.find(base_model, adapter.input_module)
+    remove_pre_hook(input_module, embed_positions)
+    delattr(input_module, INPUT_ATTRIBUTE)
+    for module in adapter.attention_modules(base_model, base_model.config):
+        if hasattr(module, BINDING_ATTRIBUTE):
+            remove_pre_hook(module, hand_on_positions)
+            delattr(module, BINDING_ATTRIBUTE)

@@ -1,0 +1,127 @@
+"""The module that stands where the model's position table stood, and holds every scheme of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pe_swap.schemes.base import Scheme
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Where the token embeddings are looked up. A plain object, so that the table is not registered twice.
+
+    Attributes:
+        owner: the module that holds the table.
+        attribute: its name there; looked up at each call, as resizing the vocabulary replaces the table.
+    """
+
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def module(self) -> nn.Module:
+        """The table."""
+        module: nn.Module = getattr(self.owner, self.attribute)
+        return module
+
+    @property
+    def weight(self) -> Tensor:
+        """Its weight, whose dtype and device the added vectors take."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight
+
+
+@dataclass
+class Original:
+    """What a swap replaced, kept to be put back bit for bit. Not part of the state dict.
+
+    Attributes:
+        table: the model's own position embedding.
+        dtype: the token table's dtype at the swap.
+        length: the configuration's length field at the swap.
+    """
+
+    table: nn.Embedding
+    dtype: torch.dtype
+    length: int
+
+    def current(self, like: Tensor) -> nn.Embedding:
+        """Return the table as the model would hold it now, had it never been swapped: moved and cast with the rest."""
+        self.table.to(device=like.device)
+        return self.table if like.dtype == self.dtype else self.table.to(dtype=like.dtype)
+
+
+class Positional(nn.Module):
+    """Every scheme of one model, under one state-dict prefix.
+
+    Called with position ids in the place of the model's position table, it returns the vectors that the input scheme adds, or a
+    zero that broadcasts where none does.
+
+    Attributes:
+        schemes: one entry a scheme, however many layers it serves.
+        scheme_of_layer: index into `schemes` for each layer, or None where the layer has no scheme.
+        input_scheme: index of the scheme that acts on the input, or None.
+        tokens: where the token embeddings are.
+        original: what was replaced, or None in a model that was loaded already swapped.
+    """
+
+    def __init__(
+        self,
+        schemes: Iterable[Scheme],
+        scheme_of_layer: tuple[int | None, ...],
+        input_scheme: int | None,
+        tokens: TokenTable,
+        original: Original | None,
+    ) -> None:
+        super().__init__()
+        self.schemes = nn.ModuleList(schemes)
+        self.scheme_of_layer = scheme_of_layer
+        self.input_scheme = input_scheme
+        self.tokens = tokens
+        self.original = original
+
+    def scheme_at(self, index: int) -> Scheme:
+        """Return the scheme at `index`."""
+        scheme = self.schemes[index]
+        assert isinstance(scheme, Scheme)
+        return scheme
+
+    def input_hook(self, hook: str) -> Scheme | None:
+        """Return the input scheme where it overrides `hook`, else None."""
+        if self.input_scheme is None:
+            return None
+        scheme = self.scheme_at(self.input_scheme)
+        return scheme if hook in scheme.hooks else None
+
+    @property
+    def max_length(self) -> int | None:
+        """The shortest limit of any scheme, in positions, or None where there is none."""
+        limits = [limit for index in range(len(self.schemes)) if (limit := self.scheme_at(index).max_length) is not None]
+        return min(limits, default=None)
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Return the vectors for `position_ids`, `[batch or 1, length, hidden_size]`, in the token embeddings' dtype."""
+        weight = self.tokens.weight
+        scheme = self.input_hook("encode")
+        if scheme is None:
+            # A zero without dimensions: it broadcasts, and takes part in no type promotion.
+            return torch.zeros((), dtype=weight.dtype, device=position_ids.device)
+        vectors = scheme.encode(position_ids)
+        return vectors.to(weight.dtype)
+
+    def specification(self) -> dict[str, Any]:
+        """Return schemes, options and assignment as plain values: all a reload needs besides the weights."""
+        return {
+            "schemes": [
+                {"name": scheme.name, "options": scheme.options.to_dict()}
+                for scheme in map(self.scheme_at, range(len(self.schemes)))
+            ],
+            "layers": list(self.scheme_of_layer),
+            "input": self.input_scheme,
+        }

@@ -1,0 +1,208 @@
+"""What a swap asks for, checked before anything is built, and what of it is saved.
+
+A specification is what `config.json` holds under `pe_swap`: schemes with their options, which layer has which, which one acts
+on the input. It comes from a caller or from a file that somebody else wrote, so every value is checked here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from pe_swap.errors import CheckpointError, LayerError, OptionError, UnsupportedModelError
+from pe_swap.schemes import SCHEMES, Geometry, Scheme, SchemeOptions, build_options
+from pe_swap.schemes.base import ATTENTION_HOOKS, INPUT_HOOKS, hooks_of
+
+FORMAT = 1
+"""Version of the saved form. A larger one was written by a newer pe_swap."""
+
+
+@dataclass(frozen=True)
+class Specification:
+    """Which scheme acts where.
+
+    Attributes:
+        options: the options of each scheme; their class names the scheme.
+        layers: for each layer, an index into `options`, or None.
+        input: index of the scheme that acts on the input, or None.
+    """
+
+    options: tuple[SchemeOptions, ...]
+    layers: tuple[int | None, ...]
+    input: int | None
+
+    def resolve(self, geometry: Geometry, position_table: Tensor | None) -> Specification:
+        """Return the specification with model-dependent options written out; see `SchemeOptions.resolve`."""
+        return replace(self, options=tuple(options.resolve(geometry, position_table) for options in self.options))
+
+    def attention_hooks(self) -> frozenset[str]:
+        """Return the hooks inside attention that any layer's scheme may use."""
+        classes = {SCHEMES[self.options[at].scheme] for at in self.layers if at is not None}
+        return frozenset[str]().union(*map(hooks_of, classes)) & ATTENTION_HOOKS
+
+    def build(self, geometry: Geometry) -> list[Scheme]:
+        """Build every scheme.
+
+        Raises:
+            OptionError: options that do not fit the model.
+            UnsupportedModelError: a causal scheme for an encoder.
+        """
+        schemes = []
+        for index, options in enumerate(self.options):
+            scheme_class = SCHEMES[options.scheme]
+            if scheme_class.causal_only and not geometry.is_causal:
+                raise UnsupportedModelError(
+                    f"The scheme '{options.scheme}' is defined for causal attention only, and this model is an encoder. "
+                    "Use a scheme with a two-sided form (alibi, t5, rope, shaw), or a decoder (is_decoder=True)."
+                )
+            served = tuple(layer for layer, at in enumerate(self.layers) if at == index)
+            schemes.append(scheme_class(options, geometry, served))
+        return schemes
+
+
+def options_from(scheme: str | SchemeOptions | Scheme, options: Mapping[str, Any]) -> SchemeOptions:
+    """Return the checked options of a scheme given by name, by options, or as a built scheme.
+
+    Raises:
+        UnknownNameError: no scheme has that name.
+        OptionError: an option that does not exist, breaks its rule, or comes beside an object that holds its own.
+    """
+    if isinstance(scheme, str):
+        return build_options(SCHEMES[scheme].Options, options)
+    if isinstance(scheme, Scheme):
+        scheme = scheme.options
+    if not isinstance(scheme, SchemeOptions):
+        raise OptionError(
+            f"scheme is {scheme!r}; it must be a name ({', '.join(SCHEMES.names())}), the options of a scheme "
+            "(AlibiOptions(...)), or a scheme."
+        )
+    if options:
+        raise OptionError(
+            f"{scheme.scheme}: options {sorted(options)} were given beside an object that holds its own. Put them into the object."
+        )
+    return scheme
+
+
+def checked_layers(layers: object, num_layers: int) -> tuple[int, ...]:
+    """Return the layers named by a caller, sorted; negative ones count from the end.
+
+    Raises:
+        LayerError: not integers, none at all, or out of range.
+    """
+    indices = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes)) else None
+    if not indices or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in indices):
+        raise LayerError(
+            f"layers is {layers!r}; it must be a non-empty list of layer indices (integers), or None for every layer."
+        )
+    for layer in indices:
+        if not -num_layers <= layer < num_layers:
+            raise LayerError(
+                f"layers names layer {layer}, but the model has {num_layers}; it must be from 0 to {num_layers - 1} "
+                f"(or -{num_layers} to -1, from the end)."
+            )
+    return tuple(sorted({layer % num_layers for layer in indices}))
+
+
+def extend(current: Specification | None, options: SchemeOptions, layers: object, num_layers: int) -> Specification:
+    """Return the specification after a swap to `options`, in some layers or in all.
+
+    Args:
+        current: what the model has now; None for a model not swapped.
+        options: the new scheme.
+        layers: the layers that take it, or None for every layer. The others keep what they have: their scheme in a swapped
+            model, none in a model that was not.
+        num_layers: layers of the model.
+
+    Raises:
+        LayerError: layers out of range, or given for a scheme that acts on the input, which all layers share.
+    """
+    acts_on_input = bool(INPUT_HOOKS & hooks_of(SCHEMES[options.scheme]))
+    if layers is None:
+        return Specification((options,), (0,) * num_layers, 0)
+    chosen = checked_layers(layers, num_layers)
+    if acts_on_input:
+        raise LayerError(
+            f"layers is {list(chosen)}, but the scheme '{options.scheme}' acts on the input embeddings, which all layers share. "
+            "Swap it without layers; then give some layers a scheme that acts inside attention (rope, alibi, t5, shaw, none)."
+        )
+    before = current or Specification((), (None,) * num_layers, None)
+    assignment = tuple(
+        len(before.options) if layer in chosen else at for layer, at in enumerate(before.layers)
+    )
+    return _without_unused(Specification((*before.options, options), assignment, before.input))
+
+
+def _without_unused(specification: Specification) -> Specification:
+    """Drop schemes that serve neither a layer nor the input."""
+    acting_on_input = specification.input
+    if acting_on_input is not None and not INPUT_HOOKS & hooks_of(SCHEMES[specification.options[acting_on_input].scheme]):
+        acting_on_input = None
+    used = sorted({at for at in (*specification.layers, acting_on_input) if at is not None})
+    renumbered = {old: new for new, old in enumerate(used)}
+    return Specification(
+        tuple(specification.options[old] for old in used),
+        tuple(None if at is None else renumbered[at] for at in specification.layers),
+        None if acting_on_input is None else renumbered[acting_on_input],
+    )
+
+
+def from_saved(saved: object, num_layers: int) -> Specification:
+    """Read a specification out of `config.json`.
+
+    Raises:
+        CheckpointError: it is not one, was written by a newer pe_swap, or does not fit the model.
+    """
+    if not isinstance(saved, Mapping):
+        raise _unreadable(f"'pe_swap' is {_short(saved)}; it must be an object")
+    version = saved.get("format")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise _unreadable(f"'pe_swap.format' is {_short(version)}; it must be a positive integer")
+    if version > FORMAT:
+        raise CheckpointError(
+            f"This model was saved by a newer pe_swap ({_short(saved.get('version'))}, format {version}); this one reads formats up "
+            f"to {FORMAT}. Upgrade: pip install --upgrade pe-swap."
+        )
+    schemes, layers, acting_on_input = saved.get("schemes"), saved.get("layers"), saved.get("input")
+    if not isinstance(schemes, list) or len(schemes) > num_layers + 1:
+        raise _unreadable(f"'pe_swap.schemes' is {_short(schemes)}; it must be a list of at most {num_layers + 1} schemes")
+    options = tuple(_options_from_saved(entry) for entry in schemes)
+    if not isinstance(layers, list) or len(layers) != num_layers or not all(_is_index(at, len(options)) for at in layers):
+        raise _unreadable(
+            f"'pe_swap.layers' is {_short(layers)}; it must be a list of {num_layers} entries, one a layer, each null or an index "
+            f"below {len(options)}"
+        )
+    if not _is_index(acting_on_input, len(options)):
+        raise _unreadable(f"'pe_swap.input' is {_short(acting_on_input)}; it must be null or an index below {len(options)}")
+    return Specification(options, tuple(layers), acting_on_input)
+
+
+def _options_from_saved(entry: object) -> SchemeOptions:
+    """Read one scheme's name and options."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not isinstance(entry.get("options"), Mapping):
+        raise _unreadable(f"'pe_swap.schemes' holds {_short(entry)}; an entry must be an object with 'name' and 'options'")
+    try:
+        return options_from(entry["name"], entry["options"])
+    except (OptionError, ValueError, TypeError) as error:
+        raise _unreadable(str(error).rstrip(".")) from error
+
+
+def _is_index(value: object, length: int) -> bool:
+    """Tell whether a saved value is null or an index below `length`."""
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < length)
+
+
+def _short(value: object) -> str:
+    """Return a value as text that fits a message."""
+    text = re.sub(r"\s+", " ", repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _unreadable(what: str) -> CheckpointError:
+    """Build the error for a saved specification that cannot be used."""
+    return CheckpointError(
+        f"The saved model's config.json cannot be used: {what}. Save the model again with save_pretrained, or fix the file."
+    )

@@ -1,0 +1,156 @@
+"""Swapping a model's positions, and putting them back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pe_swap.adapters import Adapter, adapter_for
+from pe_swap.attention.backends import name_for
+from pe_swap.checkpoint import swapped_config_class
+from pe_swap.errors import AdapterError, SwapStateError
+from pe_swap.install import assemble, attach, detach
+from pe_swap.positional import Original, Positional
+from pe_swap.schemes import Scheme, SchemeOptions
+from pe_swap.specification import Specification, extend, from_saved, options_from
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def swap_positional(
+    model: Model, scheme: str | SchemeOptions | Scheme, *, layers: Iterable[int] | None = None, **options: Any
+) -> Model:
+    """Replace the positional components of a model, in place.
+
+    The model's own position table goes, and every self-attention layer gets `scheme`; cross-attention is left alone. The swap
+    completes, or raises and leaves the model bit for bit as it was. Swapping again replaces the scheme.
+
+    Args:
+        model: a transformers model of a family in `list_adapters()`, with any head.
+        scheme: a name in `list_schemes()`, the options of a scheme, or a scheme, whose options are taken.
+        layers: the layers that get the scheme, where not all do. The others keep the scheme they have; in a model not yet
+            swapped they get none, and the table goes.
+        options: the scheme's options.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        UnknownNameError: no scheme has that name.
+        OptionError: an option that does not exist, breaks its rule, or does not fit the model.
+        LayerError: layers out of range, or given for a scheme that acts on the input.
+        UnsupportedModelError: not a transformers model, a family without an adapter, or a causal scheme for an encoder.
+        UnsupportedBackendError: an attention implementation that cannot honour the scheme.
+        AdapterError: a module is not where the adapter says.
+    """
+    adapter = adapter_for(model)
+    base_model, config = model.base_model, model.config
+    current = positional_of(model)
+    before = None if current is None else from_saved(config.pe_swap, config.num_hidden_layers)
+    wanted = extend(before, options_from(scheme, options), layers, config.num_hidden_layers)
+    original = _take_original(adapter, model) if current is None else current.original
+    vectors = None if original is None else original.table.weight.detach().float()
+    trained_length = config.pe_swap["trained_length"] if vectors is None else vectors.shape[0]
+    geometry = adapter.geometry(config, trained_length)
+    specification = wanted.resolve(geometry, vectors)
+    schemes = specification.build(geometry)
+    name_for(config._attn_implementation, specification.attention_hooks())
+    for new, options_wanted in zip(schemes, wanted.options, strict=True):
+        kept = _kept_scheme(current, before, options_wanted)
+        if kept is not None:
+            new.load_state_dict({name: value for name, value in kept.state_dict().items() if name in new.state_dict()})
+        elif vectors is not None:
+            new.start_from(vectors)
+    positional = assemble(adapter, base_model, config, specification, schemes, original)
+    like = positional.tokens.weight
+    positional.to(device=like.device, dtype=like.dtype).train(model.training)
+    swapped_config = _swapped_config(adapter, config, positional, trained_length)
+
+    if current is not None:
+        detach(adapter, base_model)
+    _set_config(model, config, swapped_config)
+    attach(adapter, base_model, positional)
+    return model
+
+
+def _take_original(adapter: Adapter, model: PreTrainedModel) -> Original:
+    """Return what the swap is about to replace; nothing is changed yet."""
+    table = adapter.find(model.base_model, adapter.position_embedding)
+    if not isinstance(table, nn.Embedding):
+        raise AdapterError(
+            f"{type(model.base_model).__name__}.{adapter.position_embedding} is a {type(table).__name__}, where an nn.Embedding was "
+            "expected: something else has patched this model. Undo that patch before the swap."
+        )
+    tokens = cast(nn.Embedding, adapter.find(model.base_model, adapter.token_embedding))
+    return Original(table, tokens.weight.dtype, getattr(model.config, adapter.length_field))
+
+
+def _kept_scheme(current: Positional | None, before: Specification | None, options: SchemeOptions) -> Scheme | None:
+    """Return the model's scheme that stays under these options: `extend` passes on the very object of one that stays."""
+    if current is None or before is None:
+        return None
+    return next((current.scheme_at(index) for index, old in enumerate(before.options) if old is options), None)
+
+
+def _swapped_config(adapter: Adapter, config: Any, positional: Positional, trained_length: int) -> Any:
+    """Return a copy of `config` that says what the model is swapped to; other models that share `config` keep it."""
+    swapped = copy.deepcopy(config)
+    swapped.__class__ = swapped_config_class(adapter)
+    swapped.describe(positional, trained_length)
+    return swapped
+
+
+def _set_config(model: PreTrainedModel, old: Any, new: Any) -> None:
+    """Give every module that holds the configuration `old` the configuration `new`."""
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
+
+
+def restore_positional(model: Model) -> Model:
+    """Put a model's own positions back, bit for bit, in place.
+
+    Args:
+        model: a swapped model; one that is not swapped is returned as it is.
+
+    Returns:
+        The model itself. Whatever else has changed since the swap (weights, vocabulary, configuration) stays as it is now.
+
+    Raises:
+        SwapStateError: the model was loaded already swapped, so that its own table is not at hand.
+    """
+    adapter = adapter_for(model)
+    positional = positional_of(model)
+    if positional is None:
+        return model
+    original = positional.original
+    if original is None:
+        raise SwapStateError(
+            f"This {type(model).__name__} was loaded already swapped; its own position table is not in the checkpoint. "
+            "Load the model it was made from instead, or swap it to another scheme."
+        )
+    config = copy.deepcopy(model.config)
+    config.release(original.length)
+    detach(adapter, model.base_model)
+    model.base_model.set_submodule(adapter.position_embedding, original.current(positional.tokens.weight))
+    original.table.train(model.training)
+    _set_config(model, model.config, config)
+    return model
+
+
+def positional_of(model: PreTrainedModel) -> Positional | None:
+    """Return the module that holds a model's schemes, or None where the model is not swapped."""
+    adapter = adapter_for(model)
+    found = adapter.find(model.base_model, adapter.position_embedding)
+    return found if isinstance(found, Positional) else None
+
+
+def positional_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that a swap brought, with their names in `model`: those that start untrained."""
+    positional = positional_of(model)
+    ours = set() if positional is None else {id(parameter) for parameter in positional.parameters()}
+    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in ours]
