@@ -1,5 +1,6 @@
 """Swap the positional scheme of a Hugging Face Transformers model: exactly, reversibly, saved and reloaded like any other."""
 
+from pe_swap import errors
 from pe_swap.adapters import ADAPTERS
 from pe_swap.schemes import SCHEMES
 from pe_swap.swap import restore_positional, swap_positional
@@ -15,4 +16,4 @@ def list_adapters() -> list[str]:
     return ADAPTERS.names()
 
 
-__all__ = ["list_adapters", "list_schemes", "restore_positional", "swap_positional"]
+__all__ = ["errors", "list_adapters", "list_schemes", "restore_positional", "swap_positional"]

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto, tokenization_auto
 
@@ -150,7 +149,7 @@ class SwappedModel:
         length = getattr(config, adapter.length_field)
         setattr(config, adapter.length_field, 1)
         try:
-            super().__init__(config, *args, **kwargs)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
             setattr(config, adapter.length_field, length)
         schemes = specification.resolve(geometry, None).build(geometry)
@@ -219,7 +218,7 @@ def _trained_length(saved: Any) -> int:
 
 
 @cache
-def swapped_config_class(adapter: Adapter) -> type[Any]:
+def swapped_config_class(adapter: Adapter) -> Any:
     """Return the configuration class of a swapped family."""
     return type(
         _swapped_name(adapter.config_class.__name__),
@@ -233,7 +232,7 @@ def swapped_config_class(adapter: Adapter) -> type[Any]:
 
 
 @cache
-def swapped_model_class(adapter: Adapter, head: type[PreTrainedModel]) -> type[Any]:
+def swapped_model_class(adapter: Adapter, head: Any) -> Any:
     """Return the class that a saved swapped model with this head is loaded into."""
     return type(
         _swapped_name(head.__name__),
@@ -248,16 +247,15 @@ def swapped_model_class(adapter: Adapter, head: type[PreTrainedModel]) -> type[A
 
 def _auto_classes() -> dict[str, Any]:
     """Return transformers' Auto model classes by name."""
+    everything: dict[str, Any] = vars(modeling_auto)
     return {
         name: found
-        for name, found in vars(modeling_auto).items()
-        if isinstance(found, type)
-        and issubclass(found, auto_factory._BaseAutoModelClass)
-        and found._model_mapping is not None
+        for name, found in everything.items()
+        if isinstance(found, type) and issubclass(found, auto_factory._BaseAutoModelClass) and found._model_mapping is not None
     }
 
 
-def _heads_by_auto_class(adapter: Adapter) -> dict[str, type[PreTrainedModel]]:
+def _heads_by_auto_class(adapter: Adapter) -> dict[str, Any]:
     """Return, for every Auto class that knows the family, the head it builds."""
     heads = {}
     for name, auto_class in _auto_classes().items():

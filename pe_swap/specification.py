@@ -130,9 +130,7 @@ def extend(current: Specification | None, options: SchemeOptions, layers: object
             "Swap it without layers; then give some layers a scheme that acts inside attention (rope, alibi, t5, shaw, none)."
         )
     before = current or Specification((), (None,) * num_layers, None)
-    assignment = tuple(
-        len(before.options) if layer in chosen else at for layer, at in enumerate(before.layers)
-    )
+    assignment = tuple(len(before.options) if layer in chosen else at for layer, at in enumerate(before.layers))
     return _without_unused(Specification((*before.options, options), assignment, before.input))
 
 

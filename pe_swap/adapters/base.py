@@ -79,9 +79,7 @@ class Adapter:
         Raises:
             AdapterError: fewer or more of them than the configuration has layers.
         """
-        modules = [
-            self.find(base_model, self.self_attention.format(layer=layer)) for layer in range(config.num_hidden_layers)
-        ]
+        modules = [self.find(base_model, self.self_attention.format(layer=layer)) for layer in range(config.num_hidden_layers)]
         stack = self.find(base_model, self.self_attention.split(".{layer}")[0])
         if len(list(stack.children())) != len(modules):
             raise AdapterError(
@@ -109,7 +107,11 @@ def adapter_for(model: object) -> Adapter:
         UnsupportedModelError: it is not a transformers model, or a wrapper around one, or of a family without an adapter.
     """
     if not isinstance(model, PreTrainedModel):
-        inner = "; pass the model inside it, and swap before wrapping" if hasattr(model, "module") or hasattr(model, "base_model") else ""
+        inner = (
+            "; pass the model inside it, and swap before wrapping"
+            if hasattr(model, "module") or hasattr(model, "base_model")
+            else ""
+        )
         raise UnsupportedModelError(
             f"pe_swap patches transformers models (PreTrainedModel), got {type(model).__module__}.{type(model).__name__}{inner}."
         )

@@ -65,7 +65,11 @@ def name_for(implementation: str | None, hooks: Iterable[str]) -> str | None:
     biases = sorted(hooks - {"rotate"})
     supported = BIAS_BACKENDS if biases else tuple(OUR_NAMES)
     if requested not in supported:
-        what = f"adds to the scores inside attention ({', '.join(biases)})" if biases else "rotates queries and keys inside attention"
+        what = (
+            f"adds to the scores inside attention ({', '.join(biases)})"
+            if biases
+            else "rotates queries and keys inside attention"
+        )
         listed = ", ".join(f"'{name}'" for name in supported)
         raise UnsupportedBackendError(
             f"The attention implementation is '{requested}', but the scheme {what}; it must be one of {listed}. "
@@ -116,7 +120,7 @@ def block_score_bias(context: PositionalContext, scaling: float) -> Callable[[Te
             total = scheme.score_bias(query, key, positions, scaling=scaling, layer=layer)
         if "relative_bias" in hooks:
             distance = positions.distance
-            relative = scheme.relative_bias(distance.reshape(-1), layer=layer).unflatten(-1, distance.shape)[None]
+            relative = scheme.relative_bias(distance.reshape(-1), layer=layer).reshape(1, -1, *distance.shape)
             total = relative if total is None else total + relative
         assert total is not None
         return total

@@ -73,9 +73,7 @@ def blockwise_attention(
     blocks = [(start, min(start + QUERY_BLOCK, q_len)) for start in range(0, q_len, QUERY_BLOCK)]
     if len(blocks) == 1 or not torch.is_grad_enabled():
         return torch.cat([attend(start, stop, query, key, value) for start, stop in blocks], dim=2)
-    return torch.cat(
-        [checkpoint(attend, start, stop, query, key, value, use_reentrant=False) for start, stop in blocks], dim=2
-    )
+    return torch.cat([checkpoint(attend, start, stop, query, key, value, use_reentrant=False) for start, stop in blocks], dim=2)
 
 
 def _rows(attention_mask: Tensor | None, start: int, stop: int) -> Tensor | None:

@@ -31,7 +31,9 @@ class RotatingCache:
         self.binding = binding
         self.query_ids = query_ids
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Rotate the new keys, `[batch, heads, q_len, head_dim]`, then update the cache as it would itself."""
         ids = self.query_ids.to(key_states.device)
         rotated = self.binding.scheme.rotate(key_states, ids, role="key", layer=self.binding.layer)

@@ -22,9 +22,7 @@ BINDING_ATTRIBUTE = "pe_swap_binding"
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-def hand_on_positions(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Give a self-attention module's call its scheme, its positions, and a cache that rotates keys.
 
     Raises:
@@ -32,7 +30,8 @@ def hand_on_positions(
             the scheme in silence.
     """
     binding: LayerBinding = getattr(module, BINDING_ATTRIBUTE)
-    implementation = module.config._attn_implementation  # type: ignore[union-attr]
+    config: Any = module.config
+    implementation = config._attn_implementation
     if not is_ours(implementation):
         raise UnsupportedBackendError(
             f"Layer {binding.layer} carries the scheme '{binding.scheme.name}', but its attention implementation is "

@@ -56,7 +56,9 @@ def relative_bias_attention(
         bias = bias.masked_fill(torch.arange(bias.shape[1], device=bias.device) >= q_len, float("-inf"))
     needs_own_backward = bias.requires_grad and torch.is_grad_enabled() and dropout == 0.0 and query.device.type == "cpu"
     if needs_own_backward:
-        output: Tensor = _RelativeBiasAttention.apply(query, key, value, bias, attention_mask, is_causal, scaling)
+        output: Tensor = _RelativeBiasAttention.apply(  # type: ignore[no-untyped-call]  # torch's own decorator
+            query, key, value, bias, attention_mask, is_causal, scaling
+        )
         return output
     if q_len == 1:
         return _attend(query, key, value, _masked(bias[None, :, None, :], attention_mask), scaling, dropout)
@@ -94,8 +96,8 @@ def sum_of_antidiagonals(matrix: Tensor) -> Tensor:
     """
     rows, columns = matrix.shape[-2:]
     width = rows + columns - 1
-    shifted = F.pad(matrix, (0, rows)).flatten(-2)[..., : rows * width].unflatten(-1, (rows, width))
-    return shifted.sum(-2)
+    shifted = F.pad(matrix, (0, rows)).flatten(-2)[..., : rows * width]
+    return shifted.reshape(*matrix.shape[:-2], rows, width).sum(-2)
 
 
 def _reversed_rows(attention_mask: Tensor | None, start: int, stop: int) -> Tensor | None:
@@ -146,7 +148,13 @@ class _RelativeBiasAttention(torch.autograd.Function):
             mask = _masked(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
             mask = mask.to(query.dtype) if query.dtype == torch.float64 else mask
             block_output, block_logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, start:stop].flip(2), key[:, :, :kv_stop], value[:, :, :kv_stop], 0.0, False, attn_mask=mask, scale=scaling
+                query[:, :, start:stop].flip(2),
+                key[:, :, :kv_stop],
+                value[:, :, :kv_stop],
+                0.0,
+                False,
+                attn_mask=mask,
+                scale=scaling,
             )
             output[:, :, start:stop] = block_output.flip(2)
             logsumexp[:, :, start:stop] = block_logsumexp.flip(2)

@@ -90,8 +90,5 @@ class Alibi(Scheme):
 
     def relative_bias(self, distance: Tensor, *, layer: int) -> Tensor:
         """Return `-slopes * |distance|`, `[heads, n]`; see `Scheme.relative_bias`."""
-        if self.slopes is not None:
-            slopes = self.slopes.float()
-        else:
-            slopes = torch.tensor(self.initial_slopes(), device=distance.device)
+        slopes = torch.tensor(self.initial_slopes(), device=distance.device) if self.slopes is None else self.slopes.float()
         return -slopes[:, None] * distance.abs().to(torch.float32)[None, :]

@@ -1,0 +1,95 @@
+"""T5's relative bias: one trained number a head for each bucket of distances.
+
+Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (JMLR 2020, arXiv:1910.10683),
+section 2.1; buckets as in the authors' code: one a distance for small ones, logarithmic ones up to `max_distance`, one for the rest.
+Encoders split the buckets between keys before and keys after the query.
+
+Differs from the paper: T5 does not divide scores by `sqrt(head_dim)`; these models do, and the bias is added after that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
+from pe_swap.schemes.options import SchemeOptions
+
+
+@dataclass(frozen=True)
+class T5Options(SchemeOptions):
+    """Options of `t5`.
+
+    Attributes:
+        num_buckets: buckets in all; an encoder gives half of them to each side.
+        max_distance: from this distance on, in positions, all share the last bucket.
+    """
+
+    scheme: ClassVar[str] = "t5"
+
+    num_buckets: int = 32
+    max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        self.require_int("num_buckets", 4, 65536)
+        self.require_int("max_distance", 2, 2**24)
+        if self.num_buckets % 4:
+            raise self.refuse("num_buckets", "a multiple of 4: each side's half is split into exact and logarithmic buckets")
+        if self.max_distance <= self.num_buckets // 2:
+            raise self.refuse(
+                "max_distance", f"above num_buckets / 2 = {self.num_buckets // 2}, the distances with a bucket each"
+            )
+
+
+def bucket_of(distance: Tensor, num_buckets: int, max_distance: int, is_causal: bool) -> Tensor:
+    """Return the bucket of each distance (key minus query), int64, the shape of `distance`.
+
+    With B buckets for a side, `n` the distance in positions and `E = B / 2`: bucket n below E, else
+    `min(B - 1, E + floor(log(n / E) / log(max_distance / E) * (B - E)))`. Keys after the query take the buckets from B on in an
+    encoder, and count as distance 0 in a decoder. The logarithm is taken in float32, as T5's code does: bucket edges are exact.
+    """
+    offset = torch.zeros_like(distance)
+    if not is_causal:
+        num_buckets //= 2
+        offset = (distance > 0).long() * num_buckets
+        n = distance.abs()
+    else:
+        n = -distance.clamp(max=0)
+    exact = num_buckets // 2
+    share = torch.log(n.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
+    logarithmic = (exact + (share * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
+    return offset + torch.where(n < exact, n, logarithmic)
+
+
+@SCHEMES.register("t5")
+class T5(Scheme):
+    """`bias[h](distance) = table[bucket(distance), h]`, in logits, one table for all layers.
+
+    Start on a pretrained model: zeros, which is the model without its table; gradients shape it from there.
+    """
+
+    Options = T5Options
+    summary = "a trained bias a head for each bucket of distances"
+    shift_invariant = True
+
+    options: T5Options
+
+    def __init__(self, options: T5Options, geometry: Geometry, layers: tuple[int, ...]) -> None:
+        """Build the table."""
+        super().__init__(options, geometry, layers)
+        self.table = nn.Parameter(torch.empty(options.num_buckets, geometry.num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the table to zeros."""
+        nn.init.zeros_(self.table)
+
+    def relative_bias(self, distance: Tensor, *, layer: int) -> Tensor:
+        """Return the table's entries, `[heads, n]`; see `Scheme.relative_bias`."""
+        buckets = bucket_of(distance, self.options.num_buckets, self.options.max_distance, self.geometry.is_causal)
+        return self.table.float()[buckets].T

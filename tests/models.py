@@ -1,0 +1,78 @@
+"""Small models with 12 heads, and the scheme options every matrix test runs over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+import pe_swap
+from pe_swap.swap import positional_parameters
+
+VOCABULARY = 89
+TRAINED_LENGTH = 32
+
+# One entry a scheme and form worth testing; a test checks that every registered scheme has one.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "alibi": ("alibi", {}),
+    "alibi-trained": ("alibi", {"slopes": "geometric", "trainable": True}),
+    "binary": ("binary", {}),
+    "concat": ("concat", {}),
+    "concat-learned": ("concat", {"table": "learned", "dim": 7}),
+    "index": ("index", {}),
+    "learned": ("learned", {"max_length": 64}),
+    "learned-tile": ("learned", {"max_length": 50, "extend": "tile"}),
+    "none": ("none", {}),
+    "rope": ("rope", {}),
+    "rope-interleaved": ("rope", {"base": 500.0, "layout": "interleaved", "fraction": 0.5}),
+    "shaw": ("shaw", {"max_distance": 5}),
+    "shaw-all": ("shaw", {"max_distance": 9, "variant": "key_query", "value": True}),
+    "sinusoidal": ("sinusoidal", {"base": 100.0, "layout": "split"}),
+    "t5": ("t5", {"num_buckets": 8, "max_distance": 12}),
+}
+FAMILIES = ("gpt2", "bert", "bert-decoder")
+BACKENDS = ("eager", "sdpa")
+
+
+def build(family: str, backend: str = "sdpa", **config: Any) -> PreTrainedModel:
+    """Return a small model with random weights, dropout off."""
+    torch.manual_seed(1)
+    if family == "gpt2":
+        settings = {"n_embd": 96, "n_layer": 2, "n_head": 12, "n_positions": TRAINED_LENGTH, "vocab_size": VOCABULARY}
+        settings |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+        model: PreTrainedModel = GPT2LMHeadModel(GPT2Config(**{**settings, "attn_implementation": backend, **config}))
+    else:
+        settings = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 64}
+        settings |= {"max_position_embeddings": TRAINED_LENGTH, "vocab_size": VOCABULARY}
+        settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": family == "bert-decoder"}
+        head = BertLMHeadModel if family == "bert-decoder" else BertForMaskedLM
+        model = head(BertConfig(**{**settings, "attn_implementation": backend, **config}))
+    with torch.no_grad():  # scores of a fresh model are all but equal: positions would hardly show
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name and "wte" not in name and "decoder" not in name:
+                parameter.mul_(4.0)
+    return model.eval()
+
+
+def swapped(family: str, case: str, backend: str = "sdpa", **config: Any) -> PreTrainedModel:
+    """Return a small model swapped to a case, its positional parameters moved off their neutral start."""
+    name, options = CASES[case]
+    model = pe_swap.swap_positional(build(family, backend, **config), name, **options)
+    disturb(model)
+    return model
+
+
+def disturb(model: PreTrainedModel) -> None:
+    """Move every positional parameter, so that what it does shows."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in positional_parameters(model):
+            scale = 0.02 if name.endswith("_weight") else 0.5
+            parameter.add_(torch.randn_like(parameter) * scale)
+
+
+def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:
+    """Return random token ids, `[batch, length]`."""
+    return torch.randint(5, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,206 @@
+"""What must hold for every scheme in every family under every backend. The matrix is read from the registries."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+import pe_swap
+from pe_swap.schemes import SCHEMES
+from pe_swap.swap import positional_of, positional_parameters
+from tests.models import BACKENDS, CASES, FAMILIES, build, disturb, swapped, token_ids
+
+pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
+
+DECODERS = [family for family in FAMILIES if family != "bert"]
+ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
+"""float32, two layers: sums in another order."""
+
+every_case = pytest.mark.parametrize("case", CASES)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_decoder = pytest.mark.parametrize("family", DECODERS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def logits(model: PreTrainedModel, ids: Tensor, **kwargs: object) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def test_every_scheme_is_in_the_matrix() -> None:
+    assert {name for name, _ in CASES.values()} == set(SCHEMES.names())
+
+
+@every_case
+@every_family
+@every_backend
+def test_swap_changes_the_output_and_restore_is_bit_for_bit(case: str, family: str, backend: str) -> None:
+    model, ids = build(family, backend), token_ids(2, 20)
+    before = logits(model, ids)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    name, options = CASES[case]
+    assert pe_swap.swap_positional(model, name, **options) is model
+    disturb(model)
+    assert (logits(model, ids) - before).abs().max() > 1e-3
+    pe_swap.restore_positional(model)
+    assert torch.equal(logits(model, ids), before)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.config.to_dict() == config
+    assert type(model.config) is type(build(family).config)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@every_case
+@every_family
+def test_eager_equals_sdpa(case: str, family: str) -> None:
+    model, ids = swapped(family, case, "eager"), token_ids(2, 24)
+    mask = torch.ones_like(ids)
+    mask[1, 17:] = 0
+    eager, eager_padded = logits(model, ids), logits(model, ids, attention_mask=mask)
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(logits(model, ids), eager, **ROUNDING)
+    torch.testing.assert_close(logits(model, ids, attention_mask=mask)[mask.bool()], eager_padded[mask.bool()], **ROUNDING)
+
+
+@every_case
+@every_decoder
+@every_backend
+def test_the_future_is_not_seen(case: str, family: str, backend: str) -> None:
+    model, ids = swapped(family, case, backend), token_ids(1, 20)
+    changed = ids.clone()
+    changed[:, 12:] = token_ids(1, 8, seed=4)
+    first, second = logits(model, ids), logits(model, changed)
+    torch.testing.assert_close(first[:, :12], second[:, :12], **ROUNDING)
+    assert (first[:, 12:] - second[:, 12:]).abs().max() > 1e-3
+
+
+@every_case
+@every_decoder
+@every_backend
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_cached_in_chunks_equals_uncached(case: str, family: str, backend: str, cache: str) -> None:
+    model, ids = swapped(family, case, backend), token_ids(2, 24)
+    whole = logits(model, ids)
+    past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(config=model.config, max_cache_len=29)
+    parts, start = [], 0
+    with torch.no_grad():
+        for length in (11, 6, 1, 1, 5):  # prefill, a chunk, two tokens, a chunk as assisted decoding sends it
+            chunk = ids[:, start : start + length]
+            parts.append(model(chunk, past_key_values=past, use_cache=True).logits)
+            start += length
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, **ROUNDING)
+
+
+@every_case
+@every_family
+@every_backend
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_equals_unpadded(case: str, family: str, backend: str, side: str) -> None:
+    model = swapped(family, case, backend)
+    rows = [token_ids(1, 20, seed=5), token_ids(1, 13, seed=6)]
+    alone = [logits(model, row)[0] for row in rows]
+    padded, mask = torch.zeros(2, 20, dtype=torch.long), torch.zeros(2, 20, dtype=torch.long)
+    for index, row in enumerate(rows):
+        where = slice(20 - row.shape[1], 20) if side == "left" else slice(0, row.shape[1])
+        padded[index, where], mask[index, where] = row[0], 1
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    together = logits(model, padded, attention_mask=mask, position_ids=position_ids)
+    for index, expected in enumerate(alone):
+        torch.testing.assert_close(together[index][mask[index].bool()], expected, **ROUNDING)
+
+
+@every_case
+@every_family
+def test_shift_invariance_is_as_claimed(case: str, family: str) -> None:
+    model, ids = swapped(family, case), token_ids(1, 12)
+    claimed = SCHEMES[CASES[case][0]].shift_invariant
+    mask, here = torch.ones_like(ids), torch.arange(12)[None]
+    difference = (
+        logits(model, ids, attention_mask=mask, position_ids=here)
+        - logits(model, ids, attention_mask=mask, position_ids=here + 17)
+    ).abs().max()
+    assert (difference < 1e-4) if claimed else (difference > 1e-3)
+
+
+@every_case
+@every_family
+@every_backend
+def test_gradients_reach_every_parameter(case: str, family: str, backend: str) -> None:
+    model, ids = swapped(family, case, backend), token_ids(2, 30)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        if "pooler" not in name:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+    assert {name for name, _ in positional_parameters(model)} <= {name for name, _ in model.named_parameters()}
+
+
+@every_case
+@every_family
+def test_gradients_are_the_same_under_both_backends_and_checkpointing(case: str, family: str) -> None:
+    ids = token_ids(2, 30)
+    found = []
+    for backend, checkpointed in (("eager", False), ("sdpa", False), ("sdpa", True)):
+        model = swapped(family, case, backend)
+        model.train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, gradient in other.items():
+            torch.testing.assert_close(gradient, found[0][name], atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@every_case
+@every_family
+def test_a_deep_copy_follows_its_own_scheme(case: str, family: str) -> None:
+    model, ids = swapped(family, case), token_ids(1, 10)
+    before = logits(model, ids)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, ids), before)
+    assert positional_of(twin) is not positional_of(model)
+    pe_swap.restore_positional(twin)
+    assert torch.equal(logits(model, ids), before)
+    assert (logits(twin, ids) - before).abs().max() > 1e-3
+
+
+@every_case
+@every_family
+def test_longer_than_trained_without_position_ids(case: str, family: str) -> None:
+    model = swapped(family, case)
+    limit = positional_of(model).max_length
+    if limit is None or limit > 40:
+        assert logits(model, token_ids(1, 41)).isfinite().all()
+    else:
+        with pytest.raises(pe_swap.errors.PositionRangeError, match=f"beyond the {limit} that the scheme"):
+            logits(model, token_ids(1, 41))
+
+
+@every_case
+@every_family
+def test_bfloat16_runs_and_stays_near_float32(case: str, family: str) -> None:
+    model, ids = swapped(family, case), token_ids(1, 20)
+    wide = logits(model, ids)
+    narrow = logits(model.to(torch.bfloat16), ids)
+    assert narrow.dtype == torch.bfloat16
+    assert (narrow.float() - wide).norm() / wide.norm() < 0.06
+
+
+@every_case
+@every_family
+def test_a_swap_warns_only_of_a_bag_of_words(case: str, family: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        swapped(family, case)
+    expected = ["The scheme 'none' on an encoder"] if (case, family) == ("none", "bert") else []
+    assert [str(warning.message)[:31] for warning in caught] == expected
