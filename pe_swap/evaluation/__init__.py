@@ -1,0 +1,1 @@
+"""Perplexity at context lengths a model was never trained on."""

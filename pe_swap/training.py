@@ -1,0 +1,309 @@
+"""Fine-tuning a swapped model, through transformers' Trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+
+from pe_swap import data as text
+from pe_swap.config import FinetuneConfig, MeasureSection, TrainSection, resolved
+from pe_swap.errors import CheckpointError, ConfigError, DataError
+from pe_swap.evaluation.runner import Evaluator, is_causal, longest_input
+from pe_swap.models import apply_scheme, is_configuration, load_model, scheme_name, start_model
+from pe_swap.records import Stopwatch, environment, fingerprint, read_record, write_record
+from pe_swap.swap import positional_parameters
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the Trainer's checkpoints in a run's output folder."""
+
+
+class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """A Trainer with a learning rate of its own for the parameters that a swap brought."""
+
+    def __init__(self, *args: Any, positional_learning_rate: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.positional_learning_rate = positional_learning_rate
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the Trainer's optimizer, then split its groups."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.positional_learning_rate is not None:
+            ours = {id(parameter) for _, parameter in positional_parameters(self.accelerator.unwrap_model(self.model))}
+            groups = list(optimizer.param_groups)
+            optimizer.param_groups.clear()
+            for group in groups:
+                for is_ours in (False, True):
+                    members = [parameter for parameter in group["params"] if (id(parameter) in ours) is is_ours]
+                    if members:
+                        learning_rate = self.positional_learning_rate if is_ours else group["lr"]
+                        optimizer.add_param_group({**group, "params": members, "lr": learning_rate})
+        return optimizer
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Sequence[int]],
+    section: TrainSection,
+    *,
+    block_size: int,
+    seed: int,
+    out: Path,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train a model in place and save it, with its tokenizer, in `out`.
+
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer.
+        documents: token ids of each document.
+        section: how to train.
+        block_size: tokens in a block.
+        seed: of data order, masks and dropout.
+        out: output folder; checkpoints go below it.
+        resume: continue from the last checkpoint there. On the same machine the numbers are those of a run never interrupted.
+
+    Returns:
+        Steps, final training loss, and the loss log.
+
+    Raises:
+        CheckpointError: nothing to resume from, or a damaged checkpoint.
+        ConfigError: blocks longer than the model's positions, or a value that transformers refuses.
+        DataError: not enough text for one block.
+    """
+    limit = longest_input(model)
+    if limit is not None and block_size > limit:
+        raise ConfigError(
+            f"data.block_size is {block_size:,}, but the model's positions end at {limit:,}. Use blocks of at most {limit:,}, or swap "
+            "to a scheme that goes on."
+        )
+    packed, dropped = text.blocks(documents, tokenizer, block_size, causal=is_causal(model))
+    arguments = _arguments(section, seed, out)
+    if section.gradient_checkpointing:  # on the model, as the Trainer's argument changes its name within v5
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    collator = causal_batch
+    if not is_causal(model):
+        if tokenizer.mask_token is None:
+            raise DataError("The tokenizer has no mask token, which an encoder's training needs. Name the model's own tokenizer.")
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=section.mlm_probability)
+    trainer = PositionalTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=packed,
+        data_collator=collator,
+        positional_learning_rate=section.positional_learning_rate,
+    )
+    checkpoint = last_checkpoint(out) if resume else None
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except Exception as error:
+        if checkpoint is not None and trainer.state.global_step == 0:
+            raise CheckpointError(
+                f"Cannot resume from '{checkpoint}': {error}. Delete that folder to resume from the one before, or start anew in "
+                "another --out."
+            ) from error
+        raise
+    trainer.save_model(str(out))
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(out)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "steps": result.global_step,
+        "train_loss": result.training_loss,
+        "blocks": len(packed),
+        "dropped_tokens": dropped,
+        "log": [{"step": entry["step"], "loss": entry["loss"]} for entry in log],
+    }
+
+
+def causal_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """Return blocks of one token more than their inputs as a batch in which every input has a target.
+
+    Left to shift labels itself, the model would leave the last input without one, and the last row of a learned table untrained.
+    """
+    tokens = torch.tensor([row["input_ids"] for row in rows])
+    targets = tokens[:, 1:].contiguous()
+    return {"input_ids": tokens[:, :-1].contiguous(), "labels": targets, "shift_labels": targets}
+
+
+def _arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments:
+    """Return a section as the Trainer's arguments.
+
+    Raises:
+        ConfigError: a value that transformers refuses, such as a schedule it does not know.
+    """
+    try:
+        return TrainingArguments(
+            output_dir=str(out / CHECKPOINTS),
+            max_steps=section.max_steps,
+            per_device_train_batch_size=section.batch_size,
+            gradient_accumulation_steps=section.gradient_accumulation_steps,
+            learning_rate=section.learning_rate,
+            warmup_steps=section.warmup_steps,
+            weight_decay=section.weight_decay,
+            lr_scheduler_type=section.schedule,
+            bf16=section.bf16,
+            save_steps=section.save_steps,
+            save_total_limit=2,
+            logging_steps=section.logging_steps,
+            report_to=section.report_to,
+            seed=seed,
+            data_seed=seed,
+            dataloader_pin_memory=False,
+            use_cpu=not torch.cuda.is_available(),
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"transformers refuses the section 'train': {error}. Correct it in the YAML file or as --train.*."
+        ) from error
+
+
+def whole_checkpoints(out: Path) -> list[Path]:
+    """Return a run's checkpoints, oldest first, without any that a kill left half written.
+
+    The Trainer writes `trainer_state.json` last, so a folder in which it cannot be read is not whole.
+    """
+    found = []
+    for folder in (out / CHECKPOINTS).glob("checkpoint-*"):
+        try:
+            found.append((int(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]), folder))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return [folder for _, folder in sorted(found)]
+
+
+def last_checkpoint(out: Path) -> str:
+    """Return the newest whole checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = whole_checkpoints(out)
+    if not found:
+        raise CheckpointError(f"There is no checkpoint to resume from in '{out / CHECKPOINTS}'. Run without --resume to start.")
+    return str(found[-1])
+
+
+def _make_room(out: Path, previous: dict[str, Any] | None) -> None:
+    """Drop the checkpoints of a finished run before another starts in its folder, or a later resume would take them for its own.
+
+    Raises:
+        CheckpointError: the run in the folder was stopped before its end; its checkpoints are all there is of it.
+    """
+    if not whole_checkpoints(out):
+        return
+    if previous is None or previous.get("status") == "running":
+        raise CheckpointError(
+            f"'{out}' holds checkpoints of a run that was stopped. Continue it with --resume, or start anew in another --out."
+        )
+    if _is_main_process():
+        shutil.rmtree(out / CHECKPOINTS)
+
+
+def perplexity(model: PreTrainedModel, evaluator: Evaluator) -> float | None:
+    """Return the perplexity at the evaluator's first length, or None where the model cannot take it."""
+    was_training = model.training
+    model.eval()
+    protocol = "nonoverlapping" if is_causal(model) else "masked"
+    measured = evaluator.measured(model, protocol, evaluator.measure.lengths[0])
+    model.train(was_training)
+    found: float | None = measured["perplexity"]
+    return found
+
+
+def finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Swap, fine-tune and save; return the record, which is also written to the output folder.
+
+    Raises:
+        PESwapError: the configuration, the text, the model or the scheme cannot be used.
+    """
+    watch, out = Stopwatch(), Path(config.out)
+    settings = resolved(config)
+    key = fingerprint({name: value for name, value in settings.items() if name not in ("out", "resume")})
+    previous = read_record(out)
+    if config.resume and previous is not None and previous.get("fingerprint") not in (None, key):
+        raise ConfigError(
+            f"'{out}' holds a run with another configuration; resuming would mix the two. Use the same options, or another --out."
+        )
+    if not config.resume:
+        _make_room(out, previous)
+    set_seed(config.seed)
+    train_texts, eval_texts = text.texts(config.data, "train"), text.texts(config.data, "eval")
+    tokenizer = _tokenizer(config, train_texts, out)
+    train_documents, eval_documents = (text.tokenized(part, tokenizer) for part in (train_texts, eval_texts))
+    length = min(config.data.block_size, max(len(document) for document in eval_documents))
+    measure = MeasureSection(lengths=[length], max_document_tokens=16 * length, max_documents=20)
+    evaluator = Evaluator(eval_documents, tokenizer, measure, config.seed)
+    scratch = is_configuration(config.model)
+    model = start_model(config.model, tokenizer) if scratch else load_model(str(config.model))
+    record: dict[str, Any] = {
+        "kind": "finetune",
+        "status": "running",
+        "fingerprint": key,
+        "config": settings,
+        **environment(),
+        "seed": config.seed,
+        "data": {"train": text.describe(train_documents), "eval": text.describe(eval_documents)},
+        "perplexity": {"length": length, "before_swap": perplexity(model, evaluator)},
+    }
+    apply_scheme(model, config.scheme)
+    record["scheme"] = scheme_name(model)
+    record["perplexity"]["after_swap"] = perplexity(model, evaluator)
+    is_main = _is_main_process()
+    if is_main:
+        write_record(out, record)
+    record["training"] = train(
+        model,
+        tokenizer,
+        train_documents,
+        config.train,
+        block_size=config.data.block_size,
+        seed=config.seed,
+        out=out,
+        resume=config.resume,
+    )
+    record["perplexity"]["after_training"] = perplexity(model, evaluator)
+    record |= {"status": "done", "seconds": watch.seconds}
+    if not math.isfinite(record["training"]["train_loss"]):
+        record["status"] = "diverged"
+    if is_main:
+        write_record(out, record)
+    return record
+
+
+def _is_main_process() -> bool:
+    """Tell whether this process writes files: the first of a distributed run, or the only one.
+
+    From the launcher's variable, as the process group exists only once the Trainer does.
+    """
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _tokenizer(config: FinetuneConfig, documents: Sequence[str], out: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer a configuration asks for."""
+    if config.vocab_size is not None:
+        return text.train_tokenizer(documents, config.vocab_size, out / "tokenizer")
+    if config.tokenizer is not None:
+        return text.load_tokenizer(config.tokenizer)
+    if is_configuration(config.model):
+        raise ConfigError(
+            "A model started from a configuration needs a tokenizer. Name one (--tokenizer), or train one (--vocab_size 1024)."
+        )
+    return text.load_tokenizer(str(config.model))

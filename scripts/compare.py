@@ -1,0 +1,18 @@
+"""Several schemes from one base, trained equally, in one report.
+
+Usage: python scripts/compare.py --config configs/... [--key value ...]; --help lists the keys.
+"""
+
+from collections.abc import Sequence
+
+from pe_swap.compare import compare
+from pe_swap.config import CompareConfig, parse, run
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the configuration and run."""
+    compare(parse(CompareConfig, arguments, description="Several schemes from one base, trained equally, in one report."))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,18 @@
+"""Perplexity of models at lengths they were never trained on.
+
+Usage: python scripts/eval_long_context.py --config configs/... [--key value ...]; --help lists the keys.
+"""
+
+from collections.abc import Sequence
+
+from pe_swap.config import EvalConfig, parse, run
+from pe_swap.evaluation.suite import evaluate
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the configuration and run."""
+    evaluate(parse(EvalConfig, arguments, description="Perplexity of models at lengths they were never trained on."))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,18 @@
+"""Swap a model's positions, fine-tune it, save it.
+
+Usage: python scripts/finetune.py --config configs/... [--key value ...]; --help lists the keys.
+"""
+
+from collections.abc import Sequence
+
+from pe_swap.config import FinetuneConfig, parse, run
+from pe_swap.training import finetune
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the configuration and run."""
+    finetune(parse(FinetuneConfig, arguments, description="Swap a model's positions, fine-tune it, save it."))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,56 @@
+"""T5's buckets: the golden table, and transformers' own function at every distance."""
+
+import pytest
+import torch
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from pe_swap.errors import OptionError
+from pe_swap.schemes.t5 import bucket_of
+from tests.schemes.building import build, geometry
+
+DISTANCES = [0, 1, 2, 7, 8, 15, 16, 17, 18, 19, 20, 24, 31, 32, 48, 63, 64, 96, 112, 127, 128, 200, 1000]
+CAUSAL = [0, 1, 2, 7, 8, 15, 16, 16, 16, 17, 17, 19, 21, 21, 24, 26, 26, 29, 30, 31, 31, 31, 31]
+PAST = [0, 1, 2, 7, 8, 9, 10, 10, 10, 10, 10, 11, 11, 12, 13, 13, 14, 15, 15, 15, 15, 15, 15]
+FUTURE = [0, 17, 18, 23, 24, 25, 26, 26, 26, 26, 26, 27, 27, 28, 29, 29, 30, 31, 31, 31, 31, 31, 31]
+
+
+@pytest.mark.parametrize(("sign", "is_causal", "expected"), [(-1, True, CAUSAL), (-1, False, PAST), (1, False, FUTURE)])
+def test_golden_buckets(sign: int, is_causal: bool, expected: list[int]) -> None:
+    assert bucket_of(sign * torch.tensor(DISTANCES), 32, 128, is_causal).tolist() == expected
+
+
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (64, 256), (8, 12), (20, 1000)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_every_distance_has_transformers_bucket(num_buckets: int, max_distance: int, is_causal: bool) -> None:
+    distance = torch.arange(-10_000, 10_001)
+    theirs = T5Attention._relative_position_bucket(distance, not is_causal, num_buckets, max_distance)
+    assert torch.equal(bucket_of(distance, num_buckets, max_distance, is_causal), theirs)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_every_reachable_entry_gets_a_gradient(is_causal: bool) -> None:
+    scheme = build("t5", sizes=geometry(is_causal=is_causal))
+    assert not scheme.table.any()
+    distance = torch.arange(-200, 201)
+    scheme.relative_bias(distance, layer=0).sum().backward()
+    # an encoder never uses the first bucket of the future half: distance 0 belongs to the past
+    unused = [] if is_causal else [16]
+    assert (scheme.table.grad == 0).all(dim=1).nonzero().flatten().tolist() == unused
+
+
+def test_bias_is_the_buckets_row() -> None:
+    scheme = build("t5")
+    torch.nn.init.normal_(scheme.table)
+    bias = scheme.relative_bias(torch.tensor([-20, 0]), layer=2)
+    assert torch.equal(bias, scheme.table[[17, 0]].T)
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(OptionError, match=r"unknown option 'num_bucket'. Did you mean 'num_buckets'"):
+        build("t5", num_bucket=3)
+    with pytest.raises(OptionError, match=r"t5: option 'num_buckets' is 6; it must be a multiple of 4"):
+        build("t5", num_buckets=6)
+    with pytest.raises(OptionError, match=r"'num_buckets' is 4000000"):
+        build("t5", num_buckets=4_000_000)
+    with pytest.raises(OptionError, match=r"'max_distance' is 16; it must be above num_buckets / 2 = 16"):
+        build("t5", max_distance=16)

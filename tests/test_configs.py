@@ -1,0 +1,36 @@
+"""Every file in configs/ loads, and its scheme's options are the scheme's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pe_swap.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, Section, build, read_yaml
+from pe_swap.schemes import SCHEMES, build_options
+
+FOLDER = Path(__file__).parents[1] / "configs"
+FILES = sorted(FOLDER.rglob("*.yaml"))
+CLASSES: dict[str, type[Section]] = {"finetune": FinetuneConfig, "eval_long_context": EvalConfig, "compare": CompareConfig}
+
+
+def test_the_files_of_the_readme_are_there() -> None:
+    names = {path.name for path in FILES}
+    assert names >= {"quickstart.yaml", "gpt2_rope.yaml", "gpt2_alibi.yaml", "bert_rope.yaml", "bert_alibi.yaml", "eval.yaml"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_file_says_how_to_run_it_and_builds(path: Path) -> None:
+    command = re.fullmatch(rf"# python scripts/(\w+)\.py --config configs/{path.name}", path.read_text().splitlines()[0])
+    assert command is not None
+    config = build(CLASSES[command[1]], read_yaml(path))
+    schemes: list[SchemeSection] = []
+    if isinstance(config, FinetuneConfig):
+        schemes = [config.scheme]
+    elif isinstance(config, CompareConfig):
+        schemes = list(config.schemes.values())
+        assert ORIGINAL in {scheme.name for scheme in schemes}
+    for scheme in schemes:
+        if scheme.name != ORIGINAL:
+            build_options(SCHEMES[scheme.name].Options, scheme.options)

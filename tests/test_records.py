@@ -1,0 +1,31 @@
+"""A run is a record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pe_swap.records import RECORD, environment, fingerprint, read_record, write_record
+
+
+def test_a_record_comes_back_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    write_record(tmp_path / "run", {"status": "running"})
+    write_record(tmp_path / "run", {"status": "done", "path": tmp_path})
+    assert read_record(tmp_path / "run") == {"status": "done", "path": str(tmp_path)}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [RECORD]
+
+
+def test_a_missing_or_broken_record_is_none(tmp_path: Path) -> None:
+    assert read_record(tmp_path) is None
+    (tmp_path / RECORD).write_text('{"status": "do')
+    assert read_record(tmp_path) is None
+
+
+def test_a_fingerprint_is_of_content_and_not_of_order() -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_the_environment_names_versions_commit_and_device() -> None:
+    found = environment()
+    assert {"python", "torch", "transformers", "pe-swap"} <= found["versions"].keys()
+    assert {"commit", "uncommitted_changes", "device"} <= found.keys()

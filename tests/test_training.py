@@ -1,0 +1,188 @@
+"""Fine-tuning: the same numbers after a kill, and refusals before any time is spent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer
+
+from pe_swap import training
+from pe_swap.config import FinetuneConfig
+from pe_swap.errors import CheckpointError, ConfigError, DataError
+from pe_swap.swap import positional_parameters
+from pe_swap.training import CHECKPOINTS, PositionalTrainer, causal_batch, finetune, last_checkpoint, train, whole_checkpoints
+from tests.evaluation.test_runner import tokenizer
+from tests.models import TRAINED_LENGTH, build, swapped
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
+
+GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16}
+WORDS = "we the people of the united states in order to form a more perfect union establish justice "
+
+
+def config(tmp_path: Path, **changes: Any) -> FinetuneConfig:
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for index, path in enumerate(files):
+        path.write_text(WORDS * 20 + str(index), encoding="utf-8")
+    settings: dict[str, Any] = {
+        "model": GPT2,
+        "vocab_size": 300,
+        "scheme": {"name": "t5", "num_buckets": 8},
+        "data": {"text_files": [str(path) for path in files], "block_size": 16},
+        "train": {"max_steps": 6, "batch_size": 2, "save_steps": 3, "logging_steps": 1, "warmup_steps": 1, "learning_rate": 1e-2},
+        "out": str(tmp_path / "run"),
+    }
+    return FinetuneConfig(**{**settings, **changes})
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Let the Trainer stop dead in the step after `steps`, as a kill does."""
+    original = Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= steps:
+            raise KilledError
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = finetune(config(tmp_path, out=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(config(tmp_path))
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "running"
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
+    resumed = finetune(config(tmp_path, resume=True))
+    assert resumed["training"]["log"] == whole["training"]["log"]
+    assert resumed["perplexity"] == whole["perplexity"]
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_run_is_a_record_and_a_folder_that_loads(tmp_path: Path) -> None:
+    record = finetune(config(tmp_path))
+    saved = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (saved["status"], saved["scheme"], saved["seed"]) == ("done", "t5", 0)
+    assert saved["config"]["scheme"] == {"name": "t5", "num_buckets": 8, "layers": None}
+    assert {"versions", "commit", "device", "seconds"} <= saved.keys()
+    assert record["perplexity"]["after_training"] < 0.8 * record["perplexity"]["after_swap"]
+    assert record["training"]["dropped_tokens"] < 16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "pe_swap_gpt2"
+
+
+def test_the_control_is_trained_and_not_swapped(tmp_path: Path) -> None:
+    record = finetune(config(tmp_path, scheme={"name": "original"}))
+    assert record["scheme"] == "original"
+    assert record["perplexity"]["before_swap"] == record["perplexity"]["after_swap"] > record["perplexity"]["after_training"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "gpt2"
+
+
+def test_every_row_of_a_learned_table_is_trained() -> None:
+    model = build("gpt2").train()
+    model(**causal_batch([{"input_ids": list(range(5, 6 + TRAINED_LENGTH))}])).loss.backward()
+    assert model.transformer.wpe.weight.grad.abs().amax(dim=1).min() > 0
+
+
+def test_an_encoder_is_trained_on_masked_tokens(tmp_path: Path) -> None:
+    documents = [[5 + index % 7 for index in range(300)]]
+    section = config(tmp_path).train
+    result = train(
+        swapped("bert", "alibi"), tokenizer(masked=True), documents, section, block_size=16, seed=0, out=tmp_path / "b"
+    )
+    assert result["log"][-1]["loss"] < result["log"][0]["loss"]
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "b").config.model_type == "pe_swap_bert"
+
+
+def test_an_encoder_without_a_mask_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no mask token"):
+        train(swapped("bert", "alibi"), tokenizer(), [[5] * 90], config(tmp_path).train, block_size=16, seed=0, out=tmp_path)
+
+
+def test_positional_parameters_get_their_own_learning_rate(tmp_path: Path) -> None:
+    model = swapped("gpt2", "t5")
+    trainer = PositionalTrainer(
+        model=model,
+        args=training._arguments(config(tmp_path).train, 0, tmp_path),
+        train_dataset=[{"input_ids": [5, 6]}],
+        data_collator=causal_batch,
+        positional_learning_rate=0.5,
+    )
+    groups = trainer.create_optimizer().param_groups
+    ours = {id(parameter) for _, parameter in positional_parameters(model)}
+    found = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert ours
+    assert found.keys() == {id(parameter) for parameter in model.parameters()}
+    assert {rate for parameter, rate in found.items() if parameter in ours} == {0.5}
+    assert {rate for parameter, rate in found.items() if parameter not in ours} == {1e-2}
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((3, '{"global_step": 3}'), (20, '{"global_step": 20}'), (100, '{"global_st'), (200, None)):
+        folder = tmp_path / CHECKPOINTS / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert [folder.name for folder in whole_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20"]
+
+
+def test_nothing_to_resume_from(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint to resume from in .*Run without --resume to start"):
+        finetune(config(tmp_path, resume=True))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(config(tmp_path))
+    (tmp_path / "run" / CHECKPOINTS / "checkpoint-3" / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match=r"Cannot resume from '.*checkpoint-3'.*Delete that folder"):
+        finetune(config(tmp_path, resume=True))
+
+
+def test_a_stopped_run_is_not_overwritten_and_another_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(config(tmp_path))
+    with pytest.raises(CheckpointError, match=r"holds checkpoints of a run that was stopped. Continue it with --resume"):
+        finetune(config(tmp_path))
+    with pytest.raises(ConfigError, match="holds a run with another configuration"):
+        finetune(config(tmp_path, resume=True, seed=1))
+
+
+def test_a_finished_run_may_be_done_again_and_leaves_no_old_checkpoint(tmp_path: Path) -> None:
+    first = finetune(config(tmp_path))
+    short = config(tmp_path).train.model_copy(update={"max_steps": 3})
+    second = finetune(config(tmp_path, train=short))
+    assert (first["training"]["steps"], second["training"]["steps"]) == (6, 3)
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
+
+
+def test_blocks_longer_than_the_models_table_are_refused(tmp_path: Path) -> None:
+    data = {**config(tmp_path).data.model_dump(), "block_size": 17}
+    with pytest.raises(ConfigError, match=r"data\.block_size is 17, but the model's positions end at 16"):
+        finetune(config(tmp_path, scheme={"name": "original"}, data=data))
+
+
+def test_a_schedule_that_transformers_does_not_know_is_named(tmp_path: Path) -> None:
+    section = config(tmp_path).train.model_copy(update={"schedule": "linaer"})
+    with pytest.raises(ConfigError, match=r"transformers refuses the section 'train': .*linaer"):
+        finetune(config(tmp_path, train=section))
