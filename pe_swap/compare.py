@@ -16,7 +16,7 @@ from pe_swap.models import is_configuration
 from pe_swap.records import Stopwatch, environment, fingerprint, read_record, write_record
 from pe_swap.report import write_report
 from pe_swap.schemes import SCHEMES, build_options
-from pe_swap.training import CHECKPOINTS, finetune
+from pe_swap.training import CHECKPOINTS, finetune, run_fingerprint
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _finetune_config(
 def _finetune_once(config: FinetuneConfig, label: str) -> None:
     """Run a part, continue it, or leave it where it is done."""
     out = Path(config.out)
-    key = fingerprint({name: value for name, value in resolved(config).items() if name not in ("out", "resume")})
+    key = run_fingerprint(config)
     record = read_record(out)
     same = record is not None and record.get("fingerprint") == key
     if same and record is not None and record["status"] == "done":

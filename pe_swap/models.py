@@ -71,7 +71,8 @@ def apply_scheme(model: PreTrainedModel, scheme: SchemeSection) -> PreTrainedMod
     if scheme.name == ORIGINAL:
         if scheme.options or scheme.layers is not None:
             raise ConfigError(
-                f"scheme is '{ORIGINAL}' with {sorted(scheme.options) or 'layers'}; the control takes no options. Drop them, or name a scheme."
+                f"scheme is '{ORIGINAL}' with {sorted(scheme.options) or 'layers'}; the control takes no options. Drop them, or name "
+                "a scheme."
             )
         return model
     return swap_positional(model, scheme.name, layers=scheme.layers, **scheme.options)

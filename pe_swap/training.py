@@ -27,7 +27,7 @@ from pe_swap.config import FinetuneConfig, MeasureSection, TrainSection, resolve
 from pe_swap.errors import CheckpointError, ConfigError, DataError
 from pe_swap.evaluation.runner import Evaluator, is_causal, longest_input
 from pe_swap.models import apply_scheme, is_configuration, load_model, scheme_name, start_model
-from pe_swap.records import Stopwatch, environment, fingerprint, read_record, write_record
+from pe_swap.records import Stopwatch, environment, file_hash, fingerprint, read_record, write_record
 from pe_swap.swap import positional_parameters
 
 CHECKPOINTS = "checkpoints"
@@ -97,7 +97,7 @@ def train(
     packed, dropped = text.blocks(documents, tokenizer, block_size, causal=is_causal(model))
     arguments = _arguments(section, seed, out)
     if section.gradient_checkpointing:  # on the model, as the Trainer's argument changes its name within v5
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(model)
     collator = causal_batch
     if not is_causal(model):
         if tokenizer.mask_token is None:
@@ -131,6 +131,12 @@ def train(
         "dropped_tokens": dropped,
         "log": [{"step": entry["step"], "loss": entry["loss"]} for entry in log],
     }
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Turn gradient checkpointing on, by the name this transformers version has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def causal_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -228,6 +234,14 @@ def perplexity(model: PreTrainedModel, evaluator: Evaluator) -> float | None:
     return found
 
 
+def run_fingerprint(config: FinetuneConfig) -> str:
+    """Return a short hash of all that decides a run's numbers: its configuration, and the weights of a local model."""
+    settings = {name: value for name, value in resolved(config).items() if name not in ("out", "resume")}
+    folder = None if is_configuration(config.model) else Path(str(config.model))
+    weights = {} if folder is None else {path.name: file_hash(path) for path in sorted(folder.glob("*.safetensors"))}
+    return fingerprint([settings, weights])
+
+
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Swap, fine-tune and save; return the record, which is also written to the output folder.
 
@@ -236,7 +250,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """
     watch, out = Stopwatch(), Path(config.out)
     settings = resolved(config)
-    key = fingerprint({name: value for name, value in settings.items() if name not in ("out", "resume")})
+    key = run_fingerprint(config)
     previous = read_record(out)
     if config.resume and previous is not None and previous.get("fingerprint") not in (None, key):
         raise ConfigError(

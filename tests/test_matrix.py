@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import pe_swap
 from pe_swap.schemes import SCHEMES
 from pe_swap.swap import positional_of, positional_parameters
-from tests.models import BACKENDS, CASES, FAMILIES, build, disturb, swapped, token_ids
+from tests.models import BACKENDS, CASES, FAMILIES, build, checkpoint_activations, disturb, swapped, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
 
@@ -156,7 +156,7 @@ def test_gradients_are_the_same_under_both_backends_and_checkpointing(case: str,
         model = swapped(family, case, backend)
         model.train()
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         model(ids, labels=ids, use_cache=False).loss.backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
     for other in found[1:]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
-from pe_swap.schemes.learned import refuse_beyond
+from pe_swap.schemes.learned import refuse_outside
 from pe_swap.schemes.options import SchemeOptions
 from pe_swap.schemes.sinusoidal import sinusoids
 
@@ -112,7 +112,7 @@ class Concat(Scheme):
         if self.table is None:
             return sinusoids(position_ids, self.dim, 10000.0, "interleaved")
         if not torch.compiler.is_compiling():
-            refuse_beyond(position_ids, self.geometry.trained_length, self.name)
+            refuse_outside(position_ids, self.geometry.trained_length, self.name)
         return self.table[position_ids]
 
     def embed(self, token_embeddings: Tensor, position_ids: Tensor) -> Tensor:

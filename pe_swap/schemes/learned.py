@@ -115,18 +115,26 @@ class Learned(Scheme):
             PositionRangeError: a position the table has no row for. Not checked inside a compiled graph.
         """
         if not torch.compiler.is_compiling():
-            refuse_beyond(position_ids, self.max_length, self.name)
+            refuse_outside(position_ids, self.max_length, self.name)
         return self.table[position_ids]
 
 
-def refuse_beyond(position_ids: Tensor, max_length: int, scheme: str) -> None:
-    """Refuse positions from `max_length` on.
+def refuse_outside(position_ids: Tensor, max_length: int, scheme: str) -> None:
+    """Refuse positions below 0 and from `max_length` on.
 
     Raises:
         PositionRangeError: there is one.
     """
-    if position_ids.numel() and int(position_ids.max()) >= max_length:
+    if not position_ids.numel():
+        return
+    lowest, highest = (int(end) for end in position_ids.aminmax())
+    if lowest < 0:
         raise PositionRangeError(
-            f"Position {int(position_ids.max())} is beyond the {max_length} that the scheme '{scheme}' has vectors for. Shorten the "
+            f"Position {lowest} is below 0, and the scheme '{scheme}' has vectors for 0 to {max_length - 1}. Give position_ids that "
+            "count from 0; padding may have any of them."
+        )
+    if highest >= max_length:
+        raise PositionRangeError(
+            f"Position {highest} is beyond the {max_length} that the scheme '{scheme}' has vectors for. Shorten the "
             f'input, or swap to a longer table: swap_positional(model, "learned", max_length=...).'
         )

@@ -84,19 +84,20 @@ class Rope(Scheme):
     def __init__(self, options: RopeOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:
         """Check that the turned dimensions make whole planes."""
         super().__init__(options, geometry, layers)
-        rotary_dim = geometry.head_dim * options.fraction
-        if rotary_dim != int(rotary_dim) or rotary_dim < 2 or int(rotary_dim) % 2:
+        exact = geometry.head_dim * options.fraction
+        rotary_dim = round(exact)  # 0.58 of 100 is 57.99999999999999 in floating point
+        if abs(exact - rotary_dim) > 1e-6 or rotary_dim < 2 or rotary_dim % 2:
             raise OptionError(
-                f"rope: head_dim {geometry.head_dim} x fraction {options.fraction} gives {rotary_dim:g} rotary dimensions; they must be "
+                f"rope: head_dim {geometry.head_dim} x fraction {options.fraction} gives {exact:g} rotary dimensions; they must be "
                 "an even integer of at least 2, as dimensions turn in pairs. Choose another fraction (1.0 needs an even head_dim)."
             )
-        self.rotary_dim = int(rotary_dim)
+        self.rotary_dim = rotary_dim
 
     def angles(self, position_ids: Tensor) -> Tensor:
         """Return `position * theta_k`, radians, `[batch or 1, 1, length, rotary_dim / 2]`, float32.
 
-        theta is computed in float64 and rounded once; a product with a position below 2^24 is then off by at most one rounding,
-        as in transformers' own rotary models.
+        theta is computed in float64 and rounded to float32, and so is its product with a position: two roundings. transformers' own
+        rotary models compute theta in float32.
         """
         inv_freq = inverse_frequencies(self.rotary_dim, self.options.base).float().to(position_ids.device)
         return position_ids[:, None, :, None].float() * inv_freq

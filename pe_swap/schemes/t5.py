@@ -38,8 +38,8 @@ class T5Options(SchemeOptions):
         """Check the values."""
         self.require_int("num_buckets", 4, 65536)
         self.require_int("max_distance", 2, 2**24)
-        if self.num_buckets % 4:
-            raise self.refuse("num_buckets", "a multiple of 4: each side's half is split into exact and logarithmic buckets")
+        if self.num_buckets % 2:
+            raise self.refuse("num_buckets", "even: half of the buckets hold one distance each, half are logarithmic")
         if self.max_distance <= self.num_buckets // 2:
             raise self.refuse(
                 "max_distance", f"above num_buckets / 2 = {self.num_buckets // 2}, the distances with a bucket each"
@@ -80,8 +80,14 @@ class T5(Scheme):
     options: T5Options
 
     def __init__(self, options: T5Options, geometry: Geometry, layers: tuple[int, ...]) -> None:
-        """Build the table."""
+        """Build the table.
+
+        Raises:
+            OptionError: an encoder's buckets that do not split into two sides of two halves.
+        """
         super().__init__(options, geometry, layers)
+        if not geometry.is_causal and options.num_buckets % 4:
+            raise options.refuse("num_buckets", "a multiple of 4 in an encoder, where each side has half of the buckets")
         self.table = nn.Parameter(torch.empty(options.num_buckets, geometry.num_heads))
         self.reset_parameters()
 

@@ -48,8 +48,11 @@ def test_bias_is_the_buckets_row() -> None:
 def test_wrong_options() -> None:
     with pytest.raises(OptionError, match=r"unknown option 'num_bucket'. Did you mean 'num_buckets'"):
         build("t5", num_bucket=3)
-    with pytest.raises(OptionError, match=r"t5: option 'num_buckets' is 6; it must be a multiple of 4"):
-        build("t5", num_buckets=6)
+    with pytest.raises(OptionError, match=r"t5: option 'num_buckets' is 6; it must be a multiple of 4 in an encoder"):
+        build("t5", sizes=geometry(is_causal=False), num_buckets=6)
+    assert build("t5", num_buckets=6).table.shape == (6, 12)
+    with pytest.raises(OptionError, match=r"t5: option 'num_buckets' is 7; it must be even"):
+        build("t5", num_buckets=7)
     with pytest.raises(OptionError, match=r"'num_buckets' is 4000000"):
         build("t5", num_buckets=4_000_000)
     with pytest.raises(OptionError, match=r"'max_distance' is 16; it must be above num_buckets / 2 = 16"):

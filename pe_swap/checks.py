@@ -1,0 +1,285 @@
+"""Whether a swapped model keeps what its schemes promise, measured on the model in hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from pe_swap.adapters import adapter_for
+from pe_swap.attention.backends import library_name
+from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError
+from pe_swap.positional import Positional
+from pe_swap.schemes import Scheme
+from pe_swap.swap import positional_of
+
+LENGTH = 24
+"""Tokens in most checks; fewer where a scheme ends before that."""
+
+SHIFT = 17
+"""Positions by which the check of shift invariance moves every token."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property, measured.
+
+    Attributes:
+        name: the property.
+        passed: whether it holds; None where the scheme does not claim it and the line is for information.
+        difference: relative difference of hidden states, `|a - b| / |b|` (Euclidean norms), or None where none was measured.
+        detail: what was compared, or why it was not.
+    """
+
+    name: str
+    passed: bool | None
+    difference: float | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class PositionalReport:
+    """What `check_positional` found; `print` shows it as a table.
+
+    Attributes:
+        title: the model and its schemes.
+        tolerance: the largest relative difference that counts as rounding, the square root of the dtype's machine epsilon.
+        checks: one entry a property.
+    """
+
+    title: str
+    tolerance: float
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every claimed property holds."""
+        return all(check.passed is not False for check in self.checks)
+
+    def __str__(self) -> str:
+        """Return the report as lines of text."""
+        mark = {True: "ok  ", False: "FAIL", None: "-   "}
+        lines = [f"{self.title}: {'all claims hold' if self.passed else 'NOT AS CLAIMED'} (rounding: {self.tolerance:.1e})"]
+        for check in self.checks:
+            measured = "" if check.difference is None else f"{check.difference:.1e}"
+            lines.append(f"  {mark[check.passed]} {check.name:<22} {measured:>8}  {check.detail}")
+        return "\n".join(lines)
+
+
+def check_positional(model: PreTrainedModel) -> PositionalReport:
+    """Run the properties that a swapped model's schemes claim, on the model itself.
+
+    Every scheme that acts inside attention is called in every layer it serves; a decoder does not see the future; cached chunks
+    equal one uncached pass; a padded row equals the row alone; positions all moved by 17 change nothing where the scheme claims
+    that; the order of tokens matters; a length beyond the trained one gives finite numbers. Random tokens, the model's own weights,
+    dtype, device and attention implementation. Weights, random state and mode are left as they were.
+
+    Args:
+        model: a swapped model.
+
+    Returns:
+        The report; `report.passed` sums it up.
+
+    Raises:
+        SwapStateError: the model is not swapped.
+        UnsupportedModelError: not a model of a supported family.
+    """
+    positional = positional_of(model)
+    if positional is None:
+        raise SwapStateError(
+            f"This {type(model).__name__} is not swapped, so there is nothing to check. Call swap_positional(model, ...) first."
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _Checker(model, positional).report()
+    finally:
+        model.train(was_training)
+
+
+class _Checker:
+    """The checks of one model. Hidden states of the base model are compared: every head shares them."""
+
+    def __init__(self, model: PreTrainedModel, positional: Positional) -> None:
+        self.model = model
+        self.base_model: Any = model.base_model
+        self.positional = positional
+        self.schemes = [positional.scheme_at(index) for index in range(len(positional.schemes))]
+        self.adapter = adapter_for(model)
+        self.is_causal = self.adapter.is_causal(model.config)
+        weight = positional.tokens.weight
+        self.device, self.vocabulary = weight.device, weight.shape[0]
+        self.tolerance = float(torch.finfo(weight.dtype).eps ** 0.5)
+        self.length = min(LENGTH, positional.max_length or LENGTH)
+
+    def report(self) -> PositionalReport:
+        """Run everything."""
+        names = "+".join(dict.fromkeys(scheme.name for scheme in self.schemes)) or "no scheme"
+        checks: dict[str, Callable[[], Check]] = {
+            "every layer bound": self.bound,
+            "order matters": self.order,
+            "backend = eager": self.eager,
+            "left-padded = alone": lambda: self.padded("left"),
+            "right-padded = alone": lambda: self.padded("right"),
+        }
+        if self.is_causal:
+            checks |= {"causal": self.future, "cached = uncached": self.cached}
+        checks |= {"shift invariant": self.shifted, "beyond trained length": self.longer}
+        title = f"{type(self.model).__name__} with {names}, {library_name(self.model.config._attn_implementation)}"
+        return PositionalReport(title, self.tolerance, tuple(self.run(name, check) for name, check in checks.items()))
+
+    def run(self, name: str, check: Callable[[], Check]) -> Check:
+        """Run one check; an error of ours is a failure that says so, and the other checks still run."""
+        try:
+            return check()
+        except PESwapError as error:
+            return Check(name, False, None, str(error))
+
+    def tokens(self, batch: int, length: int, seed: int = 0) -> Tensor:
+        """Return random token ids, `[batch, length]`."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.vocabulary, (batch, length), generator=generator).to(self.device)
+
+    def states(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """Return the base model's last hidden states, `[batch, length, hidden_size]`, float32."""
+        if self.is_causal and "past_key_values" not in kwargs:
+            kwargs["use_cache"] = False
+        hidden: Tensor = self.base_model(input_ids, **kwargs).last_hidden_state
+        return hidden.float()
+
+    def compare(self, name: str, found: Tensor, expected: Tensor, detail: str, *, claimed: bool = True) -> Check:
+        """Return the check that two tensors are equal up to rounding."""
+        difference = float((found - expected).norm() / expected.norm())
+        if not claimed:
+            return Check(name, None, difference, detail)
+        return Check(name, difference <= self.tolerance, difference, detail)
+
+    def bound(self) -> Check:
+        """Check that one forward pass calls every scheme where it should act."""
+        wanted: Counter[tuple[int, str, int | None]] = Counter()
+        for layer, index in enumerate(self.positional.scheme_of_layer):
+            if index is not None:
+                hooks = self.schemes[index].hooks & {"rotate", "relative_bias", "score_bias", "value_bias"}
+                wanted.update((index, hook, layer) for hook in hooks)
+        if self.positional.input_scheme is not None:
+            hooks = self.schemes[self.positional.input_scheme].hooks & {"encode", "embed"}
+            wanted.update((self.positional.input_scheme, hook, None) for hook in hooks)
+        with _calls(self.schemes) as seen:
+            self.states(self.tokens(1, self.length))
+        missing = [f"{self.schemes[index].name}.{hook} in layer {layer}" for index, hook, layer in wanted - seen]
+        detail = f"not called: {', '.join(missing)}" if missing else f"{len(wanted)} hooks called in one forward pass"
+        return Check("every layer bound", not missing, None, detail)
+
+    def order(self) -> Check:
+        """Check that positions reach the output: the same tokens in another order give the last one another state."""
+        ids = self.tokens(1, self.length)
+        other = torch.cat((ids[:, :-1].flip(1), ids[:, -1:]), dim=1)
+        first, second = self.states(ids)[:, -1], self.states(other)[:, -1]
+        difference = float((first - second).norm() / first.norm())
+        if not self.is_causal and not any(parameter.any() for parameter in self.positional.parameters()):
+            if not any(scheme.hooks for scheme in self.schemes):
+                return Check("order matters", None, difference, "an encoder without positions is a bag of words")
+            if difference <= self.tolerance:
+                return Check("order matters", None, difference, "not yet: the scheme's parameters are all zero, train them")
+        return Check("order matters", difference > self.tolerance, difference, "last state, tokens before it reversed")
+
+    def eager(self) -> Check:
+        """Check that the attention implementation in use equals the plain one."""
+        implementation = self.model.config._attn_implementation
+        ids = self.tokens(2, self.length)
+        found = self.states(ids)
+        try:
+            self.model.set_attn_implementation("eager")
+            expected = self.states(ids)
+        finally:
+            self.model.set_attn_implementation(library_name(implementation))
+        return self.compare("backend = eager", found, expected, str(library_name(implementation)))
+
+    def padded(self, side: str) -> Check:
+        """Check that a row padded on one side equals the row alone."""
+        short = max(1, self.length * 2 // 3)
+        whole, row = self.tokens(1, self.length, seed=1), self.tokens(1, short, seed=2)
+        padding = self.tokens(1, self.length - short, seed=3)
+        parts = (padding, row) if side == "left" else (row, padding)
+        mask = torch.cat((torch.zeros_like(padding), torch.ones_like(row)), dim=1)
+        mask = mask if side == "left" else mask.flip(1)
+        mask = torch.cat((torch.ones_like(whole), mask))
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        together = self.states(torch.cat((whole, torch.cat(parts, dim=1))), attention_mask=mask, position_ids=position_ids)
+        return self.compare(
+            f"{side}-padded = alone", together[1][mask[1].bool()], self.states(row)[0], f"{short} of {self.length}"
+        )
+
+    def future(self) -> Check:
+        """Check that later tokens do not change earlier states."""
+        half = self.length // 2
+        ids, other = self.tokens(1, self.length), self.tokens(1, self.length, seed=4)
+        changed = torch.cat((ids[:, :half], other[:, half:]), dim=1)
+        return self.compare(
+            "causal", self.states(changed)[:, :half], self.states(ids)[:, :half], f"first {half} states, later tokens changed"
+        )
+
+    def cached(self) -> Check:
+        """Check that a prefill, a chunk and single tokens equal one pass."""
+        ids = self.tokens(2, self.length)
+        cache, parts, start = DynamicCache(config=self.model.config), [], 0
+        for length in (self.length // 2, self.length // 4, 1, self.length):
+            chunk = ids[:, start : start + length]
+            if chunk.shape[1]:
+                parts.append(self.states(chunk, past_key_values=cache, use_cache=True))
+            start += length
+        claimed = all(scheme.cached_equals_uncached for scheme in self.schemes)
+        detail = "prefill, chunk, token, chunk" if claimed else "not claimed: earlier tokens saw another scale of positions"
+        return self.compare("cached = uncached", torch.cat(parts, dim=1), self.states(ids), detail, claimed=claimed)
+
+    def shifted(self) -> Check:
+        """Check that only differences of positions matter, where the schemes claim it."""
+        claimed = all(scheme.shift_invariant for scheme in self.schemes)
+        name, ids = "shift invariant", self.tokens(1, self.length)
+        here, mask = torch.arange(self.length, device=self.device)[None], torch.ones_like(ids)
+        try:
+            moved = self.states(ids, attention_mask=mask, position_ids=here + SHIFT)
+        except PositionRangeError:
+            return Check(name, None, None, f"not claimed, and positions end at {self.positional.max_length}")
+        there = self.states(ids, attention_mask=mask, position_ids=here)
+        return self.compare(name, moved, there, f"by {SHIFT}" + ("" if claimed else ": not claimed"), claimed=claimed)
+
+    def longer(self) -> Check:
+        """Check that a length beyond the trained one gives finite states."""
+        trained, limit = int(self.model.config.pe_swap["trained_length"]), self.positional.max_length
+        if limit is not None and limit <= trained:
+            return Check("beyond trained length", None, None, f"positions end at {limit:,}")
+        length = min(trained + 8, limit or trained + 8)
+        finite = bool(self.states(self.tokens(1, length)).isfinite().all())
+        return Check("beyond trained length", finite, None, f"{length:,} tokens, trained at {trained:,}")
+
+
+@contextmanager
+def _calls(schemes: list[Scheme]) -> Iterator[Counter[tuple[int, str, int | None]]]:
+    """Count the calls of every scheme's hooks, as `(index of the scheme, hook, layer)`."""
+    seen: Counter[tuple[int, str, int | None]] = Counter()
+
+    def counted(index: int, hook: str, method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen[(index, hook, kwargs.get("layer"))] += 1
+            return method(*args, **kwargs)
+
+        return call
+
+    before = [dict(vars(scheme)) for scheme in schemes]
+    try:
+        for index, scheme in enumerate(schemes):
+            for hook in scheme.hooks:
+                vars(scheme)[hook] = counted(index, hook, getattr(scheme, hook))
+        yield seen
+    finally:
+        for scheme, attributes in zip(schemes, before, strict=True):
+            vars(scheme).clear()
+            vars(scheme).update(attributes)
