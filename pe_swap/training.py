@@ -273,6 +273,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "fingerprint": key,
         "config": settings,
         **environment(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "seed": config.seed,
         "data": {"train": text.describe(train_documents), "eval": text.describe(eval_documents)},
         "perplexity": {"length": length, "before_swap": perplexity(model, evaluator)},

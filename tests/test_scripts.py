@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import runpy
 import subprocess
 import sys
@@ -139,3 +140,25 @@ def test_an_unknown_key_ends_a_process_with_status_two_and_one_line() -> None:
     assert done.returncode == 2
     assert "error: Unknown key 'train.max_step'. Did you mean 'max_steps'?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_two_processes_train_as_one_with_the_same_effective_batch(texts: list[str], tmp_path: Path) -> None:
+    model = tmp_path / "model.yaml"
+    model.write_text(
+        "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 16, attn_pdrop: 0, embd_pdrop: 0, resid_pdrop: 0}"
+    )
+    script = [str(SCRIPTS / "finetune.py"), "--model", str(model), "--vocab_size", "280", "--data.text_files", *texts]
+    script += ["--scheme.name", "rope", "--data.block_size", "16", "--train.max_steps", "4", "--train.logging_steps", "1"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    found = []
+    for label, launcher, batch_size in (("one", [], "8"), ("two", launch, "4")):
+        command = [sys.executable, *launcher, *script, "--train.batch_size", batch_size, "--out", str(tmp_path / label)]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / label / "record.json").read_text())
+        assert record["processes"] == len(found) + 1
+        found.append([entry["loss"] for entry in record["training"]["log"]])
+    assert len(set(found[0])) > 1
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -1,0 +1,219 @@
+"""Every head class of every family, found through its adapter, and the cross-attention that no swap may touch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel, PreTrainedModel
+
+import pe_swap
+from pe_swap.adapters import ADAPTERS
+from tests.models import TRAINED_LENGTH, VOCABULARY, build, disturb, token_ids
+
+ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
+"""float32, two layers: sums in another order."""
+
+LONGER = TRAINED_LENGTH + 9
+
+HEADS = [(family, head.__name__) for family in ADAPTERS.names() for head in ADAPTERS[family].head_classes()]
+SCHEMES: dict[str, dict[str, Any]] = {"rope": {}, "alibi": {}, "t5": {}, "learned": {"max_length": 64}, "concat": {}}
+
+CHOICES = {"BertForMultipleChoice"}
+"""Heads whose input has a dimension for choices."""
+
+SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 12, "n_positions": TRAINED_LENGTH, "bos_token_id": 1, "eos_token_id": 2},
+    "bert": {
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 12,
+        "intermediate_size": 16,
+        "max_position_embeddings": TRAINED_LENGTH,
+    },
+}
+
+
+def build_head(family: str, name: str) -> PreTrainedModel:
+    """Return a small model with the head called `name`; every matrix is large enough for positions to show."""
+    torch.manual_seed(1)
+    adapter = ADAPTERS[family]
+    head = next(head for head in adapter.head_classes() if head.__name__ == name)
+    is_decoder = {"is_decoder": True} if name == "BertLMHeadModel" else {}
+    model = head(adapter.config_class(vocab_size=VOCABULARY, pad_token_id=0, **SIZES[family], **is_decoder))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() == 2 else 1.0)
+    return model.eval()
+
+
+def ids_for(name: str, length: int) -> Tensor:
+    """Return token ids in the shape the head takes: `[batch, length]`, or `[batch, choices, length]`."""
+    return token_ids(6, length).view(2, 3, length) if name in CHOICES else token_ids(2, length)
+
+
+def tensors_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Return every floating tensor of the output, caches aside."""
+    with torch.no_grad():
+        output = model(ids)
+    return {name: value for name, value in output.items() if isinstance(value, Tensor)}
+
+
+def test_no_head_is_forgotten() -> None:
+    """The adapters find what transformers exports for the family."""
+    for family in ADAPTERS.names():
+        adapter = ADAPTERS[family]
+        exported = {name for name in adapter.modeling.__all__ if isinstance(getattr(adapter.modeling, name), type)}
+        exported -= {adapter.pretrained_class.__name__}
+        models = {name for name in exported if issubclass(getattr(adapter.modeling, name), PreTrainedModel)}
+        assert models == {head.__name__ for head in adapter.head_classes()}
+        assert len(models) >= 6
+
+
+@pytest.mark.parametrize(("family", "head"), HEADS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_head_swaps_runs_longer_and_is_restored(family: str, head: str, scheme: str) -> None:
+    model = build_head(family, head)
+    short, long = ids_for(head, 20), ids_for(head, LONGER)
+    before = tensors_of(model, short)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    pe_swap.swap_positional(model, scheme, **SCHEMES[scheme])
+    disturb(model)
+    after = tensors_of(model, short)
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        assert (value - before[name]).abs().max() > 1e-3 * before[name].abs().max(), name
+    for name, value in tensors_of(model, long).items():
+        assert value.isfinite().all(), name
+    pe_swap.restore_positional(model)
+    restored = tensors_of(model, short)
+    assert all(torch.equal(restored[name], value) for name, value in before.items())
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_double_heads_with_a_dimension_for_choices(scheme: str) -> None:
+    model = pe_swap.swap_positional(build_head("gpt2", "GPT2DoubleHeadsModel"), scheme, **SCHEMES[scheme])
+    disturb(model)
+    flat = token_ids(6, LONGER)
+    choices = flat.view(2, 3, LONGER)
+    if scheme == "concat":  # the module sees the ids before it flattens them
+        with pytest.raises(pe_swap.errors.UnsupportedModelError) as caught:
+            model(choices)
+        assert str(caught.value) == (
+            f"The scheme 'concat' replaces token embeddings and needs input_ids of shape [batch, length], got [2, 3, {LONGER}]. Flatten "
+            "the choices into the batch, or use a scheme that adds a vector."
+        )
+        return
+    expected, found = tensors_of(model, flat), tensors_of(model, choices)
+    torch.testing.assert_close(found["logits"].flatten(0, 1), expected["logits"], **ROUNDING)
+    torch.testing.assert_close(found["mc_logits"].flatten(), expected["mc_logits"].flatten(), **ROUNDING)
+
+
+# --- cross-attention -----------------------------------------------------------------------------------------------------------
+
+
+def cross_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the cross-attention modules by name."""
+    return {name: module for name, module in model.named_modules() if name.endswith("crossattention")}
+
+
+def record_calls(model: nn.Module) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
+    """Return a dictionary that every cross-attention call fills with its arguments and its first result."""
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
+
+    def recorder(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls[name] = (args, kwargs, output[0])
+
+        return record
+
+    for name, module in cross_attentions(model).items():
+        module.register_forward_hook(recorder(name), with_kwargs=True)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert-decoder"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "shaw", "none"])
+def test_cross_attention_is_left_alone(family: str, backend: str, scheme: str) -> None:
+    """Given what the swapped model's cross-attention was given, the unswapped model's returns the same bits."""
+    plain = build(family, backend, add_cross_attention=True)
+    model = pe_swap.swap_positional(copy.deepcopy(plain), scheme, **SCHEMES.get(scheme, {}))
+    disturb(model)
+    encoded = torch.randn(2, 7, 96)
+    encoder_mask = torch.ones(2, 7, dtype=torch.long)
+    encoder_mask[1, 4:] = 0
+    given = {"encoder_hidden_states": encoded, "encoder_attention_mask": encoder_mask, "use_cache": False}
+    calls = record_calls(model)
+    with torch.no_grad():
+        swapped_logits = model(token_ids(2, 20), **given).logits
+        assert (swapped_logits - plain(token_ids(2, 20), **given).logits).abs().max() > 1e-3
+        untouched = cross_attentions(plain)
+        assert len(calls) == len(untouched) == 2
+        for name, (args, kwargs, output) in calls.items():
+            assert torch.equal(untouched[name](*args, **kwargs)[0], output), name
+    assert not any("pe_swap" in key for module in cross_attentions(model).values() for part in module.modules() for key in vars(part))
+
+
+def encoder_decoder(decoder_family: str) -> EncoderDecoderModel:
+    """Return a small encoder-decoder around a BERT encoder."""
+    decoder = build(decoder_family, add_cross_attention=True)
+    model = EncoderDecoderModel(encoder=build("bert").bert, decoder=decoder)
+    model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+    return model.eval()
+
+
+@pytest.mark.parametrize("decoder_family", ["gpt2", "bert-decoder"])
+@pytest.mark.parametrize("scheme", ["rope", "alibi", "t5", "concat"])
+def test_a_swapped_encoder_decoder_generates(decoder_family: str, scheme: str) -> None:
+    model = encoder_decoder(decoder_family)
+    source = token_ids(2, LONGER)
+    for part in (model.encoder, model.decoder):
+        pe_swap.swap_positional(part, scheme)
+        disturb(part)
+    settings = {
+        "max_new_tokens": LONGER,
+        "min_new_tokens": LONGER,
+        "do_sample": False,
+        "decoder_start_token_id": 1,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+    }
+    cached = model.generate(source, **settings)
+    assert cached.shape == (2, LONGER + 1)
+    assert torch.equal(model.generate(source, **settings, use_cache=False), cached)
+    assert torch.equal(model.generate(source, **settings, num_beams=2), model.generate(source, **settings, num_beams=2, use_cache=False))
+    for part in (model.encoder, model.decoder):
+        pe_swap.restore_positional(part)
+    fresh = encoder_decoder(decoder_family)
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_the_encoder_decoder_itself_is_refused() -> None:
+    model = encoder_decoder("gpt2")
+    with pytest.raises(pe_swap.errors.UnsupportedModelError, match="'encoder-decoder'.*swap its encoder and decoder separately"):
+        pe_swap.swap_positional(model, "rope")
+
+
+def test_a_decoder_looks_back_only_and_an_encoder_both_ways() -> None:
+    """The same BERT weights: `is_decoder` alone tells the scheme which form it takes."""
+    sizes = {**SIZES["bert"], "vocab_size": VOCABULARY}
+    torch.manual_seed(1)
+    encoder = BertModel(BertConfig(**sizes)).eval()
+    decoder = BertLMHeadModel(BertConfig(**sizes, is_decoder=True)).eval()
+    decoder.bert.load_state_dict(encoder.state_dict(), strict=False)
+    for model in (encoder, decoder):
+        pe_swap.swap_positional(model, "t5", num_buckets=8, max_distance=12)
+    assert pe_swap.swap.positional_of(encoder).scheme_at(0).geometry.is_causal is False
+    assert pe_swap.swap.positional_of(decoder).scheme_at(0).geometry.is_causal is True
+    ids = token_ids(1, 12)
+    changed = ids.clone()
+    changed[:, 8:] = token_ids(1, 4, seed=4)
+    with torch.no_grad():
+        assert (encoder(ids)[0][:, :8] - encoder(changed)[0][:, :8]).abs().max() > 1e-4
+        torch.testing.assert_close(decoder(ids).logits[:, :8], decoder(changed).logits[:, :8], **ROUNDING)
