@@ -45,11 +45,13 @@ class Original:
         table: the model's own position embedding.
         dtype: the token table's dtype at the swap.
         length: the configuration's length field at the swap.
+        loss_type: the model's own name of its loss.
     """
 
     table: nn.Embedding
     dtype: torch.dtype
     length: int
+    loss_type: str | None
 
     def current(self, like: Tensor) -> nn.Embedding:
         """Return the table as the model would hold it now, had it never been swapped: moved and cast with the rest."""

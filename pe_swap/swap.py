@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from pe_swap.adapters import Adapter, adapter_for
+from pe_swap.adapters import Adapter, adapter_for, known_loss_type
 from pe_swap.attention.backends import name_for
 from pe_swap.checkpoint import swapped_config_class
 from pe_swap.errors import AdapterError, SwapStateError
@@ -74,6 +74,7 @@ def swap_positional(
         detach(adapter, base_model)
     _set_config(model, config, swapped_config)
     attach(adapter, base_model, positional)
+    model.loss_type = known_loss_type(model)
     return model
 
 
@@ -86,7 +87,8 @@ def _take_original(adapter: Adapter, model: PreTrainedModel) -> Original:
             "expected: something else has patched this model. Undo that patch before the swap."
         )
     tokens = cast(nn.Embedding, adapter.find(model.base_model, adapter.token_embedding))
-    return Original(table, tokens.weight.dtype, getattr(model.config, adapter.length_field))
+    length = getattr(model.config, adapter.length_field)
+    return Original(table, tokens.weight.dtype, length, getattr(model, "loss_type", None))
 
 
 def _kept_scheme(current: Positional | None, before: Specification | None, options: SchemeOptions) -> Scheme | None:
@@ -138,6 +140,7 @@ def restore_positional(model: Model) -> Model:
     detach(adapter, model.base_model)
     model.base_model.set_submodule(adapter.position_embedding, original.current(positional.tokens.weight))
     original.table.train(model.training)
+    model.loss_type = original.loss_type
     _set_config(model, model.config, config)
     return model
 

@@ -80,5 +80,9 @@ def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:
 
 def checkpoint_activations(model: PreTrainedModel, use_reentrant: bool = False) -> None:
     """Turn gradient checkpointing on, by the name this transformers version has for it."""
-    name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
+    name = (
+        "activation_checkpointing_enable"
+        if hasattr(model, "activation_checkpointing_enable")
+        else "gradient_checkpointing_enable"
+    )
     getattr(model, name)({"use_reentrant": use_reentrant})

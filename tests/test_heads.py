@@ -157,7 +157,9 @@ def test_cross_attention_is_left_alone(family: str, backend: str, scheme: str) -
         assert len(calls) == len(untouched) == 2
         for name, (args, kwargs, output) in calls.items():
             assert torch.equal(untouched[name](*args, **kwargs)[0], output), name
-    assert not any("pe_swap" in key for module in cross_attentions(model).values() for part in module.modules() for key in vars(part))
+    assert not any(
+        "pe_swap" in key for module in cross_attentions(model).values() for part in module.modules() for key in vars(part)
+    )
 
 
 def encoder_decoder(decoder_family: str) -> EncoderDecoderModel:
@@ -187,7 +189,9 @@ def test_a_swapped_encoder_decoder_generates(decoder_family: str, scheme: str) -
     cached = model.generate(source, **settings)
     assert cached.shape == (2, LONGER + 1)
     assert torch.equal(model.generate(source, **settings, use_cache=False), cached)
-    assert torch.equal(model.generate(source, **settings, num_beams=2), model.generate(source, **settings, num_beams=2, use_cache=False))
+    assert torch.equal(
+        model.generate(source, **settings, num_beams=2), model.generate(source, **settings, num_beams=2, use_cache=False)
+    )
     for part in (model.encoder, model.decoder):
         pe_swap.restore_positional(part)
     fresh = encoder_decoder(decoder_family)

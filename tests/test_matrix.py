@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 
 import pytest
@@ -210,3 +211,19 @@ def test_a_swap_warns_only_of_a_bag_of_words(case: str, family: str) -> None:
         swapped(family, case)
     expected = ["The scheme 'none' on an encoder"] if (case, family) == ("none", "bert") else []
     assert [str(warning.message)[:31] for warning in caught] == expected
+
+
+@every_family
+def test_the_loss_has_its_name_while_swapped_and_transformers_says_nothing(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = build(family), token_ids(1, 8)
+    own = model.loss_type
+    pe_swap.swap_positional(model, "rope")
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        model(ids, labels=ids)
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert model.loss_type == ("ForMaskedLM" if family == "bert" else "ForCausalLM")
+    assert pe_swap.restore_positional(model).loss_type == own

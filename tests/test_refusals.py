@@ -214,7 +214,9 @@ def test_options_beside_an_object_that_holds_its_own() -> None:
         )
 
 
-@pytest.mark.parametrize(("width", "head_dim", "fraction", "shown"), [(96, 8, 0.375, "3"), (36, 3, 1.0, "3"), (96, 8, 0.3, "2.4")])
+@pytest.mark.parametrize(
+    ("width", "head_dim", "fraction", "shown"), [(96, 8, 0.375, "3"), (36, 3, 1.0, "3"), (96, 8, 0.3, "2.4")]
+)
 def test_an_odd_rotary_dimension(width: int, head_dim: int, fraction: float, shown: str) -> None:
     model = build("gpt2", n_embd=width)
     with unchanged(model), pytest.raises(errors.OptionError) as caught:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from pe_swap.errors import AdapterError, UnsupportedModelError
 from pe_swap.registry import Registry
@@ -131,3 +132,16 @@ SWAPPED_PREFIX = "pe_swap_"
 def family_of(model_type: str) -> str:
     """Return the family of a `model_type`, swapped or not."""
     return model_type.removeprefix(SWAPPED_PREFIX)
+
+
+def known_loss_type(model: PreTrainedModel) -> str | None:
+    """Return the name of a model's loss.
+
+    transformers picks the loss by the class's name. Causal heads whose name says nothing (`GPT2LMHeadModel`) fall back to the causal
+    loss with a warning; for those this is that loss, by its name.
+    """
+    loss_type: str | None = getattr(model, "loss_type", None)
+    heads = [parent.__name__ for parent in type(model).__mro__]
+    if loss_type is None and any(name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in heads):
+        return "ForCausalLM"
+    return loss_type

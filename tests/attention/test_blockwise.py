@@ -1,0 +1,98 @@
+"""Attention in blocks with any bias, against the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pe_swap.attention import blockwise
+from pe_swap.attention.blockwise import blockwise_attention
+from pe_swap.attention.plain import plain_attention
+from pe_swap.positions import Positions, slots_from
+from tests.attention.calls import Call, calls
+
+fast = settings(max_examples=50, deadline=None, derandomize=True)
+
+
+def score_bias(query: Tensor, key: Tensor, positions: Positions) -> Tensor:
+    """Return a bias that depends on the query, the key, the distance and the query's id: all that a scheme may use."""
+    by_query, by_key = query.sum(-1)[..., :, None], key.square().sum(-1)[..., None, :]
+    distance = positions.distance.to(query.dtype)
+    return 0.1 * by_query * distance.sin() + 0.1 * by_key / (1 + positions.query_ids[:, None, :, None].to(query.dtype))
+
+
+def value_bias(probabilities: Tensor, positions: Positions) -> Tensor:
+    """Return a term that depends on probabilities and distance, the same in every dimension of the output."""
+    by_distance = (probabilities * positions.distance.to(probabilities.dtype).cos()).sum(-1, keepdim=True)
+    return by_distance
+
+
+def positions_of(call: Call) -> Positions:
+    first = call.kv_len - call.q_len
+    slots = slots_from(first, call.q_len, torch.device("cpu"))
+    return Positions(slots, slots_from(0, call.kv_len, torch.device("cpu")), slots[None])
+
+
+def both_forms(call: Call, with_value: bool) -> tuple[Tensor, Tensor]:
+    positions = positions_of(call)
+    options = {"attention_mask": call.attention_mask, "is_causal": call.is_causal, "scaling": 0.4, "dropout": 0.0}
+    blocks = blockwise_attention(
+        call.query, call.key, call.value, positions, score_bias, value_bias if with_value else None, **options
+    )
+    plain, probabilities = plain_attention(
+        call.query, call.key, call.value, score_bias(call.query, call.key, positions), **options
+    )
+    return blocks, plain + value_bias(probabilities, positions) if with_value else plain
+
+
+@fast
+@given(calls(), st.sampled_from((4, 16, 256)), st.booleans())
+def test_every_call_equals_the_plain_form_and_so_do_its_gradients(call: Call, block: int, with_value: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "QUERY_BLOCK", block)
+        leaves = [tensor.clone().requires_grad_() for tensor in (call.query, call.key, call.value)]
+        ours, theirs = both_forms(Call(*leaves, call.attention_mask, call.is_causal), with_value)
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
+        weights = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).reshape(ours.shape)
+        found = [torch.autograd.grad((output * weights).sum(), leaves) for output in (ours, theirs)]
+        for our_gradient, their_gradient in zip(*found, strict=True):
+            torch.testing.assert_close(our_gradient, their_gradient, atol=1e-11, rtol=1e-9)
+        with torch.no_grad():
+            torch.testing.assert_close(both_forms(call, with_value)[0], theirs.detach(), atol=1e-12, rtol=1e-10)
+
+
+class _Held(TorchDispatchMode):
+    """Record the largest tensor any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+def test_nothing_larger_than_a_block_of_scores_is_allocated() -> None:
+    heads, length = 3, 1536
+    leaves = [torch.randn(1, heads, length, 8, requires_grad=True) for _ in range(3)]
+    with _Held() as held:
+        call = Call(*leaves, None, is_causal=True)
+        blockwise_attention(
+            *leaves,
+            positions_of(call),
+            score_bias,
+            None,
+            attention_mask=None,
+            is_causal=True,
+            scaling=0.4,
+            dropout=0.0,
+        ).sum().backward()
+    assert held.numbers <= heads * blockwise.QUERY_BLOCK * length

@@ -1,0 +1,145 @@
+"""The strided forms of a relative bias, against the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pe_swap.attention import relative
+from pe_swap.attention.relative import relative_bias_attention, sum_of_antidiagonals
+from tests.attention.calls import Call, calls, expected
+
+fast = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def attend(call: Call, bias: Tensor, scaling: float = 0.3) -> Tensor:
+    return relative_bias_attention(
+        call.query,
+        call.key,
+        call.value,
+        bias,
+        attention_mask=call.attention_mask,
+        is_causal=call.is_causal,
+        scaling=scaling,
+        dropout=0.0,
+    )
+
+
+def bias_for(call: Call, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(call.query.shape[1], call.q_len + call.kv_len - 1, generator=generator, dtype=torch.float64) * 2
+
+
+@fast
+@given(calls(), st.sampled_from((4, 16, 512)))
+def test_every_call_equals_the_plain_form(call: Call, block: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relative, "QUERY_BLOCK", block)
+        bias = bias_for(call)
+        torch.testing.assert_close(attend(call, bias), expected(call, bias, 0.3), atol=1e-12, rtol=1e-10)
+
+
+@fast
+@given(calls(), st.sampled_from((4, 16, 512)))
+def test_gradients_of_every_input_equal_the_plain_forms(call: Call, block: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relative, "QUERY_BLOCK", block)
+        found = []
+        for form in (attend, lambda call, bias: expected(call, bias, 0.3)):
+            leaves = [tensor.clone().requires_grad_() for tensor in (call.query, call.key, call.value, bias_for(call))]
+            output = form(Call(*leaves[:3], call.attention_mask, call.is_causal), leaves[3])
+            weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
+            found.append(torch.autograd.grad((output * weights).sum(), leaves))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("bias_trains", [True, False])
+def test_gradcheck(is_causal: bool, bias_trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relative, "QUERY_BLOCK", 4)
+    query, key, value = (torch.randn(2, 2, 7, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 13, dtype=torch.float64, requires_grad=bias_trains)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: attend(Call(*inputs[:3], None, is_causal), inputs[3]), (query, key, value, bias), nondet_tol=0.0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias_trains", [True, False])
+def test_narrow_types_are_as_near_to_float64_as_the_plain_form(dtype: torch.dtype, bias_trains: bool) -> None:
+    torch.manual_seed(5)
+    call = Call(*(torch.randn(2, 3, 70, 8, dtype=torch.float64) for _ in range(3)), None, is_causal=True)
+    bias = bias_for(call)
+    exact = expected(call, bias, 0.3)
+    narrow = call.to(dtype)
+    fast_form = attend(narrow, bias.float().requires_grad_(bias_trains))
+    assert fast_form.dtype == dtype
+    plain_form = expected(narrow, bias.float(), 0.3)
+    assert (fast_form.double() - exact).norm() <= 1.5 * (plain_form.double() - exact).norm()
+
+
+def test_dropout_keeps_the_mean_and_drops_whole_probabilities() -> None:
+    torch.manual_seed(3)
+    length = 64
+    query = key = torch.zeros(1, 1, length, 4)
+    value = torch.ones(1, 1, length, 4)
+    call = Call(query, key, value, None, is_causal=False)
+    outputs = torch.stack(
+        [
+            relative_bias_attention(
+                call.query, call.key, call.value, torch.zeros(1, 127), attention_mask=None, is_causal=False, scaling=1.0, dropout=0.5
+            )
+            for _ in range(50)
+        ]
+    )
+    assert abs(float(outputs.mean()) - 1) < 0.02
+    kept = (outputs * length / 2).round()
+    torch.testing.assert_close(outputs * length / 2, kept, atol=1e-3, rtol=0)
+    assert kept.std() > 2
+
+
+class _Largest(TorchDispatchMode):
+    """Record the largest tensor, in numbers that own storage, that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize("bias_trains", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_nothing_of_heads_by_length_by_length_is_allocated(bias_trains: bool, is_causal: bool) -> None:
+    heads, length, head_dim = 3, 2048, 8
+    leaves = [torch.randn(1, heads, length, head_dim, requires_grad=True) for _ in range(3)]
+    bias = torch.zeros(heads, 2 * length - 1, requires_grad=bias_trains)
+    with _Largest() as largest:
+        attend(Call(*leaves, None, is_causal), bias).sum().backward()
+    if bias_trains:  # the backward pass holds one block of scores, and once shifted along its diagonals
+        assert largest.numbers <= heads * relative.QUERY_BLOCK * (length + 2 * relative.QUERY_BLOCK)
+    else:
+        assert largest.numbers <= heads * length * max(head_dim, 8) * 3
+    assert largest.numbers < heads * length * length
+
+
+@given(st.integers(1, 7), st.integers(1, 9))
+def test_sum_of_antidiagonals(rows: int, columns: int) -> None:
+    matrix = torch.randn(2, rows, columns, dtype=torch.float64)
+    found = sum_of_antidiagonals(matrix)
+    assert found.shape == (2, rows + columns - 1)
+    wanted = torch.zeros(2, rows + columns - 1, dtype=torch.float64)
+    for row in range(rows):
+        for column in range(columns):
+            wanted[:, row + column] += matrix[:, row, column]
+    torch.testing.assert_close(found, wanted)
