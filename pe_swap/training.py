@@ -29,6 +29,7 @@ from pe_swap.evaluation.runner import Evaluator, is_causal, longest_input
 from pe_swap.models import apply_scheme, is_configuration, load_model, scheme_name, start_model
 from pe_swap.records import Stopwatch, environment, file_hash, fingerprint, read_record, write_record
 from pe_swap.swap import positional_parameters
+from pe_swap.training_loss import loss_in_chunks
 
 CHECKPOINTS = "checkpoints"
 """Folder of the Trainer's checkpoints in a run's output folder."""
@@ -112,7 +113,8 @@ def train(
     )
     checkpoint = last_checkpoint(out) if resume else None
     try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        with loss_in_chunks(model):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
     except Exception as error:
         if checkpoint is not None and trainer.state.global_step == 0:
             raise CheckpointError(

@@ -257,6 +257,7 @@ def test_compiled_decode_steps_with_a_static_cache_are_one_graph_and_equal(case:
 @pytest.mark.parametrize("case", ["rope", "rope-interleaved", "sinusoidal", "none"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers' own call
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # PyTorch's own import
 def test_flex_attention_equals_sdpa(case: str, family: str) -> None:
     """Run uncompiled: the fused kernel takes 13 s to build on a CPU, and is PyTorch's to test."""
     model, ids = swapped(family, case), token_ids(2, 20)

@@ -36,6 +36,7 @@ ROOMS = (
     "evaluation.runner",
     "report",
     "evaluation.suite",
+    "training_loss",
     "training",
     "compare",
 )

@@ -47,7 +47,8 @@ def calls(draw: st.DrawFn, longest: int = 40) -> Call:
     kv_len = q_len if kind in ("causal", "packed") else q_len + cached
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     query, key, value = (
-        torch.randn(batch, heads, length, head_dim, generator=generator, dtype=torch.float64) for length in (q_len, kv_len, kv_len)
+        torch.randn(batch, heads, length, head_dim, generator=generator, dtype=torch.float64)
+        for length in (q_len, kv_len, kv_len)
     )
     mask: Tensor | None = None
     if kind not in ("causal", "two-sided"):

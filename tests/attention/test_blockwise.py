@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pe_swap.attention import blockwise
 from pe_swap.attention.blockwise import blockwise_attention
 from pe_swap.attention.plain import plain_attention
 from pe_swap.positions import Positions, slots_from
 from tests.attention.calls import Call, calls
+from tests.attention.memory import Largest
 
 fast = settings(max_examples=50, deadline=None, derandomize=True)
 
@@ -65,25 +65,10 @@ def test_every_call_equals_the_plain_form_and_so_do_its_gradients(call: Call, bl
             torch.testing.assert_close(both_forms(call, with_value)[0], theirs.detach(), atol=1e-12, rtol=1e-10)
 
 
-class _Held(TorchDispatchMode):
-    """Record the largest tensor any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return out
-
-
 def test_nothing_larger_than_a_block_of_scores_is_allocated() -> None:
     heads, length = 3, 1536
     leaves = [torch.randn(1, heads, length, 8, requires_grad=True) for _ in range(3)]
-    with _Held() as held:
+    with Largest() as largest:
         call = Call(*leaves, None, is_causal=True)
         blockwise_attention(
             *leaves,
@@ -95,4 +80,4 @@ def test_nothing_larger_than_a_block_of_scores_is_allocated() -> None:
             scaling=0.4,
             dropout=0.0,
         ).sum().backward()
-    assert held.numbers <= heads * blockwise.QUERY_BLOCK * length
+    assert largest.numbers <= heads * blockwise.QUERY_BLOCK * length

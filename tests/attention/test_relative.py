@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pe_swap.attention import relative
 from pe_swap.attention.relative import relative_bias_attention, sum_of_antidiagonals
 from tests.attention.calls import Call, calls, expected
+from tests.attention.memory import Largest
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -92,7 +92,14 @@ def test_dropout_keeps_the_mean_and_drops_whole_probabilities() -> None:
     outputs = torch.stack(
         [
             relative_bias_attention(
-                call.query, call.key, call.value, torch.zeros(1, 127), attention_mask=None, is_causal=False, scaling=1.0, dropout=0.5
+                call.query,
+                call.key,
+                call.value,
+                torch.zeros(1, 127),
+                attention_mask=None,
+                is_causal=False,
+                scaling=1.0,
+                dropout=0.5,
             )
             for _ in range(50)
         ]
@@ -103,28 +110,13 @@ def test_dropout_keeps_the_mean_and_drops_whole_probabilities() -> None:
     assert kept.std() > 2
 
 
-class _Largest(TorchDispatchMode):
-    """Record the largest tensor, in numbers that own storage, that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return out
-
-
 @pytest.mark.parametrize("bias_trains", [True, False])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_nothing_of_heads_by_length_by_length_is_allocated(bias_trains: bool, is_causal: bool) -> None:
     heads, length, head_dim = 3, 2048, 8
     leaves = [torch.randn(1, heads, length, head_dim, requires_grad=True) for _ in range(3)]
     bias = torch.zeros(heads, 2 * length - 1, requires_grad=bias_trains)
-    with _Largest() as largest:
+    with Largest() as largest:
         attend(Call(*leaves, None, is_causal), bias).sum().backward()
     if bias_trains:  # the backward pass holds one block of scores, and once shifted along its diagonals
         assert largest.numbers <= heads * relative.QUERY_BLOCK * (length + 2 * relative.QUERY_BLOCK)
