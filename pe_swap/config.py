@@ -155,6 +155,29 @@ class CompareConfig(Section):
     out: str = Field(default="runs/compare", description="output folder")
 
 
+Task = Literal["forward", "train", "decode", "memory"]
+
+
+class BenchmarkConfig(Section):
+    """`scripts/benchmark.py`: what a scheme costs, beside the model it came from and beside models that have it built in."""
+
+    family: str = Field(default="gpt2", description="model family, one of list_adapters()")
+    schemes: list[str] = Field(default=[], description="schemes with their default options; all by default")
+    tasks: list[Task] = Field(default=["forward", "train", "decode", "memory"], min_length=1, description="what to measure")
+    lengths: list[PositiveInt] = Field(default=[1024, 2048, 4096, 8192], min_length=1, description="tokens, or cached tokens")
+    train_lengths: list[PositiveInt] = Field(default=[1024, 2048, 4096], description="tokens of a training step")
+    peers: bool = Field(default=True, description="also models of transformers that have a scheme built in")
+    peer_length: PositiveInt = Field(default=2048, description="tokens in the comparison with peers")
+    layers: PositiveInt = Field(default=6, description="layers of every model")
+    hidden_size: PositiveInt = Field(default=768, description="width of every model")
+    heads: PositiveInt = Field(default=12, description="attention heads of every model")
+    vocab_size: PositiveInt = Field(default=1024, description="vocabulary of every model")
+    threads: PositiveInt = Field(default=2, description="CPU threads")
+    pairs: PositiveInt = Field(default=7, description="most pairs of runs behind a ratio")
+    seconds: PositiveFloat = Field(default=20.0, description="no further pair after so many seconds, once there are three")
+    out: str = Field(default="runs/benchmark", description="output folder")
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the content of a YAML (or JSON) file.
 

@@ -160,3 +160,73 @@ def _label_ends(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
             label, (length, value), xytext=(length * 1.06, placed), color=colour, va="center", fontsize=8.5, annotation_clip=False
         )
     axes.set_xlim(right=max(end[0] for end in ends) * 1.75)
+
+
+TASK_TITLES = {
+    "forward": "Forward pass, time over the unswapped model's",
+    "train": "Training step (forward, loss, backward), time over the unswapped model's",
+    "decode": "Decoding, so many tokens cached, time over the unswapped model's",
+    "memory": "Peak memory of a process that runs one forward pass, over the unswapped model's",
+    "peer": "Models of transformers with the scheme built in, time over ours with the same scheme",
+}
+
+
+def benchmark_table(record: dict[str, Any]) -> str:
+    """Return a benchmark's record as Markdown: ratios, with their quartiles."""
+    config, rows = record["config"], record["results"]
+    shape = (
+        f"{config['layers']} layers, {config['hidden_size']} wide, {config['heads']} heads, vocabulary {config['vocab_size']:,}"
+    )
+    lines = ["# What a scheme costs", "", f"{config['family']}, {shape}, float32, batch 1; {record['processor']},"]
+    lines += [f"{config['threads']} threads, torch {record['versions']['torch']}, commit {record['commit']}.", ""]
+    for task, title in TASK_TITLES.items():
+        chosen = [row for row in rows if _benchmark_group(row) == task]
+        if chosen:
+            lines += [f"## {title}", "", *_ratio_table(chosen, task == "peer"), ""]
+    return "\n".join(lines)
+
+
+def _benchmark_group(row: dict[str, Any]) -> str:
+    """Return the table a row belongs to."""
+    return str(row["task"]) if row["reference"] == "original" else "peer"
+
+
+def _ratio_table(rows: Sequence[dict[str, Any]], is_peer: bool) -> list[str]:
+    """Return the lines of one table; a row a model, a column a length, or a task for peers."""
+    columns = list(dict.fromkeys(row["task"] if is_peer else row["length"] for row in rows))
+    heads = [str(column) if is_peer else f"{column:,}" for column in columns]
+    lines = ["| " + " | ".join(["against" if is_peer else "scheme", *heads]) + " |", "|---|" + "---:|" * len(columns)]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        cells = {row["task"] if is_peer else row["length"]: _ratio_cell(row) for row in mine}
+        label = f"{model} over {mine[0]['reference']}" if is_peer else model
+        lines.append("| " + " | ".join([label, *(cells.get(column, "-") for column in columns)]) + " |")
+    return lines
+
+
+def _ratio_cell(row: dict[str, Any]) -> str:
+    """Return a ratio, with its quartiles where it has them."""
+    return f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if "low" in row else f"{row['ratio']:.2f}"
+
+
+def benchmark_plot(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Return ratio against length, a panel a task."""
+    tasks = [task for task in TASK_TITLES if task != "peer" and any(_benchmark_group(row) == task for row in rows)]
+    figure = Figure(figsize=(4.2 * max(1, len(tasks)), 3.8), layout="constrained")
+    panels = figure.subplots(1, max(1, len(tasks)), squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=False):
+        chosen = [row for row in rows if _benchmark_group(row) == task]
+        for index, model in enumerate(dict.fromkeys(row["model"] for row in chosen)):
+            points = sorted((row["length"], row["ratio"]) for row in chosen if row["model"] == model)
+            style = {"color": COLOURS[index % len(COLOURS)], "marker": "o", "markersize": 3.5}
+            axes.plot([length for length, _ in points], [ratio for _, ratio in points], label=model, **style)
+        axes.axhline(1, color="#999999", linewidth=1, linestyle="--")
+        axes.set_xscale("log", base=2)
+        ticks = sorted({row["length"] for row in chosen})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("over the unswapped model")
+        axes.set_title(task, loc="right", color="#555555")
+        axes.legend(fontsize=7, frameon=False)
+    return figure

@@ -174,15 +174,19 @@ def test_attention_probabilities_show_the_bias_of_alibi(family: str) -> None:
         torch.testing.assert_close(found[:, allowed], wanted[:, allowed], atol=1e-5, rtol=1e-5)
 
 
-@every_case
+@pytest.mark.parametrize(
+    ("case", "backend", "use_reentrant"),
+    [*((case, "sdpa", True) for case in CASES), *((case, "eager", False) for case in ("rope", "t5", "shaw-all", "concat"))],
+)
 @every_family
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
-def test_checkpointed_gradients_are_the_gradients(case: str, family: str, use_reentrant: bool) -> None:
+def test_checkpointed_gradients_are_the_gradients(case: str, backend: str, use_reentrant: bool, family: str) -> None:
+    """The matrix holds the other half: sdpa without reentrance."""
     ids, found = token_ids(2, 18), []
     for checkpointed in (False, True):
-        model = swapped(family, case).train()
+        model = swapped(family, case, backend).train()
         if checkpointed:
             checkpoint_activations(model, use_reentrant)
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         model(ids, labels=ids, use_cache=False).loss.backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
     assert found[0].keys() == found[1].keys() >= {name for name, _ in positional_parameters(model)}
@@ -227,8 +231,12 @@ def test_a_block_mask_keeps_packed_sequences_apart(case: str, family: str, backe
 # --- compilation ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert"])
-@pytest.mark.parametrize("case", ["rope", "alibi", "t5", "sinusoidal", "none", "shaw"])
+COMPILED = ("rope", "alibi", "t5", "sinusoidal", "none", "shaw-all")
+
+
+@pytest.mark.parametrize(
+    ("case", "family"), [*((case, "gpt2") for case in COMPILED), ("rope", "bert"), ("t5", "bert"), ("shaw", "bert")]
+)
 def test_a_compiled_forward_is_one_graph_and_equal(case: str, family: str) -> None:
     torch.compiler.reset()
     model, ids = shared(family, case), token_ids(2, TRAINED_LENGTH + 5)
@@ -236,7 +244,7 @@ def test_a_compiled_forward_is_one_graph_and_equal(case: str, family: str) -> No
     torch.testing.assert_close(logits(compiled, ids, use_cache=False), logits(model, ids, use_cache=False), **ROUNDING)
 
 
-@pytest.mark.parametrize("case", ["rope", "alibi", "t5", "sinusoidal", "none", "shaw"])
+@pytest.mark.parametrize("case", COMPILED)
 def test_compiled_decode_steps_with_a_static_cache_are_one_graph_and_equal(case: str) -> None:
     torch.compiler.reset()
     model, ids = shared("gpt2", case), token_ids(2, 15)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,9 +199,22 @@ def test_a_swapped_encoder_decoder_generates(decoder_family: str, scheme: str) -
     assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_a_swapped_encoder_decoder_comes_back_once_its_configuration_holds_its_parts(tmp_path: Path) -> None:
+    model = encoder_decoder("gpt2")
+    pe_swap.swap_positional(model.encoder, "alibi")
+    pe_swap.swap_positional(model.decoder, "rope")
+    # transformers copies the parts' configurations when it puts them together; what is saved is the copies.
+    model.config.encoder, model.config.decoder = model.encoder.config, model.decoder.config
+    source, target = token_ids(2, LONGER), token_ids(2, 8)
+    with torch.no_grad():
+        before = model(source, decoder_input_ids=target).logits
+        model.save_pretrained(tmp_path)
+        assert torch.equal(EncoderDecoderModel.from_pretrained(tmp_path)(source, decoder_input_ids=target).logits, before)
+
+
 def test_the_encoder_decoder_itself_is_refused() -> None:
     model = encoder_decoder("gpt2")
-    with pytest.raises(pe_swap.errors.UnsupportedModelError, match="'encoder-decoder'.*swap its encoder and decoder separately"):
+    with pytest.raises(pe_swap.errors.UnsupportedModelError, match=r"'encoder-decoder'.*swap its encoder and decoder separately"):
         pe_swap.swap_positional(model, "rope")
 
 

@@ -39,6 +39,7 @@ ROOMS = (
     "training_loss",
     "training",
     "compare",
+    "benchmark",
 )
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

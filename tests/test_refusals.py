@@ -377,6 +377,19 @@ def test_matching_the_table_of_a_model_that_was_loaded_swapped(loaded: PreTraine
         )
 
 
+@pytest.mark.parametrize("scheme", ["learned", "concat"])
+def test_starting_from_the_table_of_a_model_that_was_loaded_swapped(loaded: PreTrainedModel, scheme: str) -> None:
+    with unchanged(loaded):
+        refused(
+            errors.SwapStateError,
+            f"The scheme '{scheme}' starts from the model's own position table, but this model was loaded already swapped and has none "
+            "left. Swap the model it was made from, or choose a scheme that needs no table.",
+            pe_swap.swap_positional,
+            loaded,
+            scheme,
+        )
+
+
 OUTER_TEXT = (
     "This GPT2LMHeadModel holds a GPT2Model that was swapped by itself, and its own configuration does not say so: saved, it would "
     "come back with random positions. Call restore_positional on the GPT2Model, then swap the GPT2LMHeadModel."
@@ -600,7 +613,7 @@ def test_a_bag_of_words_where_warnings_are_errors() -> None:
     model = build("bert")
     with unchanged(model), warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="^The scheme 'none' on an encoder leaves a bag of words"):
+        with pytest.raises(UserWarning, match=r"^The scheme 'none' on an encoder leaves a bag of words"):
             pe_swap.swap_positional(model, "none")
 
 
