@@ -258,7 +258,7 @@ def parse(config_class: type[ConfigType], arguments: Sequence[str], *, descripti
         values["scheme"] = {}  # the file's options belong to the file's scheme
     if any(f"data.{source}" in given for source in SOURCES) and isinstance(values.get("data"), dict):
         values["data"] = {key: value for key, value in values["data"].items() if key not in (*SOURCES, "dataset_config")}
-    for key, texts in {**given, **_free_options(unknown)}.items():
+    for key, texts in {**given, **_words(unknown)}.items():
         _assign(values, key.split("."), _parsed(texts, _is_list(config_class, key)))
     return build(config_class, values)
 
@@ -281,7 +281,16 @@ def _add_arguments(parser: argparse.ArgumentParser, section: Any, prefix: str) -
             )
 
 
-def _free_options(arguments: list[str]) -> dict[str, list[str]]:
+def free_options(arguments: list[str]) -> dict[str, Any]:
+    """Return `--option value...` as plain values, read as YAML.
+
+    Raises:
+        ConfigError: a word that belongs to no option.
+    """
+    return {key: _parsed(texts, False) for key, texts in _words(arguments).items()}
+
+
+def _words(arguments: list[str]) -> dict[str, list[str]]:
     """Return `--scheme.<option> value...` and anything else that looks like a key; unknown keys fail in `build`."""
     found: dict[str, list[str]] = {}
     for argument in arguments:

@@ -124,6 +124,7 @@ def train(
         raise
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
+        tokenizer.model_max_length = longest_input(model) or tokenizer.model_max_length  # tools truncate by it
         tokenizer.save_pretrained(out)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {

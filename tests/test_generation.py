@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +28,15 @@ PAD, NEW = 0, 8
 every_case = pytest.mark.parametrize("case", CASES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_decoder = pytest.mark.parametrize("family", DECODERS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Matrices this small wait for a second thread longer than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -73,8 +83,8 @@ def test_a_left_padded_batch_generates_what_each_row_does_alone(case: str, famil
 @every_decoder
 @pytest.mark.parametrize(
     "how",
-    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5}, {"do_sample": True, "top_k": 20}],
-    ids=["greedy", "beams", "beams-returned", "sampled"],
+    [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "top_k": 20}],
+    ids=["greedy", "beams", "sampled"],
 )
 def test_generating_with_a_cache_equals_generating_without(case: str, family: str, how: dict[str, Any]) -> None:
     model = shared(family, case)

@@ -40,6 +40,8 @@ ROOMS = (
     "training",
     "compare",
     "benchmark",
+    "gallery",
+    "__main__",
 )
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,45 @@
+"""`python -m pe_swap schemes` lists the schemes; `python -m pe_swap show alibi --out alibi.png` draws one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from pe_swap.config import free_options, run
+from pe_swap.gallery import describe, show
+from pe_swap.schemes import SCHEMES
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one of the two commands.
+
+    Raises:
+        PESwapError: an unknown scheme or option.
+        SystemExit: wrong usage, with status 2.
+    """
+    parser = argparse.ArgumentParser(prog="python -m pe_swap", description="Positional schemes, as text and as pictures.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("schemes", help="list every scheme with its options and what it claims")
+    shown = commands.add_parser("show", help="draw what a scheme does", epilog="Any other --option is the scheme's own.")
+    shown.add_argument("scheme")
+    shown.add_argument("--heads", type=int, default=12, help="attention heads (default: 12)")
+    shown.add_argument("--length", type=int, default=256, help="positions drawn (default: 256)")
+    shown.add_argument("--encoder", action="store_true", help="draw the two-sided form")
+    shown.add_argument("--out", help="file to write (default: <scheme>.png)")
+    known, unknown = parser.parse_known_args(list(arguments))
+    if known.command == "schemes":
+        if unknown:
+            parser.error(f"unexpected {' '.join(unknown)}")
+        print("\n\n".join(describe(name) for name in SCHEMES.names()))
+        return
+    for name in ("heads", "length"):
+        if not 1 <= getattr(known, name) <= 4096:
+            parser.error(f"--{name} is {getattr(known, name)}; it must be from 1 to 4,096")
+    out = known.out or f"{known.scheme}.png"
+    figure = show(known.scheme, free_options(unknown), heads=known.heads, length=known.length, is_causal=not known.encoder)
+    figure.savefig(out, dpi=150)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
