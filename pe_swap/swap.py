@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pe_swap.adapters import Adapter, adapter_for, known_loss_type
@@ -30,7 +30,8 @@ def swap_positional(
     completes, or raises and leaves the model bit for bit as it was. Swapping again replaces the scheme.
 
     Args:
-        model: a transformers model of a family in `list_adapters()`, with any head.
+        model: a transformers model of a family in `list_adapters()`, with any head: the model that is going to be saved, not the base
+            model inside it.
         scheme: a name in `list_schemes()`, the options of a scheme, or a scheme, whose options are taken.
         layers: the layers that get the scheme, where not all do. The others keep the scheme they have; in a model not yet
             swapped they get none, and the table goes.
@@ -46,6 +47,8 @@ def swap_positional(
         UnsupportedModelError: not a transformers model, a family without an adapter, or a causal scheme for an encoder.
         UnsupportedBackendError: an attention implementation that cannot honour the scheme.
         AdapterError: a module is not where the adapter says.
+        SwapStateError: a scheme that starts from a position table, for a model that was loaded without one; or a model whose
+            configuration and modules say different things.
     """
     adapter = adapter_for(model)
     base_model, config = model.base_model, model.config
@@ -65,6 +68,11 @@ def swap_positional(
             new.load_state_dict({name: value for name, value in kept.state_dict().items() if name in new.state_dict()})
         elif vectors is not None:
             new.start_from(vectors)
+        elif new.needs_table:
+            raise SwapStateError(
+                f"The scheme '{new.name}' starts from the model's own position table, but this model was loaded already swapped and has "
+                "none left. Swap the model it was made from, or choose a scheme that needs no table."
+            )
     positional = assemble(adapter, base_model, config, specification, schemes, original)
     like = positional.tokens.weight
     positional.to(device=like.device, dtype=like.dtype).train(model.training)
@@ -87,6 +95,11 @@ def _take_original(adapter: Adapter, model: PreTrainedModel) -> Original:
             "expected: something else has patched this model. Undo that patch before the swap."
         )
     tokens = cast(nn.Embedding, adapter.find(model.base_model, adapter.token_embedding))
+    if not isinstance(getattr(tokens, "weight", None), Tensor):
+        raise AdapterError(
+            f"{type(model.base_model).__name__}.{adapter.token_embedding} is a {type(tokens).__name__}, which has no 'weight' whose "
+            "dtype positions could take: something else has patched this model. Undo that patch before the swap."
+        )
     length = getattr(model.config, adapter.length_field)
     return Original(table, tokens.weight.dtype, length, getattr(model, "loss_type", None))
 
@@ -107,9 +120,13 @@ def _swapped_config(adapter: Adapter, config: Any, positional: Positional, train
 
 
 def _set_config(model: PreTrainedModel, old: Any, new: Any) -> None:
-    """Give every module that holds the configuration `old` the configuration `new`."""
+    """Give every module of the model the configuration `new`.
+
+    By class and not by identity: an encoder-decoder model gives its parts configurations of their own, and leaves the modules inside
+    them with the former ones.
+    """
     for module in model.modules():
-        if getattr(module, "config", None) is old:
+        if type(getattr(module, "config", None)) is type(old):
             module.config = new
 
 
@@ -149,6 +166,19 @@ def positional_of(model: PreTrainedModel) -> Positional | None:
     """Return the module that holds a model's schemes, or None where the model is not swapped."""
     adapter = adapter_for(model)
     found = adapter.find(model.base_model, adapter.position_embedding)
+    says_swapped = getattr(model.config, "pe_swap", None) is not None
+    head, base = type(model).__name__, type(model.base_model).__name__
+    if isinstance(found, Positional) and not says_swapped:
+        raise SwapStateError(
+            f"This {head} holds a {base} that was swapped by itself, and its own configuration does not say so: saved, it would come "
+            f"back with random positions. Call restore_positional on the {base}, then swap the {head}."
+        )
+    if says_swapped and not isinstance(found, Positional):
+        raise SwapStateError(
+            f"The configuration of this {head} says that it is swapped, but {base}.{adapter.position_embedding} is a "
+            f"{type(found).__name__}: something else has replaced the module that holds its schemes. Undo that before a swap or a "
+            "restore."
+        )
     return found if isinstance(found, Positional) else None
 
 

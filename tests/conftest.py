@@ -1,4 +1,4 @@
-"""Settings for every test: offline, two threads, transformers quiet about progress."""
+"""Settings for every test: offline, transformers quiet about progress."""
 
 import os
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 

@@ -108,13 +108,14 @@ def adapter_for(model: object) -> Adapter:
         UnsupportedModelError: it is not a transformers model, or a wrapper around one, or of a family without an adapter.
     """
     if not isinstance(model, PreTrainedModel):
-        inner = (
-            "; pass the model inside it, and swap before wrapping"
-            if hasattr(model, "module") or hasattr(model, "base_model")
-            else ""
+        wraps = not isinstance(model, type) and (hasattr(model, "module") or hasattr(model, "base_model"))
+        way_out = (
+            "; pass the model inside it, and swap before wrapping."
+            if wraps
+            else ". Load one first, for instance with AutoModelForCausalLM.from_pretrained(...)."
         )
         raise UnsupportedModelError(
-            f"pe_swap patches transformers models (PreTrainedModel), got {type(model).__module__}.{type(model).__name__}{inner}."
+            f"pe_swap patches transformers models (PreTrainedModel), got {type(model).__module__}.{type(model).__name__}{way_out}"
         )
     model_type = family_of(model.config.model_type)
     if model_type not in ADAPTERS:

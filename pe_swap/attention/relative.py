@@ -73,10 +73,8 @@ def relative_bias_attention(
 
 def query_blocks(q_len: int, kv_len: int, skips_future: bool) -> list[tuple[int, int, int]]:
     """Return `(start, stop, kv_stop)` for each block of queries: the block meets the keys before `kv_stop`."""
-    return [
-        (start, stop := min(start + QUERY_BLOCK, q_len), stop if skips_future else kv_len)
-        for start in range(0, q_len, QUERY_BLOCK)
-    ]
+    bounds = [(start, min(start + QUERY_BLOCK, q_len)) for start in range(0, q_len, QUERY_BLOCK)]
+    return [(start, stop, stop if skips_future else kv_len) for start, stop in bounds]
 
 
 def hankel(bias: Tensor, q_len: int, start: int, stop: int, kv_stop: int) -> Tensor:

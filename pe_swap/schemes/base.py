@@ -57,6 +57,7 @@ class Scheme(nn.Module):
         causal_only: not defined for encoders.
         caches_rotated_keys: keys enter the cache already rotated; False where a rotation depends on the length so far.
         cached_equals_uncached: False only where the paper's own definition makes a cached pass differ.
+        needs_table: starts from the model's own position table, and cannot be put into a model that no longer has one.
         options: the resolved options.
         geometry: the sizes of the model.
         layers: indices of the layers it serves; a hook's `layer` is one of them. Parameters of a layer's own live in an
@@ -69,6 +70,7 @@ class Scheme(nn.Module):
     causal_only: ClassVar[bool] = False
     caches_rotated_keys: ClassVar[bool] = True
     cached_equals_uncached: ClassVar[bool] = True
+    needs_table: ClassVar[bool] = False
 
     def __init__(self, options: SchemeOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:
         """Build the scheme. A subclass creates its parameters, then calls `reset_parameters`.

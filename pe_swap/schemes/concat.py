@@ -61,6 +61,7 @@ class Concat(Scheme):
     """
 
     Options = ConcatOptions
+    needs_table = True
     summary = "position vectors beside the tokens, projected back to the hidden size"
 
     options: ConcatOptions

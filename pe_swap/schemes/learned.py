@@ -84,6 +84,7 @@ class Learned(Scheme):
     """
 
     Options = LearnedOptions
+    needs_table = True
     summary = "one trained vector a position: the model's own table, made longer"
 
     options: LearnedOptions

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_swap.positions import Positions
-from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
+from pe_swap.schemes.base import SCHEMES, Geometry, Scheme, hooks_of
 from pe_swap.schemes.options import SchemeOptions
 
 
@@ -73,7 +73,8 @@ class Shaw(Scheme):
     @property
     def hooks(self) -> frozenset[str]:
         """The hooks in use: `value_bias` only where values have vectors."""
-        return super().hooks if self.options.value else super().hooks - {"value_bias"}
+        used = hooks_of(type(self))
+        return used if self.options.value else used - {"value_bias"}
 
     def reset_parameters(self) -> None:
         """Set every table to zeros."""
