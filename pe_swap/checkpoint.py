@@ -16,13 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto import auto_factory, modeling_auto, tokenization_auto
 
-from pe_swap.adapters import ADAPTERS, SWAPPED_PREFIX, Adapter, adapter_for, family_of
+from pe_swap.adapters import ADAPTERS, SWAPPED_PREFIX, Adapter, adapter_for, family_of, known_loss_type
 from pe_swap.attention.backends import library_name, name_for
 from pe_swap.errors import CheckpointError
 from pe_swap.install import assemble, attach
+from pe_swap.peft_families import name_families
 from pe_swap.positional import Positional
 from pe_swap.specification import FORMAT, from_saved
 from pe_swap.version import __version__
@@ -120,6 +121,12 @@ class SwappedConfig:
         config_dict = {**config_dict, _saved_field(cls, adapter): limit or NO_LIMIT}
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
+    def to_dict(self: Any) -> dict[str, Any]:
+        """Return all fields; see the family's class. PEFT asks for them to learn the `model_type`."""
+        name_families()
+        content: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return content
+
     def to_diff_dict(self: Any) -> dict[str, Any]:
         """Return what is written to `config.json`."""
         saved: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
@@ -156,8 +163,7 @@ class SwappedModel:
         base_model = self.base_model
         positional = assemble(adapter, base_model, config, specification, schemes, original=None)
         attach(adapter, base_model, positional.to(positional.tokens.weight.dtype))
-        if self.loss_type is None:
-            self.loss_type = default_loss_type(self)
+        self.loss_type = known_loss_type(self)
 
     @classmethod
     def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -183,12 +189,6 @@ class SwappedModel:
                 "model with wrong positions. Save the model again with save_pretrained, or load the folder it was made from."
             )
         return (model, info) if output_loading_info else model
-
-
-def default_loss_type(model: PreTrainedModel) -> str | None:
-    """Return the loss that transformers falls back to, with a warning, for causal heads whose name it does not know."""
-    name = type(model).__name__.removeprefix(CLASS_PREFIX)
-    return "ForCausalLM" if name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else model.loss_type
 
 
 CLASS_PREFIX = "PESwap"
@@ -251,7 +251,9 @@ def _auto_classes() -> dict[str, Any]:
     return {
         name: found
         for name, found in everything.items()
-        if isinstance(found, type) and issubclass(found, auto_factory._BaseAutoModelClass) and found._model_mapping is not None
+        if isinstance(found, type)
+        and issubclass(found, auto_factory._BaseAutoModelClass)
+        and getattr(found, "_model_mapping", None) is not None
     }
 
 
@@ -291,7 +293,8 @@ def __getattr__(name: str) -> Any:
         adapter = ADAPTERS[family]
         if name == _swapped_name(adapter.config_class.__name__):
             return swapped_config_class(adapter)
-        for head in adapter.head_classes():
+        heads: list[Any] = list(adapter.head_classes())
+        for head in heads:
             if name == _swapped_name(head.__name__):
                 return swapped_model_class(adapter, head)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

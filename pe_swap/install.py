@@ -10,7 +10,7 @@ from pe_swap.adapters import Adapter
 from pe_swap.attention.binding import LayerBinding
 from pe_swap.attention.hooks import BINDING_ATTRIBUTE, add_pre_hook, hand_on_positions, remove_pre_hook
 from pe_swap.attention.inputs import INPUT_ATTRIBUTE, InputBinding, embed_positions
-from pe_swap.positional import Original, Positional, TokenTable
+from pe_swap.positional import Original, Place, Positional, TokenTable
 from pe_swap.schemes import Scheme
 from pe_swap.specification import Specification
 
@@ -34,16 +34,18 @@ def assemble(
 def attach(adapter: Adapter, base_model: nn.Module, positional: Positional) -> None:
     """Put `positional` in the table's place and bind every layer that has a scheme."""
     base_model.set_submodule(adapter.position_embedding, positional)
+    owner, _, attribute = adapter.position_embedding.rpartition(".")
+    place = Place(adapter.find(base_model, owner), attribute)
     modules = adapter.attention_modules(base_model, base_model.config)
     for layer, (module, index) in enumerate(zip(modules, positional.scheme_of_layer, strict=True)):
         if index is None:
             continue
-        binding = LayerBinding(positional.scheme_at(index), layer)
+        binding = LayerBinding(place, index, layer)
         if binding.hooks:
             setattr(module, BINDING_ATTRIBUTE, binding)
             add_pre_hook(module, hand_on_positions)
     input_module = adapter.find(base_model, adapter.input_module)
-    setattr(input_module, INPUT_ATTRIBUTE, InputBinding(positional, input_module, adapter.fills_token_type_ids))
+    setattr(input_module, INPUT_ATTRIBUTE, InputBinding(place, input_module, adapter.fills_token_type_ids))
     add_pre_hook(input_module, embed_positions)
 
 

@@ -36,6 +36,31 @@ class TokenTable:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         return weight
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenTable:
+        """Follow the owner into its copy where it is being copied too; a copy of `Positional` alone keeps the same tokens."""
+        return TokenTable(memo.get(id(self.owner), self.owner), self.attribute)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model's `Positional` stands. A plain object, as `TokenTable`.
+
+    Looked up at each call: tools put copies and wrappers there (PEFT's `modules_to_save`), and those are what has to act.
+
+    Attributes:
+        owner: the module that holds it.
+        attribute: its name there.
+    """
+
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def positional(self) -> Positional:
+        """What stands there: a `Positional`, or a wrapper that passes its methods on."""
+        found: Positional = getattr(self.owner, self.attribute)
+        return found
+
 
 @dataclass
 class Original:

@@ -21,6 +21,7 @@ ROOMS = (
     "attention",
     "specification",
     "install",
+    "peft_families",
     "checkpoint",
     "swap",
     "checks",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from pe_swap.positional import Place
 from pe_swap.positions import Positions, slots_from
 from pe_swap.schemes.base import ATTENTION_HOOKS, Scheme
 
@@ -15,21 +16,28 @@ class LayerBinding:
     """The scheme of one layer.
 
     A plain object, not a module: the scheme is registered once on the model and must not appear again under every layer. A
-    deep copy of a model copies it together with the scheme it names.
+    deep copy of a model copies it together with the place it names.
 
     Attributes:
-        scheme: the scheme that serves the layer.
+        place: where the model's schemes are.
+        index: which of them serves the layer.
         layer: index of the layer.
         hooks: the attention hooks the scheme overrides.
     """
 
-    scheme: Scheme
+    place: Place
+    index: int
     layer: int
     hooks: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         """Read the hooks once: a compiled graph should find a constant."""
         object.__setattr__(self, "hooks", self.scheme.hooks & ATTENTION_HOOKS)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that serves the layer."""
+        return self.place.positional.scheme_at(self.index)
 
 
 @dataclass(frozen=True)

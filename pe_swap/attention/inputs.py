@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pe_swap.attention.cache import self_attention_cache
 from pe_swap.errors import UnsupportedModelError
-from pe_swap.positional import Positional
+from pe_swap.positional import Place
 from pe_swap.positions import slots_from
 
 INPUT_ATTRIBUTE = "pe_swap_input"
@@ -20,13 +20,13 @@ class InputBinding:
     """What the input module's pre-hook needs; a plain object, as `LayerBinding`.
 
     Attributes:
-        positional: the model's schemes.
+        place: where the model's schemes are.
         fills_token_type_ids: see `Adapter`.
         parameters: names of the input module's parameters, in order; read here, once, and not in a compiled graph.
     """
 
-    def __init__(self, positional: Positional, module: nn.Module, fills_token_type_ids: bool) -> None:
-        self.positional = positional
+    def __init__(self, place: Place, module: nn.Module, fills_token_type_ids: bool) -> None:
+        self.place = place
         self.fills_token_type_ids = fills_token_type_ids
         self.parameters = tuple(inspect.signature(module.forward).parameters)
 
@@ -34,7 +34,8 @@ class InputBinding:
 def embed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Fill in what the module would look up in buffers of a fixed length, and let a scheme's `embed` replace the embeddings."""
     binding: InputBinding = getattr(module, INPUT_ATTRIBUTE)
-    scheme = binding.positional.input_hook("embed")
+    positional = binding.place.positional
+    scheme = positional.input_hook("embed")
     if scheme is None and not binding.fills_token_type_ids:
         return args, kwargs
     kwargs = {**dict(zip(binding.parameters, args, strict=False)), **kwargs}
@@ -55,7 +56,7 @@ def embed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
                     f"The scheme '{scheme.name}' replaces token embeddings and needs input_ids of shape [batch, length], got "
                     f"{list(tokens.shape)}. Flatten the choices into the batch, or use a scheme that adds a vector."
                 )
-            embeddings = binding.positional.tokens.module(tokens)
+            embeddings = positional.tokens.module(tokens)
         kwargs["input_ids"] = None
         kwargs["inputs_embeds"] = scheme.embed(embeddings, kwargs["position_ids"])
     return (), kwargs

@@ -1,0 +1,138 @@
+"""What a swapped model says of itself in its folder's README.md, the model card.
+
+The card is kept as peft keeps its own: a file that is there stays, and only what is ours in it is brought up to date, the section
+between two comments and the tags.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from pe_swap.errors import CheckpointError
+
+FILE = "README.md"
+TAG = "pe_swap"
+BEGIN, END = "<!-- pe_swap: begin -->", "<!-- pe_swap: end -->"
+SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+
+
+def update_model_card(folder: Path, saved: Mapping[str, Any], auto_class: str, perplexities: Mapping[int, float]) -> None:
+    """Write or bring up to date the model card of a folder.
+
+    Args:
+        folder: a saved model's folder.
+        saved: what its `config.json` holds under `pe_swap`.
+        auto_class: name of the Auto class that loads it.
+        perplexities: what was measured, by length in tokens; empty where nothing was.
+    """
+    path = folder / FILE
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False) if path.exists() else _empty_card()
+    except Exception as error:  # whatever a YAML parser raises on somebody's file; weights must be saved all the same
+        warnings.warn(
+            f"'{path}' cannot be read as a model card ({error}), so it was left as it is and says nothing of the positions. Correct "
+            "the YAML block at its top, or delete the file, and save again.",
+            stacklevel=2,
+        )
+        return
+    section = f"{BEGIN}\n{section_text(saved, auto_class, perplexities)}\n{END}"
+    text = card.text
+    card.text = SECTION.sub(lambda _: section, text, count=1) if SECTION.search(text) else f"{text.rstrip()}\n\n{section}\n"
+    if card.data.library_name is None:
+        card.data.library_name = "transformers"
+    card.data.tags = sorted({*(card.data.tags or []), TAG})
+    card.save(path)
+
+
+def _empty_card() -> ModelCard:
+    """Return a card with nothing in it."""
+    return ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
+
+
+def section_text(saved: Mapping[str, Any], auto_class: str, perplexities: Mapping[int, float]) -> str:
+    """Return the section: schemes, options, lengths, how to load."""
+    layers = saved["layers"]
+    rows = [
+        f"| {scheme['name']} | {_options(scheme['options'])} | {_where(index, layers, saved['input'])} |"
+        for index, scheme in enumerate(saved["schemes"])
+    ]
+    limit = saved["max_length"]
+    measured = [f"| {length:,} | {value:.4g} |" for length, value in sorted(perplexities.items())]
+    evaluated = ["", "| evaluated length, tokens | perplexity |", "|---:|---:|", *measured] if measured else ["none recorded."]
+    lines = [
+        "## Positions",
+        "",
+        f"The positional scheme of this {saved['original_model_type']} model was swapped by pe_swap {saved['version']}.",
+        "",
+        "| scheme | options | where |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"- Trained length before the swap: {saved['trained_length']:,} positions.",
+        f"- Longest input: {'no limit of the scheme' if limit is None else f'{limit:,} positions'}.",
+        f"- Evaluated lengths: {evaluated[0]}".rstrip(),
+        *evaluated[1:],
+        "",
+        "```python",
+        "import pe_swap  # pip install pe-swap",
+        f"from transformers import {auto_class}",
+        "",
+        f'model = {auto_class}.from_pretrained("path/or/name")',
+        "```",
+        "",
+        "Without the import, `trust_remote_code=True` does the same; pe_swap has to be installed either way.",
+    ]
+    return "\n".join(lines)
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    """Return options as they would be written in a call."""
+    return ", ".join(f"`{name}={value!r}`" for name, value in options.items()) or "none"
+
+
+def _where(index: int, layers: list[int | None], acting_on_input: int | None) -> str:
+    """Return in words what a scheme serves."""
+    served = [layer for layer, at in enumerate(layers) if at == index]
+    if len(served) == len(layers):
+        return "every layer"
+    if not served:
+        return "the input" if index == acting_on_input else "nothing"
+    return f"layers {', '.join(map(str, served))}" + (", and the input" if index == acting_on_input else "")
+
+
+def record_evaluation(folder: str | Path, perplexities: Mapping[int, float]) -> None:
+    """Write measured perplexities into the model card of a saved folder, in place of any that it held.
+
+    Saving the model again drops them: its weights may have changed since.
+
+    Args:
+        folder: a folder that `save_pretrained` wrote.
+        perplexities: perplexity by length in tokens.
+
+    Raises:
+        CheckpointError: the folder holds no swapped model.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        saved, auto_map = content["pe_swap"], content["auto_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"'{path}' is not the configuration of a swapped model ({error}). Name a folder that save_pretrained wrote."
+        ) from error
+    update_model_card(Path(folder), saved, auto_class_of(content.get("architectures"), auto_map), perplexities)
+
+
+def auto_class_of(architectures: object, auto_map: Mapping[str, str]) -> str:
+    """Return the name of the Auto class that loads a saved class, `AutoModel` where none names it."""
+    names = architectures if isinstance(architectures, list) else []
+    wanted = {str(name) for name in names}
+    found = [auto for auto, reference in auto_map.items() if reference.rpartition(".")[2] in wanted]
+    return next((name for name in found if name != "AutoModelForPreTraining"), "AutoModel")
