@@ -12,20 +12,24 @@ sentence in the error.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto import auto_factory, modeling_auto, tokenization_auto
 
-from pe_swap.adapters import ADAPTERS, SWAPPED_PREFIX, Adapter, adapter_for, family_of, known_loss_type
+from pe_swap.adapters import ADAPTERS, SWAPPED_PREFIX, Adapter, family_of, known_loss_type
 from pe_swap.attention.backends import library_name, name_for
 from pe_swap.errors import CheckpointError
 from pe_swap.install import assemble, attach
+from pe_swap.model_card import auto_class_of, update_model_card
 from pe_swap.peft_families import name_families
 from pe_swap.positional import Positional
-from pe_swap.specification import FORMAT, from_saved
+from pe_swap.schemes.options import LARGEST_LENGTH
+from pe_swap.specification import FORMAT, checked_format, from_saved
 from pe_swap.version import __version__
 
 NO_LIMIT = 2**20
@@ -38,6 +42,9 @@ LENGTH_SENTENCE = (
     "The positions of this model were swapped by pe_swap. Run: pip install pe-swap; then import pe_swap and load it with an Auto "
     "class (AutoModelForCausalLM, ...), or with trust_remote_code=True."
 )
+
+MISSING_SENTENCE = "The positions of this model were swapped by pe_swap, which is not installed. Run: pip install pe-swap"
+"""What the stub says where it finds no pe_swap."""
 
 
 class SwappedConfig:
@@ -107,19 +114,28 @@ class SwappedConfig:
 
     @classmethod
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from the content of `config.json`; see the family's class."""
+        """Build from the content of `config.json`; see the family's class.
+
+        Raises:
+            CheckpointError: what it says of positions cannot be read, was written by a newer pe_swap, or does not fit the model.
+        """
         adapter = ADAPTERS[family_of(cls.model_type)]
-        saved = config_dict.get("pe_swap")
-        if not isinstance(saved, dict):
+        if "pe_swap" not in config_dict:
             raise CheckpointError(
                 f"config.json has the model_type '{cls.model_type}' but no 'pe_swap' object, which says what the positions were "
                 "swapped to. Save the model again with save_pretrained."
             )
+        saved = checked_format(config_dict["pe_swap"])
         limit = saved.get("max_length")
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            raise CheckpointError(f"config.json: 'pe_swap.max_length' is {limit!r}; it must be null or a positive integer.")
+        if limit is not None and not _is_length(limit):
+            raise CheckpointError(
+                f"config.json: 'pe_swap.max_length' is {limit!r}; it must be null or an integer from 1 to {LARGEST_LENGTH:,}."
+            )
+        _trained_length(saved)
         config_dict = {**config_dict, _saved_field(cls, adapter): limit or NO_LIMIT}
-        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        built = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        from_saved(saved, (built[0] if isinstance(built, tuple) else built).num_hidden_layers)
+        return built
 
     def to_dict(self: Any) -> dict[str, Any]:
         """Return all fields; see the family's class. PEFT asks for them to learn the `model_type`."""
@@ -138,9 +154,12 @@ class SwappedConfig:
         return saved
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `config.json` and the stub; see the family's class."""
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / f"{STUB}.py").write_text(_stub(self.adapter), encoding="utf-8")
+        """Write `config.json`, the stub and the model card; see the family's class."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{STUB}.py").write_text(_stub(self.adapter), encoding="utf-8")
+        saved = self.to_diff_dict()
+        update_model_card(folder, self.pe_swap, auto_class_of(saved["architectures"], saved["auto_map"]), {})
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
 
 
@@ -170,25 +189,55 @@ class SwappedModel:
         """Load a saved swapped model; see the family's class.
 
         Raises:
-            CheckpointError: positional weights are missing, superfluous or of another shape.
+            CheckpointError: positional weights are missing, superfluous or of another shape, or a file is damaged.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        adapter = adapter_for(model)
-        wrong = {
-            kind: sorted(key for key in names if f"{adapter.position_embedding}." in f"{key}.")
-            for kind, names in (
-                ("missing", info["missing_keys"]),
-                ("unexpected", info["unexpected_keys"]),
-                ("of another shape", [entry[0] for entry in info["mismatched_keys"]]),
-            )
-        }
-        found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in wrong.items() if keys)
-        if found:
+        if kwargs.pop("use_safetensors", None) is False:
             raise CheckpointError(
-                f"The checkpoint's positional weights do not fit the scheme in its config.json ({found}). Loading it would give a "
-                "model with wrong positions. Save the model again with save_pretrained, or load the folder it was made from."
+                "use_safetensors is False, but swapped models are saved as safetensors only: pickled weights can run code. Leave the "
+                "argument out."
             )
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                *args, output_loading_info=True, use_safetensors=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"The weights in '{args[0] if args else kwargs.get('pretrained_model_name_or_path')}' cannot be read: {error}. A file is "
+                "damaged or was cut short; copy or download the folder again."
+            ) from error
+        except RuntimeError as error:
+            # transformers reports the loading in a `finally`, and may raise there over the error that was on its way.
+            if isinstance(error.__context__, CheckpointError):
+                raise error.__context__ from None
+            raise
+        _refuse_wrong_weights(cls, "not in the checkpoint", info["missing_keys"])
+        _refuse_wrong_weights(cls, "of another shape", [entry[0] for entry in info["mismatched_keys"]])
+        _refuse_wrong_weights(cls, "not in the scheme", info["unexpected_keys"])
         return (model, info) if output_loading_info else model
+
+    def _move_missing_keys_from_meta_to_device(self: Any, missing_keys: Iterable[str], *args: Any, **kwargs: Any) -> None:
+        """Refuse missing positional weights before transformers allocates them at the size that `config.json` names.
+
+        A method of transformers' own, called by its loading; without it the same refusal comes later, in `from_pretrained`.
+        """
+        _refuse_wrong_weights(type(self), "not in the checkpoint, or of another shape", missing_keys)
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)  # type: ignore[misc]
+
+
+def _refuse_wrong_weights(model_class: Any, what: str, keys: Iterable[str]) -> None:
+    """Refuse a checkpoint if any of `keys`, which are wrong in some way, is a positional weight.
+
+    Raises:
+        CheckpointError: one is.
+    """
+    path = ADAPTERS[family_of(model_class.config_class.model_type)].position_embedding
+    wrong = sorted(key for key in keys if f".{path}." in f".{key}.")
+    if wrong:
+        listed = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise CheckpointError(
+            f"The checkpoint's positional weights do not fit the scheme in its config.json ({what}: {listed}). Loading it would give a "
+            "model with wrong positions. Save the model again with save_pretrained, or load the folder it was made from."
+        )
 
 
 CLASS_PREFIX = "PESwap"
@@ -212,9 +261,17 @@ def _trained_length(saved: Any) -> int:
         CheckpointError: it is not a positive integer.
     """
     length = saved.get("trained_length") if isinstance(saved, dict) else None
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        raise CheckpointError(f"config.json: 'pe_swap.trained_length' is {length!r}; it must be a positive integer.")
+    if not _is_length(length):
+        raise CheckpointError(
+            f"config.json: 'pe_swap.trained_length' is {length!r}; it must be an integer from 1 to {LARGEST_LENGTH:,}."
+        )
+    assert isinstance(length, int)
     return length
+
+
+def _is_length(value: object) -> bool:
+    """Tell whether a saved value is a number of positions."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_LENGTH
 
 
 @cache
@@ -277,14 +334,19 @@ def _auto_map(adapter: Adapter) -> dict[str, str]:
 
 
 def _stub(adapter: Adapter) -> str:
-    """Return the text of the stub: imports of pe_swap's own classes, no code."""
+    """Return the text of the stub: an import of pe_swap's own classes, and what to install."""
     names = sorted({reference.partition(".")[2] for reference in _auto_map(adapter).values()})
-    return (
-        '"""The positions of this model were swapped by pe_swap, which holds its classes. Install it: pip install pe-swap"""\n\n'
-        + "from pe_swap.checkpoint import (\n"
-        + "".join(f"    {name},\n" for name in names)
-        + ")\n"
-    )
+    imported = "".join(f"        {name},\n" for name in names)
+    return f'''"""{LENGTH_SENTENCE}"""
+
+try:
+    from pe_swap.checkpoint import (  # noqa: F401
+{imported}    )
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "pe_swap":
+        raise
+    raise ImportError("{MISSING_SENTENCE}") from error
+'''
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from pe_swap.attention.backends import library_name
 from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError
 from pe_swap.positional import Positional
 from pe_swap.schemes import Scheme
+from pe_swap.schemes.base import ATTENTION_HOOKS
 from pe_swap.swap import positional_of
 
 LENGTH = 24
@@ -166,7 +167,7 @@ class _Checker:
         wanted: Counter[tuple[int, str, int | None]] = Counter()
         for layer, index in enumerate(self.positional.scheme_of_layer):
             if index is not None:
-                hooks = self.schemes[index].hooks & {"rotate", "relative_bias", "score_bias", "value_bias"}
+                hooks = self.schemes[index].hooks & ATTENTION_HOOKS
                 wanted.update((index, hook, layer) for hook in hooks)
         if self.positional.input_scheme is not None:
             hooks = self.schemes[self.positional.input_scheme].hooks & {"encode", "embed"}
@@ -179,16 +180,22 @@ class _Checker:
 
     def order(self) -> Check:
         """Check that positions reach the output: the same tokens in another order give the last one another state."""
+        difference = self.order_difference()
+        if not self.is_causal and not any(scheme.tells_order for scheme in self.schemes):
+            return Check("order matters", None, difference, "an encoder without positions is a bag of words")
+        if difference <= self.tolerance:
+            with _disturbed(self.positional):
+                starts_neutral = self.order_difference() > self.tolerance
+            if starts_neutral:
+                return Check("order matters", None, difference, "not yet: the scheme starts from adding nothing, train it")
+        return Check("order matters", difference > self.tolerance, difference, "last state, tokens before it reversed")
+
+    def order_difference(self) -> float:
+        """Return how much the last state changes when the tokens before it are reversed."""
         ids = self.tokens(1, self.length)
         other = torch.cat((ids[:, :-1].flip(1), ids[:, -1:]), dim=1)
         first, second = self.states(ids)[:, -1], self.states(other)[:, -1]
-        difference = float((first - second).norm() / first.norm())
-        if not self.is_causal and not any(parameter.any() for parameter in self.positional.parameters()):
-            if not any(scheme.hooks for scheme in self.schemes):
-                return Check("order matters", None, difference, "an encoder without positions is a bag of words")
-            if difference <= self.tolerance:
-                return Check("order matters", None, difference, "not yet: the scheme's parameters are all zero, train them")
-        return Check("order matters", difference > self.tolerance, difference, "last state, tokens before it reversed")
+        return float((first - second).norm() / first.norm())
 
     def eager(self) -> Check:
         """Check that the attention implementation in use equals the plain one."""
@@ -259,6 +266,21 @@ class _Checker:
         length = min(trained + 8, limit or trained + 8)
         finite = bool(self.states(self.tokens(1, length)).isfinite().all())
         return Check("beyond trained length", finite, None, f"{length:,} tokens, trained at {trained:,}")
+
+
+@contextmanager
+def _disturbed(positional: Positional) -> Iterator[None]:
+    """Add noise to every positional parameter, and put the very same numbers back."""
+    parameters = list(positional.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype))
+        yield
+    finally:
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
 
 
 @contextmanager

@@ -63,6 +63,13 @@ class DataSection(Section):
     eval_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of documents held out where nothing else says which")
 
 
+class PositionSampling(Section):
+    """Position ids drawn at random for every block of training text."""
+
+    name: Literal["randomized", "pose"] = Field(description="a sorted random subset, or one skip somewhere")
+    max_length: PositiveInt = Field(description="positions to draw from: the length to extend to")
+
+
 class TrainSection(Section):
     """How to train; meanings as in transformers' TrainingArguments."""
 
@@ -77,6 +84,7 @@ class TrainSection(Section):
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay")
     schedule: str = Field(default="linear", description="transformers' name of the learning rate schedule")
     mlm_probability: float = Field(default=0.15, gt=0, lt=1, description="share of tokens an encoder has to predict")
+    positions: PositionSampling | None = Field(default=None, description="position ids drawn at random; else 0, 1, 2, ...")
     bf16: bool = Field(default=False, description="mixed precision")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     save_steps: PositiveInt = Field(default=100, description="steps between checkpoints")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pe_swap.positions import Positions, slots_from
 from pe_swap.schemes import SCHEMES, Geometry, Scheme, build_options
-from pe_swap.schemes.base import hooks_of
 
 HEAD_DIM = 64
 """Width of a head in pictures, as in GPT-2 and BERT."""
@@ -34,7 +33,7 @@ def describe(name: str) -> str:
 
 def claims(scheme: type[Scheme]) -> list[str]:
     """Return what a scheme says of itself, in words."""
-    hooks = ", ".join(sorted(hooks_of(scheme))) or "nothing"
+    hooks = ", ".join(sorted(scheme.hooks_for(scheme.Options()))) or "nothing"
     found = [f"acts through {hooks}", "decoders only" if scheme.causal_only else "decoders and encoders"]
     if scheme.shift_invariant:
         found.append("only differences of positions matter")
@@ -133,7 +132,10 @@ def _scores(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
     shape = (1, scheme.geometry.num_heads, length, scheme.geometry.head_dim)
     query, key = torch.randn(shape), torch.randn(shape)
     slots = slots_from(0, length, torch.device("cpu"))
-    bias = scheme.score_bias(query, key, Positions(slots, slots, slots[None]), scaling=scheme.geometry.head_dim**-0.5, layer=0)
+    hidden_states = torch.randn(1, length, scheme.geometry.hidden_size)
+    carried = scheme.carry(hidden_states, layer=0) if "carry" in scheme.hooks else None
+    positions = Positions(slots, slots, slots[None], slots[None], carried)
+    bias = scheme.score_bias(query, key, positions, scaling=scheme.geometry.head_dim**-0.5, layer=0)
     head = bias.expand(1, scheme.geometry.num_heads, length, length)[0, 0].float()
     if scheme.geometry.is_causal:
         head = head.masked_fill(slots[None, :] > slots[:, None], float("nan"))

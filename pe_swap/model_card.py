@@ -45,9 +45,8 @@ def update_model_card(folder: Path, saved: Mapping[str, Any], auto_class: str, p
     section = f"{BEGIN}\n{section_text(saved, auto_class, perplexities)}\n{END}"
     text = card.text
     card.text = SECTION.sub(lambda _: section, text, count=1) if SECTION.search(text) else f"{text.rstrip()}\n\n{section}\n"
-    if card.data.library_name is None:
-        card.data.library_name = "transformers"
-    card.data.tags = sorted({*(card.data.tags or []), TAG})
+    card.data["library_name"] = card.data.get("library_name") or "transformers"
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), TAG})
     card.save(path)
 
 
@@ -94,7 +93,7 @@ def section_text(saved: Mapping[str, Any], auto_class: str, perplexities: Mappin
 
 def _options(options: Mapping[str, Any]) -> str:
     """Return options as they would be written in a call."""
-    return ", ".join(f"`{name}={value!r}`" for name, value in options.items()) or "none"
+    return ", ".join(f"`{name}={value!r}`" for name, value in sorted(options.items())) or "none"
 
 
 def _where(index: int, layers: list[int | None], acting_on_input: int | None) -> str:
@@ -135,4 +134,4 @@ def auto_class_of(architectures: object, auto_map: Mapping[str, str]) -> str:
     names = architectures if isinstance(architectures, list) else []
     wanted = {str(name) for name in names}
     found = [auto for auto, reference in auto_map.items() if reference.rpartition(".")[2] in wanted]
-    return next((name for name in found if name != "AutoModelForPreTraining"), "AutoModel")
+    return min(found, key=lambda name: name == "AutoModelForPreTraining", default="AutoModel")

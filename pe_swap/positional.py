@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pe_swap.errors import SwapStateError
 from pe_swap.schemes.base import Scheme
 
 
@@ -57,9 +58,19 @@ class Place:
 
     @property
     def positional(self) -> Positional:
-        """What stands there: a `Positional`, or a wrapper that passes its methods on."""
-        found: Positional = getattr(self.owner, self.attribute)
-        return found
+        """What stands there: a `Positional`, or a wrapper that passes its methods on.
+
+        Raises:
+            SwapStateError: it is something else, so that a call would run without its positions.
+        """
+        found: Any = getattr(self.owner, self.attribute)
+        if not hasattr(found, "scheme_at"):
+            raise SwapStateError(
+                f"{type(self.owner).__name__}.{self.attribute} is a {type(found).__name__}, where the schemes of this swapped model "
+                "were: something else has replaced them. Undo that patch, or load the model again."
+            )
+        positional: Positional = found
+        return positional
 
 
 @dataclass

@@ -26,11 +26,17 @@ class Positions:
         query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
         key_slots: `[kv_len]`, int64.
         query_ids: `[batch or 1, q_len]`, int64.
+        key_ids: `[batch or 1, kv_len]`, int64, as far as they are known: a cache keeps no ids, and its keys' are counted back from the
+            queries'.
+        carried: what the scheme's `carry` gave for every key, `[batch, heads, kv_len, channels]`, or None where it carries
+            nothing.
     """
 
     query_slots: Tensor
     key_slots: Tensor
     query_ids: Tensor
+    key_ids: Tensor
+    carried: Tensor | None = None
 
     @property
     def distance(self) -> Tensor:
@@ -40,7 +46,8 @@ class Positions:
     def block(self, start: int, stop: int, key_stop: int | None = None) -> Positions:
         """Return the positions of queries `start` to `stop` against the keys before `key_stop`."""
         ids = self.query_ids[:, start:stop] if self.query_ids.shape[1] > 1 else self.query_ids
-        return Positions(self.query_slots[start:stop], self.key_slots[:key_stop], ids)
+        carried = None if self.carried is None else self.carried[:, :, :key_stop]
+        return Positions(self.query_slots[start:stop], self.key_slots[:key_stop], ids, self.key_ids[:, :key_stop], carried)
 
 
 def slots_from(first_slot: int | Tensor, length: int, device: torch.device) -> Tensor:

@@ -40,9 +40,10 @@ class Specification:
         return replace(self, options=tuple(options.resolve(geometry, position_table) for options in self.options))
 
     def attention_hooks(self) -> frozenset[str]:
-        """Return the hooks inside attention that any layer's scheme may use."""
-        classes = {SCHEMES[self.options[at].scheme] for at in self.layers if at is not None}
-        return frozenset[str]().union(*map(hooks_of, classes)) & ATTENTION_HOOKS
+        """Return the hooks inside attention that any layer's scheme uses."""
+        used = {at for at in self.layers if at is not None}
+        hooks = (SCHEMES[self.options[at].scheme].hooks_for(self.options[at]) for at in used)
+        return frozenset[str]().union(*hooks) & ATTENTION_HOOKS
 
     def build(self, geometry: Geometry) -> list[Scheme]:
         """Build every scheme.
@@ -154,16 +155,7 @@ def from_saved(saved: object, num_layers: int) -> Specification:
     Raises:
         CheckpointError: it is not one, was written by a newer pe_swap, or does not fit the model.
     """
-    if not isinstance(saved, Mapping):
-        raise _unreadable(f"'pe_swap' is {_short(saved)}; it must be an object")
-    version = saved.get("format")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise _unreadable(f"'pe_swap.format' is {_short(version)}; it must be a positive integer")
-    if version > FORMAT:
-        raise CheckpointError(
-            f"This model was saved by a newer pe_swap ({_short(saved.get('version'))}, format {version}); this one reads formats up "
-            f"to {FORMAT}. Upgrade: pip install --upgrade pe-swap."
-        )
+    saved = checked_format(saved)
     schemes, layers, acting_on_input = saved.get("schemes"), saved.get("layers"), saved.get("input")
     if not isinstance(schemes, list) or len(schemes) > num_layers + 1:
         raise _unreadable(f"'pe_swap.schemes' is {_short(schemes)}; it must be a list of at most {num_layers + 1} schemes")
@@ -176,6 +168,25 @@ def from_saved(saved: object, num_layers: int) -> Specification:
     if not _is_index(acting_on_input, len(options)):
         raise _unreadable(f"'pe_swap.input' is {_short(acting_on_input)}; it must be null or an index below {len(options)}")
     return Specification(options, tuple(layers), acting_on_input)
+
+
+def checked_format(saved: object) -> Mapping[str, Any]:
+    """Return what `config.json` holds under `pe_swap`, if it is in a form that this pe_swap reads.
+
+    Raises:
+        CheckpointError: it is not an object, names no format, or was written by a newer pe_swap.
+    """
+    if not isinstance(saved, Mapping):
+        raise _unreadable(f"'pe_swap' is {_short(saved)}; it must be an object")
+    version = saved.get("format")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise _unreadable(f"'pe_swap.format' is {_short(version)}; it must be a positive integer")
+    if version > FORMAT:
+        raise CheckpointError(
+            f"This model was saved by a newer pe_swap ({_short(saved.get('version'))}, format {version}); this one reads formats up "
+            f"to {FORMAT}. Upgrade: pip install --upgrade pe-swap."
+        )
+    return saved
 
 
 def _options_from_saved(entry: object) -> SchemeOptions:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedModel,
@@ -23,10 +23,11 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from pe_swap import data as text
-from pe_swap.config import FinetuneConfig, MeasureSection, TrainSection, resolved
+from pe_swap.config import FinetuneConfig, MeasureSection, PositionSampling, TrainSection, resolved
 from pe_swap.errors import CheckpointError, ConfigError, DataError
 from pe_swap.evaluation.runner import Evaluator, is_causal, longest_input
 from pe_swap.models import apply_scheme, is_configuration, load_model, scheme_name, start_model
+from pe_swap.position_sampling import refuse_sampling, with_sampled_positions
 from pe_swap.records import Stopwatch, environment, file_hash, fingerprint, read_record, write_record
 from pe_swap.swap import positional_parameters
 from pe_swap.training_loss import loss_in_chunks
@@ -36,11 +37,21 @@ CHECKPOINTS = "checkpoints"
 
 
 class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
-    """A Trainer with a learning rate of its own for the parameters that a swap brought."""
+    """A Trainer with a learning rate of its own for the parameters that a swap brought, and position ids drawn where asked."""
 
-    def __init__(self, *args: Any, positional_learning_rate: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, positional_learning_rate: float | None = None, positions: PositionSampling | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.positional_learning_rate = positional_learning_rate
+        self.positions = positions
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Draw positions, then take the Trainer's step."""
+        if self.positions is not None:
+            inputs = with_sampled_positions(inputs, self.positions)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Build the Trainer's optimizer, then split its groups."""
@@ -103,13 +114,16 @@ def train(
     if not is_causal(model):
         if tokenizer.mask_token is None:
             raise DataError("The tokenizer has no mask token, which an encoder's training needs. Name the model's own tokenizer.")
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=section.mlm_probability)
+        collator = MaskedBatch(tokenizer, section.mlm_probability, seed)
+    if section.positions is not None:
+        refuse_sampling(model, section.positions, block_size, limit)
     trainer = PositionalTrainer(
         model=model,
         args=arguments,
         train_dataset=packed,
         data_collator=collator,
         positional_learning_rate=section.positional_learning_rate,
+        positions=section.positions,
     )
     checkpoint = last_checkpoint(out) if resume else None
     try:
@@ -150,6 +164,30 @@ def causal_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
     tokens = torch.tensor([row["input_ids"] for row in rows])
     targets = tokens[:, 1:].contiguous()
     return {"input_ids": tokens[:, :-1].contiguous(), "labels": targets, "shift_labels": targets}
+
+
+class MaskedBatch:
+    """transformers' random masking, drawn from the batch itself.
+
+    Batches are fetched ahead of the step that trains on them, so a checkpoint's random state is further than its step. Masks that
+    follow from the run's seed and the batch's own tokens need no state: a resumed run meets the same ones. Blocks come in other
+    batches every epoch, and get other masks.
+
+    Attributes:
+        collator: transformers' collator.
+        seed: the run's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float, seed: int) -> None:
+        self.collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
+        self.seed = seed
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Return `input_ids` with masks, `attention_mask`, and `labels` that are -100 where nothing is asked."""
+        tokens = fingerprint([self.seed, [row["input_ids"] for row in rows]])
+        self.collator.generator = torch.Generator().manual_seed(int(tokens, 16) % 2**63)
+        batch: dict[str, Tensor] = self.collator(list(rows))
+        return batch
 
 
 def _arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import pe_swap
+from pe_swap.schemes import SCHEMES
 from pe_swap.swap import positional_parameters
 
 VOCABULARY = 89
@@ -21,18 +22,34 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "binary": ("binary", {}),
     "concat": ("concat", {}),
     "concat-learned": ("concat", {"table": "learned", "dim": 7}),
+    "cope": ("cope", {}),
+    "cope-short": ("cope", {"num_positions": 5}),
+    "deberta": ("deberta", {}),
+    "deberta-clip": ("deberta", {"buckets": "clip", "span": 6, "terms": "content_to_position", "scale": "paper"}),
+    "deberta-log": ("deberta", {"span": 8, "max_distance": 20, "scale": "paper", "layer_norm": True}),
+    "fox": ("fox", {}),
+    "fox-fading": ("fox", {"initial_reach": 4.0}),
     "index": ("index", {}),
     "learned": ("learned", {"max_length": 64}),
     "learned-tile": ("learned", {"max_length": 50, "extend": "tile"}),
     "none": ("none", {}),
+    "none-norm": ("none", {"qk_norm": True, "temperature": "log"}),
+    "rerope": ("rerope", {"window": 5}),
+    "rerope-interleaved": ("rerope", {"window": 9, "layout": "interleaved", "fraction": 0.5, "logit_scale": "log_n"}),
     "rope": ("rope", {}),
     "rope-interleaved": ("rope", {"base": 500.0, "layout": "interleaved", "fraction": 0.5}),
+    "self-extend": ("self_extend", {"window": 5}),
+    "self-extend-triples": ("self_extend", {"window": 7, "group_size": 3, "base": 500.0}),
     "shaw": ("shaw", {"max_distance": 5}),
     "shaw-all": ("shaw", {"max_distance": 9, "variant": "key_query", "value": True}),
     "sinusoidal": ("sinusoidal", {"base": 100.0, "layout": "split"}),
+    "transformer-xl": ("transformer_xl", {}),
+    "transformer-xl-per-layer": ("transformer_xl", {"biases": "per_layer", "max_distance": 7}),
     "t5": ("t5", {"num_buckets": 8, "max_distance": 12}),
 }
 FAMILIES = ("gpt2", "bert", "bert-decoder")
+PAIRS = [(case, family) for case in CASES for family in FAMILIES if family != "bert" or not SCHEMES[CASES[case][0]].causal_only]
+"""Every case in every family that it is defined for."""
 BACKENDS = ("eager", "sdpa")
 
 

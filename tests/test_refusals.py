@@ -130,9 +130,9 @@ def test_unknown_schemes(scheme: Any, kind: type[Exception], text: str) -> None:
 
 
 BAD_OPTIONS: list[tuple[str, dict[str, Any], str]] = [
-    ("rope", {"bsae": 1e4}, "rope: unknown option 'bsae'. Did you mean 'base'? Options: base, layout, fraction."),
-    ("rope", {"zzz": 1}, "rope: unknown option 'zzz'. Options: base, layout, fraction."),
-    ("none", {"base": 1e4}, "none: unknown option 'base'. Options: none."),
+    ("rope", {"bsae": 1e4}, "rope: unknown option 'bsae'. Did you mean 'base'? Options: base, layout, fraction, logit_scale."),
+    ("rope", {"zzz": 1}, "rope: unknown option 'zzz'. Options: base, layout, fraction, logit_scale."),
+    ("none", {"base": 1e4}, "none: unknown option 'base'. Options: temperature, temperature_coefficient, qk_norm, logit_scale."),
     *(
         ("rope", {"base": value}, f"rope: option 'base' is {value!r}; it must be a number above 1 and at most 1e+12.")
         for value in ("10000", True, None, float("nan"), float("inf"), 0, 1.0, -10000, [1e4])
@@ -416,8 +416,12 @@ def test_a_swapped_model_whose_schemes_something_else_replaced(call: Callable[..
     model = swapped("gpt2", "rope")
     model.transformer.wpe = nn.Embedding(64, 96)
     arguments = (model, "alibi") if call is pe_swap.swap_positional else (model,)
-    with unchanged(model):
+    with unchanged(model, probe=None):
         refused(errors.SwapStateError, PATCHED_TEXT, call, *arguments)
+    with pytest.raises(
+        errors.SwapStateError, match=r"GPT2Model\.wpe is a Embedding, where the schemes of this swapped model were"
+    ):
+        model(torch.ones(1, 4, dtype=torch.long))
 
 
 # --- backends ------------------------------------------------------------------------------------------------------------------
@@ -425,7 +429,7 @@ def test_a_swapped_model_whose_schemes_something_else_replaced(call: Callable[..
 BIASED = {
     "alibi": "relative_bias",
     "t5": "relative_bias",
-    "shaw": "score_bias, value_bias",
+    "shaw": "score_bias",
 }
 
 

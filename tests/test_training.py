@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,33 @@ def test_an_encoder_is_trained_on_masked_tokens(tmp_path: Path) -> None:
     )
     assert result["log"][-1]["loss"] < result["log"][0]["loss"]
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "b").config.model_type == "pe_swap_bert"
+
+
+def test_masks_follow_from_the_batch_and_the_seed() -> None:
+    rows = [{"input_ids": [5 + (index + row) % 7 for index in range(200)]} for row in range(4)]
+    batch = training.MaskedBatch(tokenizer(masked=True), 0.15, seed=1)
+    first = batch(rows)
+    torch.rand(3)  # whatever else draws
+    assert all(torch.equal(value, first[name]) for name, value in batch(rows).items())
+    assert 0.1 < (first["labels"] != -100).float().mean() < 0.2
+    assert not torch.equal(batch(rows[:3])["labels"], first["labels"][:3])
+    assert not torch.equal(training.MaskedBatch(tokenizer(masked=True), 0.15, seed=2)(rows)["labels"], first["labels"])
+
+
+def test_a_resumed_encoder_meets_the_same_masks(tmp_path: Path) -> None:
+    documents = [[5 + index % 7 for index in range(900)]]
+    losses = []
+    for resumes in (False, True):
+        model, out = swapped("bert", "alibi"), tmp_path / str(resumes)
+        section = config(tmp_path).train.model_copy(update={"save_steps": 2, "max_steps": 6, "logging_steps": 1})
+        arguments = {"block_size": 16, "seed": 0, "out": out}
+        if resumes:
+            train(model, tokenizer(masked=True), documents, section, **arguments)
+            shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+            model = swapped("bert", "alibi")
+        losses.append(train(model, tokenizer(masked=True), documents, section, resume=resumes, **arguments)["log"])
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]
 
 
 def test_an_encoder_without_a_mask_token_is_refused(tmp_path: Path) -> None:

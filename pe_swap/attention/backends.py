@@ -62,14 +62,15 @@ def name_for(implementation: str | None, hooks: Iterable[str]) -> str | None:
     hooks = frozenset(hooks)
     if not hooks or requested is None:
         return requested
-    biases = sorted(hooks - {"rotate"})
-    supported = BIAS_BACKENDS if biases else tuple(OUR_NAMES)
+    biases = sorted(hooks - {"rotate", "carry", "query_scale"})
+    supported = BIAS_BACKENDS if hooks - {"rotate"} else tuple(OUR_NAMES)
     if requested not in supported:
-        what = (
-            f"adds to the scores inside attention ({', '.join(biases)})"
-            if biases
-            else "rotates queries and keys inside attention"
-        )
+        if biases:
+            what = f"adds to the scores inside attention ({', '.join(biases)})"
+        elif "query_scale" in hooks:
+            what = "scales each query by how many keys it sees, which it reads from the mask"
+        else:
+            what = "rotates queries and keys inside attention"
         listed = ", ".join(f"'{name}'" for name in supported)
         raise UnsupportedBackendError(
             f"The attention implementation is '{requested}', but the scheme {what}; it must be one of {listed}. "
@@ -81,8 +82,7 @@ def name_for(implementation: str | None, hooks: Iterable[str]) -> str | None:
 def rotated(context: PositionalContext, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Return queries and keys with their positions turned into them, where the scheme does that.
 
-    Keys that were not rotated on their way into a cache are rotated here, all of them: slot and position id of a key differ by
-    its row's padding, which is what the first query's slot and id differ by.
+    Keys that were not rotated on their way into a cache are rotated here, all of them.
     """
     scheme, layer = context.binding.scheme, context.binding.layer
     if "rotate" not in context.binding.hooks:
@@ -90,12 +90,30 @@ def rotated(context: PositionalContext, query: Tensor, key: Tensor) -> tuple[Ten
     query_ids = context.query_ids.to(query.device)
     query = scheme.rotate(query, query_ids, role="query", layer=layer)
     if not context.keys_are_rotated:
-        key_ids = query_ids
-        if key.shape[2] != query.shape[2]:
-            positions = context.positions(key.shape[2], key.device)
-            key_ids = positions.key_slots[None, :] - (positions.query_slots[-1] - query_ids[:, -1:])
+        key_ids = context.positions(key.shape[2], key.device).key_ids
         key = scheme.rotate(key, key_ids, role="key", layer=layer)
     return query, key
+
+
+def keys_seen(context: PositionalContext, query: Tensor, kv_len: int, attention_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Return how many keys each query may look at, `[batch or 1, q_len]`, int64.
+
+    Counted on the mask, so that padding, caches, packed sequences and both kinds of model need no rule of their own.
+    """
+    if attention_mask is None:
+        every = torch.full((1, query.shape[2]), kv_len, device=query.device)
+        return context.query_slots.to(query.device)[None] + 1 if is_causal else every
+    allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    return allowed[:, 0].sum(-1)
+
+
+def scaled(context: PositionalContext, query: Tensor, kv_len: int, attention_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Return queries times the scheme's factor, where it has one; computed in at least float32, in the dtype of `query`."""
+    if "query_scale" not in context.binding.hooks:
+        return query
+    num_keys = keys_seen(context, query, kv_len, attention_mask, is_causal)
+    factor = context.binding.scheme.query_scale(num_keys, layer=context.binding.layer)
+    return (query * factor[:, None, :, None]).to(query.dtype)
 
 
 def bias_by_distance(context: PositionalContext, q_len: int, kv_len: int, device: torch.device) -> Tensor:
@@ -180,13 +198,16 @@ def eager(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # GPT-2's own eager path scores in float32 under this option; it looks for the name 'eager', which ours is not.
     upcast = bool(getattr(module, "reorder_and_upcast_attn", False))
+    causal = is_causal_call(module, query, attention_mask, is_causal)
     score_bias: Tensor | None = None
     value_bias: Callable[[Tensor], Tensor] | None = None
     if positional is None:
         refuse_unbound(module)
     else:
+        key, carried = positional.split(key, query.shape[-1])
         query, key = rotated(positional, query, key)
-        positions = positional.positions(key.shape[2], query.device)
+        query = scaled(positional, query, key.shape[2], attention_mask, causal)
+        positions = positional.positions(key.shape[2], query.device, carried)
         bias_of_block = block_score_bias(positional, scaling)
         score_bias = None if bias_of_block is None else bias_of_block(query, key, positions)
         value_bias = _value_bias(positional, positions)
@@ -196,7 +217,7 @@ def eager(
         value,
         score_bias,
         attention_mask=attention_mask,
-        is_causal=is_causal_call(module, query, attention_mask, is_causal),
+        is_causal=causal,
         scaling=scaling,
         dropout=dropout,
         upcast=upcast,
@@ -236,14 +257,16 @@ def sdpa(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
         )
     hooks = positional.binding.hooks
+    key, carried = positional.split(key, query.shape[-1])
     query, key = rotated(positional, query, key)
-    if hooks <= {"rotate"}:
+    causal = is_causal_call(module, query, attention_mask, is_causal)
+    query = scaled(positional, query, key.shape[2], attention_mask, causal)
+    if hooks <= {"rotate", "query_scale"}:
         return _library("sdpa")(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    causal = is_causal_call(module, query, attention_mask, is_causal)
-    if hooks <= {"rotate", "relative_bias"}:
+    if hooks <= {"rotate", "query_scale", "relative_bias"}:
         output = relative_bias_attention(
             query,
             key,
@@ -264,7 +287,7 @@ def sdpa(
             query,
             key,
             value,
-            positional.positions(key.shape[2], query.device),
+            positional.positions(key.shape[2], query.device, carried),
             block_score_bias(positional, scaling),
             value_bias if "value_bias" in hooks else None,
             attention_mask=attention_mask,

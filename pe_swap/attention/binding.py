@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pe_swap.positional import Place
 from pe_swap.positions import Positions, slots_from
 from pe_swap.schemes.base import ATTENTION_HOOKS, Scheme
+
+
+def key_ids(query_slots: Tensor, key_slots: Tensor, query_ids: Tensor) -> Tensor:
+    """Return the keys' position ids, `[batch or 1, kv_len]`, int64.
+
+    Without a cache they are the queries'. With one, whose keys' ids nothing kept, they count back by one from a row's first query of
+    the highest id: that is a real token, where padding on the left has id 0 and padding on the right repeats the last id.
+    """
+    if query_slots.shape == key_slots.shape:
+        return query_ids
+    anchor = query_ids.argmax(dim=-1, keepdim=True)
+    slots = query_slots.expand(query_ids.shape[0], -1)
+    return key_slots[None, :] - (slots.gather(-1, anchor) - query_ids.gather(-1, anchor))
 
 
 @dataclass(frozen=True)
@@ -49,14 +63,26 @@ class PositionalContext:
         query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
         query_ids: `[batch or 1, q_len]`, int64.
         keys_are_rotated: the keys were rotated before they were cached.
+        carried: what the scheme's `carry` gave, `[batch, heads, q_len, channels]`, in a call without a cache. None where it carries
+            nothing, and in a call with a cache, whose keys then have these channels after their own.
     """
 
     binding: LayerBinding
     query_slots: Tensor
     query_ids: Tensor
     keys_are_rotated: bool
+    carried: Tensor | None = None
 
-    def positions(self, kv_len: int, device: object) -> Positions:
+    def positions(self, kv_len: int, device: torch.device, carried: Tensor | None = None) -> Positions:
         """Return where the queries and all `kv_len` keys stand, on the device of the scores."""
-        query_slots = self.query_slots.to(device)  # type: ignore[call-overload]  # a model spread over devices
-        return Positions(query_slots, slots_from(0, kv_len, query_slots.device), self.query_ids.to(device))  # type: ignore[call-overload]
+        query_slots, query_ids = self.query_slots.to(device), self.query_ids.to(device)  # a model may be spread over devices
+        key_slots = slots_from(0, kv_len, device)
+        return Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids), carried)
+
+    def split(self, key: Tensor, head_dim: int) -> tuple[Tensor, Tensor | None]:
+        """Return the keys, `[batch, heads, kv_len, head_dim]`, and what was carried beside each of them, or None."""
+        if "carry" not in self.binding.hooks:
+            return key, None
+        if self.carried is not None:
+            return key, self.carried.to(key.device)
+        return key[..., :head_dim], key[..., head_dim:]

@@ -1,17 +1,21 @@
-"""A view of the key-value cache that rotates keys as they are written.
+"""A view of the key-value cache for one layer: it rotates keys as they are written, and writes what is carried beside them.
 
 The attention function runs after the cache update. Rotating the whole key buffer there would cost O(length) for every generated
-token; rotated once on the way in, a step costs what it costs without rotation.
+token; rotated once on the way in, a step costs what it costs without rotation. What a scheme carries for every token goes in as
+extra channels of its key, so that whatever the owner of a cache does to keys (beam search, cropping, static buffers, another
+device) it does to them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from pe_swap.attention.binding import LayerBinding
+from pe_swap.errors import SwapStateError
 
 
 def self_attention_cache(cache: Cache) -> Cache:
@@ -19,23 +23,54 @@ def self_attention_cache(cache: Cache) -> Cache:
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-class RotatingCache:
+class LayerCache:
     """Stands for a cache during one call of one self-attention module; only `update` is different.
 
     Self-attention of the patched families calls nothing else. It is no `Cache` on purpose: everything that owns the real cache
     (`generate`, beam search, cropping) keeps dealing with the real one.
+
+    Attributes:
+        cache: the real cache.
+        binding: the layer's scheme.
+        query_ids: `[batch or 1, q_len]`, int64.
+        rotates: keys are rotated on their way in.
+        carried: what goes beside the new keys, `[batch, heads, q_len, channels]`, or None.
     """
 
-    def __init__(self, cache: Cache, binding: LayerBinding, query_ids: Tensor) -> None:
+    def __init__(self, cache: Cache, binding: LayerBinding, query_ids: Tensor, rotates: bool, carried: Tensor | None) -> None:
         self.cache = cache
         self.binding = binding
         self.query_ids = query_ids
+        self.rotates = rotates
+        self.carried = carried
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Rotate the new keys, `[batch, heads, q_len, head_dim]`, then update the cache as it would itself."""
-        ids = self.query_ids.to(key_states.device)
-        rotated = self.binding.scheme.rotate(key_states, ids, role="key", layer=self.binding.layer)
-        updated: tuple[Tensor, Tensor] = self.cache.update(rotated, value_states, layer_idx, *args, **kwargs)
+        """Rotate the new keys, `[batch, heads, q_len, head_dim]`, add carried channels, then update the cache as it would itself.
+
+        Returns:
+            All keys, `[batch, heads, kv_len, head_dim + channels]`, and all values. `PositionalContext.split` takes keys apart.
+
+        Raises:
+            SwapStateError: the cache holds keys without these channels.
+        """
+        if self.rotates:
+            ids = self.query_ids.to(key_states.device)
+            key_states = self.binding.scheme.rotate(key_states, ids, role="key", layer=self.binding.layer)
+        if self.carried is not None:
+            key_states = torch.cat((key_states, self.carried.to(key_states.device, key_states.dtype)), dim=-1)
+            self._refuse_narrow_keys(key_states.shape[-1], layer_idx)
+        updated: tuple[Tensor, Tensor] = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
         return updated
+
+    def _refuse_narrow_keys(self, width: int, layer_idx: int) -> None:
+        """Refuse a cache that another scheme filled, or that was allocated by the model's own sizes."""
+        layers = self.cache.layers
+        keys = layers[layer_idx].keys if layer_idx < len(layers) else None
+        if keys is not None and keys.dim() == 4 and keys.shape[-1] != width:
+            raise SwapStateError(
+                f"Layer {self.binding.layer}'s cache holds keys of {keys.shape[-1]} channels, but the scheme "
+                f"'{self.binding.scheme.name}' needs {width}: it keeps numbers of its own beside each key. The cache was filled under "
+                "another scheme, or allocated ahead of time (early_initialization). Pass a new, empty cache."
+            )

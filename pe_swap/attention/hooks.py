@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pe_swap.attention.backends import is_ours
 from pe_swap.attention.binding import LayerBinding, PositionalContext
-from pe_swap.attention.cache import RotatingCache, self_attention_cache
+from pe_swap.attention.cache import LayerCache, self_attention_cache
 from pe_swap.errors import UnsupportedBackendError
 from pe_swap.positions import slots_from
 
@@ -23,7 +23,7 @@ PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any
 
 
 def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a self-attention module's call its scheme, its positions, and a cache that rotates keys.
+    """Give a self-attention module's call its scheme, its positions, what it carries, and its view of the cache.
 
     Raises:
         UnsupportedBackendError: the configuration was given an attention implementation behind pe_swap's back, which would drop
@@ -46,10 +46,11 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     position_ids = kwargs.get("position_ids")
     query_ids = query_slots[None, :] if position_ids is None else position_ids
     rotates_into_cache = cache is not None and "rotate" in binding.hooks and binding.scheme.caches_rotated_keys
-    context = PositionalContext(binding, query_slots, query_ids, keys_are_rotated=rotates_into_cache)
+    carried = binding.scheme.carry(hidden_states, layer=binding.layer) if "carry" in binding.hooks else None
+    context = PositionalContext(binding, query_slots, query_ids, rotates_into_cache, carried if cache is None else None)
     kwargs = {**kwargs, "positional": context}
-    if rotates_into_cache:
-        kwargs["past_key_values"] = RotatingCache(self_attention_cache(cache), binding, query_ids)
+    if rotates_into_cache or (carried is not None and cache is not None):
+        kwargs["past_key_values"] = LayerCache(self_attention_cache(cache), binding, query_ids, rotates_into_cache, carried)
     return args, kwargs
 
 

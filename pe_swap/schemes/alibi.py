@@ -37,6 +37,7 @@ class AlibiOptions(SchemeOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         self.require_choice("slopes", ("press", "geometric"))
         self.require_bool("trainable")
 

@@ -8,9 +8,11 @@ cast once, by whoever adds them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from pe_swap.positions import Positions
@@ -22,7 +24,7 @@ SCHEMES: Registry[type[Scheme]] = Registry("positional scheme")
 INPUT_HOOKS = frozenset({"encode", "embed"})
 """Hooks that act on the input embeddings, which all layers share."""
 
-ATTENTION_HOOKS = frozenset({"rotate", "relative_bias", "score_bias", "value_bias"})
+ATTENTION_HOOKS = frozenset({"rotate", "relative_bias", "score_bias", "value_bias", "carry", "query_scale"})
 """Hooks that act inside attention; a scheme with none of them leaves the attention function to transformers."""
 
 
@@ -80,6 +82,7 @@ class Scheme(nn.Module):
         """
         super().__init__()
         self.options = options
+        self._hooks = self.hooks_for(options)  # read once: a compiled graph should find a constant
         self.geometry = geometry
         self.layers = layers
 
@@ -95,8 +98,23 @@ class Scheme(nn.Module):
 
     @property
     def hooks(self) -> frozenset[str]:
-        """The hooks this scheme uses: those its class overrides, less any that its options turn off."""
-        return hooks_of(type(self))
+        """The hooks this scheme uses."""
+        return self._hooks
+
+    @classmethod
+    def hooks_for(cls, options: SchemeOptions) -> frozenset[str]:
+        """Return the hooks that the scheme uses under `options`: those its class overrides, less any that they turn off."""
+        return hooks_of(cls) | ({"query_scale"} if options.logit_scale is not None else set())
+
+    @property
+    def tells_order(self) -> bool:
+        """Whether the scheme itself tells the order of tokens; without, an encoder sees a bag of words."""
+        return bool(self.hooks - {"query_scale"})
+
+    @property
+    def reads_position_ids(self) -> bool:
+        """Whether position ids move tokens: False for a scheme that tells positions by counting keys."""
+        return bool(self.hooks & (INPUT_HOOKS | {"rotate"}))
 
     def reset_parameters(self) -> None:
         """Set every parameter to its start on a pretrained model: the one that disturbs the model least."""
@@ -144,6 +162,25 @@ class Scheme(nn.Module):
         """
         raise NotImplementedError
 
+    def query_scale(self, num_keys: Tensor, *, layer: int) -> Tensor:
+        """Return the factor on each query, after `rotate` and before it meets anything.
+
+        This one is log-length scaling, `logit_scale="log_n"` of every scheme: `max(1, log(n) / log(trained_length))` (Su Jianlin,
+        "Rectified Rotary Position Embeddings", 2023, its code). Differs from the source: `n` is how many keys a query may look at,
+        which in a decoder is its position plus one, as there, and which an encoder has too. A bias that does not come from the
+        query is not scaled.
+
+        Args:
+            num_keys: `[batch or 1, q_len]`, int64, how many keys each query may look at.
+            layer: index of the layer.
+
+        Returns:
+            The shape of `num_keys`, float32.
+        """
+        if self.options.logit_scale is None:
+            return torch.ones_like(num_keys, dtype=torch.float32)
+        return (num_keys.clamp(min=1).float().log() / math.log(max(2, self.geometry.trained_length))).clamp(min=1.0)
+
     def relative_bias(self, distance: Tensor, *, layer: int) -> Tensor:
         """Return what is added to the scaled scores, where it depends on `key - query` alone.
 
@@ -153,6 +190,22 @@ class Scheme(nn.Module):
 
         Returns:
             `[heads, n]`, float32, logits.
+        """
+        raise NotImplementedError
+
+    def carry(self, hidden_states: Tensor, *, layer: int) -> Tensor:
+        """Return a few numbers for every token that `score_bias` will need of it later; they are cached beside its key.
+
+        A running sum over tokens is taken in `score_bias`, from what is carried, and never carried itself: a cache that is
+        cropped or reordered stays right.
+
+        Args:
+            hidden_states: `[batch, length, hidden_size]`, what the attention module is called with.
+            layer: index of the layer.
+
+        Returns:
+            `[batch, heads, length, channels]`, in the dtype of `hidden_states`; `score_bias` finds those of all keys in
+            `positions.carried`.
         """
         raise NotImplementedError
 

@@ -42,6 +42,7 @@ class ConcatOptions(SchemeOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         self.require_choice("table", ("sinusoidal", "learned"))
         self.require_int("dim", 1, 65536, none_is="the hidden size")
 

@@ -34,6 +34,7 @@ class IndexOptions(SchemeOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         self.require_number("scale", 0.0, 1e6, or_text=("match",))
 
     def resolve(self, geometry: Geometry, position_table: Tensor | None) -> IndexOptions:

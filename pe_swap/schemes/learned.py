@@ -40,6 +40,7 @@ class LearnedOptions(SchemeOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         self.require_int("max_length", 1, LARGEST_LENGTH, none_is="the trained length")
         self.require_choice("extend", ("interpolate", "tile", "group", "mean"))
 

@@ -1,39 +1,107 @@
-"""No positions at all ("NoPE").
+"""No positions at all ("NoPE"), and what keeps such a model working on longer input ("DroPE").
 
 Haviv et al., "Transformer Language Models without Positional Encodings Still Learn Positional Information" (Findings of EMNLP
 2022, arXiv:2203.16634); Kazemnejad et al., "The Impact of Positional Encoding on Length Generalization in Transformers" (NeurIPS
-2023, arXiv:2305.19466). Differs from the papers: none.
+2023, arXiv:2305.19466). Gelberg et al., "Extending the Context of Pretrained LLMs by Dropping Their Positional Embeddings" (ICLR
+2026, arXiv:2512.12167): drop the positions of a trained model, fine-tune at the trained length, normalising queries and keys where
+training is unstable, and multiply the scores by `1 + c ln(s)` on input `s` times as long.
+
+Differs from the papers: `s` is taken for every query, keys it may look at over trained length and at least 1, where the paper
+has one `s` for a whole input: a cached pass then equals an uncached one. The normalisation is RMSNorm over each head's dimensions,
+with one gain a dimension, shared by heads.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from pe_swap.schemes.base import SCHEMES, Scheme
+from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
 from pe_swap.schemes.options import SchemeOptions
+
+NORM_EPSILON = 1e-6
+"""Added to the mean square of a head's dimensions, as in transformers' models with such norms."""
 
 
 @dataclass(frozen=True)
 class NoneOptions(SchemeOptions):
-    """`none` has no options."""
+    """Options of `none`.
+
+    Attributes:
+        temperature: `"log"` multiplies queries that see more keys than in training by `1 + c ln(keys / trained_length)`.
+        temperature_coefficient: that `c`. The default is that of YaRN's attention factor; a model's own is found by
+            measuring at the longer length.
+        qk_norm: normalise queries and keys, with trained gains of each layer's own.
+    """
 
     scheme: ClassVar[str] = "none"
+
+    temperature: str | None = None
+    temperature_coefficient: float = 0.1
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        self.require_choice("temperature", (None, "log"))
+        self.require_number("temperature_coefficient", 0.0, 100.0)
+        self.require_bool("qk_norm")
+        if self.temperature is not None and self.logit_scale is not None:
+            raise self.refuse("logit_scale", "None beside temperature='log': both scale queries by length. Choose one")
 
 
 @SCHEMES.register("none")
 class NoPositions(Scheme):
     """Nothing is added anywhere. A causal mask alone still tells a decoder something about order; an encoder sees a bag of words.
 
-    Start on a pretrained model: the table goes, and with it its mean vector, which every position shared.
+    Start on a pretrained model: the table goes, and with it its mean vector, which every position shared. The temperature changes
+    nothing up to the trained length. `qk_norm` starts with gains of 1, which no pretrained model without such norms is used to: it
+    is for training that would not be stable without it.
     """
 
     Options = NoneOptions
     summary = "no positions at all; the causal mask alone tells order"
     shift_invariant = True
+
+    options: NoneOptions
+
+    def __init__(self, options: NoneOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:
+        """Build the gains, `[head_dim]` a layer, where queries and keys are normalised."""
+        super().__init__(options, geometry, layers)
+        self.query_gains = self._gains() if options.qk_norm else None
+        self.key_gains = self._gains() if options.qk_norm else None
+        self.reset_parameters()
+
+    def _gains(self) -> nn.ParameterDict:
+        """Return one vector of gains a layer."""
+        return nn.ParameterDict({str(layer): torch.empty(self.geometry.head_dim) for layer in self.layers})
+
+    @classmethod
+    def hooks_for(cls, options: SchemeOptions) -> frozenset[str]:
+        """Return the hooks in use: without options, none."""
+        assert isinstance(options, NoneOptions)
+        used = {"rotate": options.qk_norm, "query_scale": options.temperature is not None or options.logit_scale is not None}
+        return super().hooks_for(options) - {hook for hook, is_used in used.items() if not is_used}
+
+    @property
+    def tells_order(self) -> bool:
+        """False: a causal mask may."""
+        return False
+
+    @property
+    def reads_position_ids(self) -> bool:
+        """False: normalising queries and keys reads no positions."""
+        return False
+
+    def reset_parameters(self) -> None:
+        """Set every gain to 1."""
+        for parameter in self.parameters():
+            nn.init.ones_(parameter)
 
     def start_from(self, position_table: Tensor) -> None:
         """Warn where the swap leaves a model that cannot tell any order."""
@@ -44,3 +112,17 @@ class NoPositions(Scheme):
                 UserWarning,
                 stacklevel=3,
             )
+
+    def rotate(self, x: Tensor, position_ids: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
+        """Return `x` over its root mean square, times the gains; positions play no part. See `Scheme.rotate`."""
+        gains = self.query_gains if role == "query" else self.key_gains
+        assert gains is not None
+        wide = x if x.dtype == torch.float64 else x.float()
+        return F.rms_norm(wide, (x.shape[-1],), gains[str(layer)].to(wide.dtype), NORM_EPSILON).to(x.dtype)
+
+    def query_scale(self, num_keys: Tensor, *, layer: int) -> Tensor:
+        """Return `1 + c ln(keys / trained_length)`, at least 1; see `Scheme.query_scale`."""
+        if self.options.temperature is None:
+            return super().query_scale(num_keys, layer=layer)
+        extension = (num_keys.float() / self.geometry.trained_length).clamp(min=1.0)
+        return 1.0 + self.options.temperature_coefficient * extension.log()

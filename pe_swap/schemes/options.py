@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pe_swap.errors import OptionError
@@ -29,9 +29,22 @@ OptionsType = TypeVar("OptionsType", bound="SchemeOptions")
 
 @dataclass(frozen=True)
 class SchemeOptions:
-    """Base of every scheme's options. A field is an option; its default is the scheme's default."""
+    """Base of every scheme's options. A field is an option; its default is the scheme's default.
+
+    A subclass that checks its values calls `super().__post_init__()` first.
+
+    Attributes:
+        logit_scale: `"log_n"` multiplies each query by `max(1, log(n) / log(trained_length))`, `n` being how many keys it may look
+            at, so that attention over more keys than in training stays as sharp; None leaves queries alone. Every scheme takes it.
+    """
 
     scheme: ClassVar[str] = ""
+
+    logit_scale: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the values that every scheme has."""
+        self.require_choice("logit_scale", (None, "log_n"))
 
     def resolve(self, geometry: Geometry, position_table: Tensor | None) -> Self:
         """Return the options with every value that depends on the model written out.
@@ -48,8 +61,11 @@ class SchemeOptions:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values that JSON can hold."""
-        return dataclasses.asdict(self)
+        """Return the options as plain values that JSON can hold; without `logit_scale` where there is none."""
+        values = dataclasses.asdict(self)
+        if self.logit_scale is None:
+            del values["logit_scale"]
+        return values
 
     def refuse(self, option: str, rule: str) -> OptionError:
         """Build the error for `option`, whose value breaks `rule`."""
@@ -93,7 +109,7 @@ def build_options(options_class: type[OptionsType], values: Mapping[str, Any]) -
     Raises:
         OptionError: a name that is not an option (the text proposes the nearest), or a value that breaks its rule.
     """
-    known = [field.name for field in dataclasses.fields(options_class)]
+    known = [option.name for option in sorted(dataclasses.fields(options_class), key=lambda option: option.kw_only is True)]
     for name in values:
         if name not in known:
             raise OptionError(

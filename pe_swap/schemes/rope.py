@@ -41,6 +41,7 @@ class RopeOptions(SchemeOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         self.require_number("base", 1.0, 1e12)
         self.require_choice("layout", ("half", "interleaved"))
         self.require_number("fraction", 0.0, 1.0)

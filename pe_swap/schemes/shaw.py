@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_swap.positions import Positions
-from pe_swap.schemes.base import SCHEMES, Geometry, Scheme, hooks_of
+from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
 from pe_swap.schemes.options import SchemeOptions
 
 
@@ -40,6 +40,7 @@ class ShawOptions(SchemeOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         self.require_int("max_distance", 1, 65536)
         self.require_choice("variant", ("key", "key_query"))
         self.require_bool("value")
@@ -70,11 +71,11 @@ class Shaw(Scheme):
         rows = 2 * self.options.max_distance + 1
         return nn.ParameterDict({str(layer): torch.empty(rows, self.geometry.head_dim) for layer in self.layers})
 
-    @property
-    def hooks(self) -> frozenset[str]:
-        """The hooks in use: `value_bias` only where values have vectors."""
-        used = hooks_of(type(self))
-        return used if self.options.value else used - {"value_bias"}
+    @classmethod
+    def hooks_for(cls, options: SchemeOptions) -> frozenset[str]:
+        """Return the hooks in use: `value_bias` only where values have vectors."""
+        assert isinstance(options, ShawOptions)
+        return super().hooks_for(options) - (set() if options.value else {"value_bias"})
 
     def reset_parameters(self) -> None:
         """Set every table to zeros."""

@@ -40,6 +40,7 @@ class SinusoidalOptions(SchemeOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         self.require_number("base", 1.0, 1e12)
         self.require_choice("layout", ("interleaved", "split"))
         self.require_number("scale", 0.0, 1e6, or_text=("match",))

@@ -36,6 +36,7 @@ class T5Options(SchemeOptions):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         self.require_int("num_buckets", 4, 65536)
         self.require_int("max_distance", 2, 2**24)
         if self.num_buckets % 2:

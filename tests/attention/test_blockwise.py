@@ -34,7 +34,8 @@ def value_bias(probabilities: Tensor, positions: Positions) -> Tensor:
 def positions_of(call: Call) -> Positions:
     first = call.kv_len - call.q_len
     slots = slots_from(first, call.q_len, torch.device("cpu"))
-    return Positions(slots, slots_from(0, call.kv_len, torch.device("cpu")), slots[None])
+    key_slots = slots_from(0, call.kv_len, torch.device("cpu"))
+    return Positions(slots, key_slots, slots[None], key_slots[None])
 
 
 def both_forms(call: Call, with_value: bool) -> tuple[Tensor, Tensor]:

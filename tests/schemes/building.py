@@ -30,4 +30,5 @@ def build(name: str, table: Tensor | None = None, sizes: Geometry | None = None,
 def positions(first_query: int, q_len: int, kv_len: int) -> Positions:
     """Return the positions of `q_len` queries from slot `first_query` on, against `kv_len` keys."""
     slots = slots_from(first_query, q_len, torch.device("cpu"))
-    return Positions(slots, slots_from(0, kv_len, torch.device("cpu")), slots[None])
+    key_slots = slots_from(0, kv_len, torch.device("cpu"))
+    return Positions(slots, key_slots, slots[None], key_slots[None])

@@ -54,5 +54,5 @@ def test_none_warns_on_encoders_only() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build("none", table)
-    with pytest.raises(OptionError, match=r"none: unknown option 'base'\. Options: none"):
+    with pytest.raises(OptionError, match=r"none: unknown option 'base'\. Options: temperature, "):
         build("none", base=1)

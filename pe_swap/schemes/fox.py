@@ -1,0 +1,104 @@
+"""FoX: the forgetting transformer.
+
+Lin, Nikishin, He and Courville, "Forgetting Transformer: Softmax Attention with a Forget Gate" (ICLR 2025, arXiv:2503.02130),
+section 3: with a gate `f_t = sigmoid(w_f . x_t + b_f)` for every head, `x_t` being the layer's hidden state, the scores take the
+bias `d_ij = sum_{l = j + 1 .. i} log f_l`, so that a token fades by what came after it. ALiBi is the case of constant gates
+`f = exp(-slope)`.
+
+Differs from the paper: the gate alone; the output gate, the norms and the shifts of "FoX (Pro)" are no positional scheme. The
+authors start gate biases at 0, which forgets half of everything at each token; a pretrained model starts with gates near 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pe_swap.positions import Positions
+from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
+from pe_swap.schemes.options import SchemeOptions
+
+
+@dataclass(frozen=True)
+class FoxOptions(SchemeOptions):
+    """Options of `fox`.
+
+    Attributes:
+        initial_reach: distance, in positions, at which a token has lost one logit before any training. `"match"` takes ten times
+            the trained length, so that nothing a query saw in training is more than a tenth of a logit down.
+    """
+
+    scheme: ClassVar[str] = "fox"
+
+    initial_reach: float | str = "match"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        self.require_number("initial_reach", 1.0, 1e9, or_text=("match",))
+
+    def resolve(self, geometry: Geometry, position_table: Tensor | None) -> FoxOptions:
+        """Return the options with the reach written out."""
+        return replace(self, initial_reach=10.0 * geometry.trained_length) if self.initial_reach == "match" else self
+
+
+def initial_bias(reach: float) -> float:
+    """Return the gate logit `b` with `log sigmoid(b) = -1 / reach`: gates that lose one logit in `reach` positions."""
+    return -math.log(math.expm1(1.0 / reach))
+
+
+@SCHEMES.register("fox")
+class Fox(Scheme):
+    """`bias_ij = c_i - c_j` with `c` the running sum of `log sigmoid(w . x + b)`, in logits; one gate a head, for every layer.
+
+    The gate's logit is carried beside each key, in the model's dtype; its logarithm and the running sum are taken in float32 when
+    scores are computed, so that a cached sum can neither round nor go stale. Only tokens between key and query count, hence padding
+    does not.
+
+    Start on a pretrained model: `w = 0` and a large `b` (`initial_reach`), which is nearly the model without its table.
+    """
+
+    Options = FoxOptions
+    summary = "older tokens fade by forget gates that read the hidden state"
+    shift_invariant = True
+    causal_only = True
+
+    options: FoxOptions
+
+    def __init__(self, options: FoxOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:
+        """Build the gates: weights `[heads, hidden_size]` and biases `[heads]` of every layer."""
+        super().__init__(options, geometry, layers)
+        heads = geometry.num_heads
+        self.gate_weights = nn.ParameterDict({str(layer): torch.empty(heads, geometry.hidden_size) for layer in layers})
+        self.gate_biases = nn.ParameterDict({str(layer): torch.empty(heads) for layer in layers})
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set weights to zeros and biases so that gates forget next to nothing."""
+        assert not isinstance(self.options.initial_reach, str), "options are resolved before a scheme is built"
+        for weight in self.gate_weights.values():
+            nn.init.zeros_(weight)
+        for bias in self.gate_biases.values():
+            nn.init.constant_(bias, initial_bias(self.options.initial_reach))
+
+    def carry(self, hidden_states: Tensor, *, layer: int) -> Tensor:
+        """Return the gate logits, `[batch, heads, length, 1]`; see `Scheme.carry`."""
+        weight, bias = self.gate_weights[str(layer)], self.gate_biases[str(layer)]
+        return F.linear(hidden_states, weight, bias).transpose(1, 2)[..., None]
+
+    def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
+        """Return `c_i - c_j`, `[batch, heads, q_len, kv_len]`, float32; see `Scheme.score_bias`.
+
+        Keys after the query get positive numbers, which the causal mask removes.
+        """
+        assert positions.carried is not None
+        logits = positions.carried[..., 0]
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        running = F.logsigmoid(wide).cumsum(dim=-1)
+        at_query = running.index_select(-1, positions.query_slots)
+        return at_query[..., None] - running[..., None, :]

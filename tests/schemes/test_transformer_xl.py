@@ -1,0 +1,68 @@
+"""Transformer-XL's relative positions, pair by pair."""
+
+import pytest
+import torch
+
+from pe_swap.errors import OptionError
+from pe_swap.schemes import Scheme
+from tests.references import transformer_xl as reference
+from tests.schemes.building import build, geometry, positions
+
+SMALL = geometry(hidden_size=24, num_heads=3, head_dim=8)
+
+
+def random_scheme(**options: object) -> Scheme:
+    scheme = build("transformer_xl", sizes=SMALL, **options)
+    for parameter in scheme.parameters():
+        torch.nn.init.normal_(parameter)
+    return scheme
+
+
+@pytest.mark.parametrize("biases", ["shared", "per_layer"])
+@pytest.mark.parametrize("max_distance", [None, 3])
+@pytest.mark.parametrize(("first_query", "q_len", "kv_len"), [(0, 7, 7), (5, 3, 8), (7, 1, 8)])
+def test_scores_are_the_papers(biases: str, max_distance: int | None, first_query: int, q_len: int, kv_len: int) -> None:
+    scheme = random_scheme(biases=biases, max_distance=max_distance)
+    query, key = torch.randn(2, 3, q_len, 8), torch.randn(2, 3, kv_len, 8)
+    ours = scheme.score_bias(query, key, positions(first_query, q_len, kv_len), scaling=0.25, layer=1)
+    name = "shared" if biases == "shared" else "1"
+    weight, u, v = scheme.distance_weights["1"], scheme.content_biases[name], scheme.distance_biases[name]
+    expected = reference.score_term(query, key, weight.detach(), u.detach(), v.detach(), first_query, 0.25, max_distance)
+    torch.testing.assert_close(ours.double(), expected, atol=3e-5, rtol=0)
+
+
+def test_distance_is_query_minus_key() -> None:
+    scheme = random_scheme()
+    keys = scheme.distance_keys(torch.tensor([-2, 2]), layer=0)
+    expected = scheme.distance_weights["0"].double() @ reference.sinusoid(2, 24)
+    torch.testing.assert_close(keys[:, 0].flatten().double(), expected, atol=1e-5, rtol=0)
+    assert (keys[:, 0] - keys[:, 1]).abs().max() > 0.1  # sines tell the sides apart
+
+
+def test_far_distances_are_exact_in_bf16() -> None:
+    scheme = random_scheme().bfloat16()
+    far = scheme.distance_keys(torch.tensor([-4001]), layer=0)
+    expected = scheme.distance_weights["0"].double() @ reference.sinusoid(4001, 24)
+    torch.testing.assert_close(far.flatten().double(), expected, rtol=2**-7, atol=0.05)  # 24 terms of size 1, 8 bits each
+
+
+def test_start_is_zero_and_the_first_gradient_reaches_what_moves_first() -> None:
+    scheme = build("transformer_xl", sizes=SMALL)
+    query, key = torch.randn(1, 3, 5, 8), torch.randn(1, 3, 5, 8)
+    bias = scheme.score_bias(query, key, positions(0, 5, 5), scaling=1.0, layer=2)
+    assert not bias.any()
+    (bias * torch.randn_like(bias)).sum().backward()
+    assert scheme.distance_weights["2"].grad.any()
+    assert scheme.content_biases["shared"].grad.any()
+
+
+def test_biases_shared_or_of_each_layer() -> None:
+    assert set(build("transformer_xl").content_biases) == {"shared"}
+    assert set(build("transformer_xl", biases="per_layer").distance_biases) == {"0", "1", "2"}
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(OptionError, match=r"transformer_xl: option 'biases' is 'share'.*Did you mean 'shared'"):
+        build("transformer_xl", biases="share")
+    with pytest.raises(OptionError, match=r"'max_distance' is 0; it must be an integer from 1 to .*or None \(no limit\)"):
+        build("transformer_xl", max_distance=0)
