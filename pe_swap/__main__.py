@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from pe_swap.config import free_options, run
-from pe_swap.gallery import describe, show
+from pe_swap.gallery import describe, markdown_table, show
 from pe_swap.schemes import SCHEMES
 
 
@@ -19,7 +19,8 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m pe_swap", description="Positional schemes, as text and as pictures.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("schemes", help="list every scheme with its options and what it claims")
+    listed = commands.add_parser("schemes", help="list every scheme with its options and what it claims")
+    listed.add_argument("--markdown", action="store_true", help="as the README's table")
     shown = commands.add_parser("show", help="draw what a scheme does", epilog="Any other --option is the scheme's own.")
     shown.add_argument("scheme")
     shown.add_argument("--heads", type=int, default=12, help="attention heads (default: 12)")
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     if known.command == "schemes":
         if unknown:
             parser.error(f"unexpected {' '.join(unknown)}")
-        print("\n\n".join(describe(name) for name in SCHEMES.names()))
+        print(markdown_table() if known.markdown else "\n\n".join(describe(name) for name in SCHEMES.names()))
         return
     for name in ("heads", "length"):
         if not 1 <= getattr(known, name) <= 4096:

@@ -29,7 +29,7 @@ from pe_swap.model_card import auto_class_of, update_model_card
 from pe_swap.peft_families import name_families
 from pe_swap.positional import Positional
 from pe_swap.schemes.options import LARGEST_LENGTH
-from pe_swap.specification import FORMAT, checked_format, from_saved
+from pe_swap.specification import FORMAT, checked_format, from_saved, short
 from pe_swap.version import __version__
 
 NO_LIMIT = 2**20
@@ -129,7 +129,7 @@ class SwappedConfig:
         limit = saved.get("max_length")
         if limit is not None and not _is_length(limit):
             raise CheckpointError(
-                f"config.json: 'pe_swap.max_length' is {limit!r}; it must be null or an integer from 1 to {LARGEST_LENGTH:,}."
+                f"config.json: 'pe_swap.max_length' is {short(limit)}; it must be null or an integer from 1 to {LARGEST_LENGTH:,}."
             )
         _trained_length(saved)
         config_dict = {**config_dict, _saved_field(cls, adapter): limit or NO_LIMIT}
@@ -263,7 +263,7 @@ def _trained_length(saved: Any) -> int:
     length = saved.get("trained_length") if isinstance(saved, dict) else None
     if not _is_length(length):
         raise CheckpointError(
-            f"config.json: 'pe_swap.trained_length' is {length!r}; it must be an integer from 1 to {LARGEST_LENGTH:,}."
+            f"config.json: 'pe_swap.trained_length' is {short(length)}; it must be an integer from 1 to {LARGEST_LENGTH:,}."
         )
     assert isinstance(length, int)
     return length

@@ -31,6 +31,17 @@ def describe(name: str) -> str:
     return "\n".join([*lines, f"    [{'; '.join(claims(scheme))}]"])
 
 
+def markdown_table() -> str:
+    """Return every scheme as a row of a Markdown table: the README's."""
+    lines = ["| scheme | what it is | options, with their defaults |", "|---|---|---|"]
+    for name in SCHEMES.names():
+        scheme = SCHEMES[name]
+        own = [field for field in dataclasses.fields(scheme.Options) if not field.kw_only]  # what every scheme takes is keyword-only
+        options = ", ".join(f"`{field.name}={field.default!r}`" for field in own)
+        lines.append(f"| `{name}` | {scheme.summary}{' (decoders only)' if scheme.causal_only else ''} | {options} |")
+    return "\n".join(lines)
+
+
 def claims(scheme: type[Scheme]) -> list[str]:
     """Return what a scheme says of itself, in words."""
     hooks = ", ".join(sorted(scheme.hooks_for(scheme.Options()))) or "nothing"

@@ -20,6 +20,12 @@ from pe_swap.schemes.base import ATTENTION_HOOKS, INPUT_HOOKS, hooks_of
 FORMAT = 1
 """Version of the saved form. A larger one was written by a newer pe_swap."""
 
+TO_BE_MATCHED = "match"
+"""The value of an option that a swap computes from the model's own table, which a saved model no longer has."""
+
+LONGEST_TEXT = 600
+"""Characters: how much of an option's own error a message quotes; the value in it may be as long as the file."""
+
 
 @dataclass(frozen=True)
 class Specification:
@@ -158,15 +164,15 @@ def from_saved(saved: object, num_layers: int) -> Specification:
     saved = checked_format(saved)
     schemes, layers, acting_on_input = saved.get("schemes"), saved.get("layers"), saved.get("input")
     if not isinstance(schemes, list) or len(schemes) > num_layers + 1:
-        raise _unreadable(f"'pe_swap.schemes' is {_short(schemes)}; it must be a list of at most {num_layers + 1} schemes")
+        raise _unreadable(f"'pe_swap.schemes' is {short(schemes)}; it must be a list of at most {num_layers + 1} schemes")
     options = tuple(_options_from_saved(entry) for entry in schemes)
     if not isinstance(layers, list) or len(layers) != num_layers or not all(_is_index(at, len(options)) for at in layers):
         raise _unreadable(
-            f"'pe_swap.layers' is {_short(layers)}; it must be a list of {num_layers} entries, one a layer, each null or an index "
+            f"'pe_swap.layers' is {short(layers)}; it must be a list of {num_layers} entries, one a layer, each null or an index "
             f"below {len(options)}"
         )
     if not _is_index(acting_on_input, len(options)):
-        raise _unreadable(f"'pe_swap.input' is {_short(acting_on_input)}; it must be null or an index below {len(options)}")
+        raise _unreadable(f"'pe_swap.input' is {short(acting_on_input)}; it must be null or an index below {len(options)}")
     return Specification(options, tuple(layers), acting_on_input)
 
 
@@ -177,13 +183,13 @@ def checked_format(saved: object) -> Mapping[str, Any]:
         CheckpointError: it is not an object, names no format, or was written by a newer pe_swap.
     """
     if not isinstance(saved, Mapping):
-        raise _unreadable(f"'pe_swap' is {_short(saved)}; it must be an object")
+        raise _unreadable(f"'pe_swap' is {short(saved)}; it must be an object")
     version = saved.get("format")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise _unreadable(f"'pe_swap.format' is {_short(version)}; it must be a positive integer")
+        raise _unreadable(f"'pe_swap.format' is {short(version)}; it must be a positive integer")
     if version > FORMAT:
         raise CheckpointError(
-            f"This model was saved by a newer pe_swap ({_short(saved.get('version'))}, format {version}); this one reads formats up "
+            f"This model was saved by a newer pe_swap ({short(saved.get('version'))}, format {version}); this one reads formats up "
             f"to {FORMAT}. Upgrade: pip install --upgrade pe-swap."
         )
     return saved
@@ -192,11 +198,18 @@ def checked_format(saved: object) -> Mapping[str, Any]:
 def _options_from_saved(entry: object) -> SchemeOptions:
     """Read one scheme's name and options."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or not isinstance(entry.get("options"), Mapping):
-        raise _unreadable(f"'pe_swap.schemes' holds {_short(entry)}; an entry must be an object with 'name' and 'options'")
+        raise _unreadable(f"'pe_swap.schemes' holds {short(entry)}; an entry must be an object with 'name' and 'options'")
     try:
-        return options_from(entry["name"], entry["options"])
+        options = options_from(entry["name"], entry["options"])
     except (OptionError, ValueError, TypeError) as error:
-        raise _unreadable(str(error).rstrip(".")) from error
+        text = str(error).rstrip(".")
+        raise _unreadable(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}...") from error
+    for option, value in vars(options).items():
+        if isinstance(value, str) and value == TO_BE_MATCHED:
+            raise _unreadable(
+                f"{options.scheme}: option '{option}' is '{TO_BE_MATCHED}', or is missing, where a swap writes the number that it found"
+            )
+    return options
 
 
 def _is_index(value: object, length: int) -> bool:
@@ -204,7 +217,7 @@ def _is_index(value: object, length: int) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < length)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """Return a value as text that fits a message."""
     text = re.sub(r"\s+", " ", repr(value))
     return text if len(text) <= 80 else text[:77] + "..."

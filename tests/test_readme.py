@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import yaml
 
 from pe_swap import config as configs
+from pe_swap.gallery import markdown_table
 from pe_swap.schemes import SCHEMES
 
 ROOT = Path(__file__).parents[1]
@@ -47,12 +47,8 @@ def test_commands_name_scripts_and_files_that_exist_and_arguments_that_parse() -
     assert seen == set(classes)
 
 
-def test_every_scheme_has_its_row_with_its_options_and_defaults() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, flags=re.MULTILINE))
-    for name in SCHEMES.names():
-        assert SCHEMES[name].summary in rows[name], name
-        for field in dataclasses.fields(SCHEMES[name].Options):
-            assert f"`{field.name}={field.default!r}`" in rows[name], (name, field.name)
+def test_the_table_of_schemes_is_the_registrys() -> None:
+    assert markdown_table() in README, "paste the output of: python -m pe_swap schemes --markdown"
 
 
 def test_tests_named_in_the_readme_exist() -> None:

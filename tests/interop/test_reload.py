@@ -198,7 +198,9 @@ def test_every_auto_class_loads_its_head(family: str, auto_class: str, case: str
     head = _heads_by_auto_class(adapter)[auto_class]
     torch.manual_seed(1)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": VOCABULARY, "pad_token_id": 0}
-    config = adapter.config_class(**sizes, max_position_embeddings=TRAINED_LENGTH, is_decoder=auto_class == "AutoModelForCausalLM")
+    config = adapter.config_class(
+        **sizes, max_position_embeddings=TRAINED_LENGTH, is_decoder=auto_class == "AutoModelForCausalLM"
+    )
     model = head(config)
     name, options = {"rope": ("rope", {}), "t5": ("t5", {}), "learned": ("learned", {"max_length": 40})}.get(
         case, ("concat", {"table": "learned", "dim": 7})
@@ -239,7 +241,13 @@ def test_swapped_to_saved_to_loaded_to_saved_is_a_fixed_point(case: str, tmp_pat
 @pytest.mark.parametrize("case", ["rope", "t5", "learned", "shaw-all"])
 @pytest.mark.parametrize(
     "given",
-    [{"device_map": "cpu"}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}, {"dtype": "auto"}, {"attn_implementation": "eager"}],
+    [
+        {"device_map": "cpu"},
+        {"device_map": "auto"},
+        {"low_cpu_mem_usage": True},
+        {"dtype": "auto"},
+        {"attn_implementation": "eager"},
+    ],
     ids=lambda given: "-".join(map(str, next(iter(given.items())))),
 )
 def test_arguments_of_from_pretrained(case: str, given: dict[str, Any], tmp_path: Path) -> None:
@@ -333,10 +341,22 @@ def test_a_folder_written_by_a_newer_pe_swap(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda weights: weights.pop("transformer.wpe.schemes.0.table"), r"not in the checkpoint, or of another shape: transformer.wpe"),
-        (lambda weights: weights.update({"transformer.wpe.schemes.0.table": torch.zeros(3, 12)}), r"another shape: transformer.wpe"),
-        (lambda weights: weights.update({"transformer.wpe.weight": torch.zeros(32, 96)}), r"not in the scheme: transformer.wpe.weight"),
-        (lambda weights: weights.update({"transformer.wpe.schemes.1.table": torch.zeros(2)}), r"not in the scheme: .*schemes.1.table"),
+        (
+            lambda weights: weights.pop("transformer.wpe.schemes.0.table"),
+            r"not in the checkpoint, or of another shape: transformer.wpe",
+        ),
+        (
+            lambda weights: weights.update({"transformer.wpe.schemes.0.table": torch.zeros(3, 12)}),
+            r"another shape: transformer.wpe",
+        ),
+        (
+            lambda weights: weights.update({"transformer.wpe.weight": torch.zeros(32, 96)}),
+            r"not in the scheme: transformer.wpe.weight",
+        ),
+        (
+            lambda weights: weights.update({"transformer.wpe.schemes.1.table": torch.zeros(2)}),
+            r"not in the scheme: .*schemes.1.table",
+        ),
     ],
     ids=["missing", "misshapen", "original-table", "extra"],
 )
