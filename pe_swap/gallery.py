@@ -36,7 +36,9 @@ def markdown_table() -> str:
     lines = ["| scheme | what it is | options, with their defaults |", "|---|---|---|"]
     for name in SCHEMES.names():
         scheme = SCHEMES[name]
-        own = [field for field in dataclasses.fields(scheme.Options) if not field.kw_only]  # what every scheme takes is keyword-only
+        own = [
+            field for field in dataclasses.fields(scheme.Options) if not field.kw_only
+        ]  # what every scheme takes is keyword-only
         options = ", ".join(f"`{field.name}={field.default!r}`" for field in own)
         lines.append(f"| `{name}` | {scheme.summary}{' (decoders only)' if scheme.causal_only else ''} | {options} |")
     return "\n".join(lines)

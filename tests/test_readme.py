@@ -25,7 +25,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(SCHEMES, "_entries", dict(SCHEMES._entries))  # the README registers one of its own
     assert len(blocks("python")) >= 3
     for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(block, "README.md", "exec", dont_inherit=True), {"__name__": "readme"})
 
 
 def test_commands_name_scripts_and_files_that_exist_and_arguments_that_parse() -> None:
