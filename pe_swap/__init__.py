@@ -3,6 +3,7 @@
 from pe_swap import errors
 from pe_swap.adapters import ADAPTERS
 from pe_swap.checks import check_positional
+from pe_swap.legacy import load_relative_key_bert
 from pe_swap.schemes import SCHEMES
 from pe_swap.swap import restore_positional, swap_positional
 
@@ -17,4 +18,12 @@ def list_adapters() -> list[str]:
     return ADAPTERS.names()
 
 
-__all__ = ["check_positional", "errors", "list_adapters", "list_schemes", "restore_positional", "swap_positional"]
+__all__ = [
+    "check_positional",
+    "errors",
+    "list_adapters",
+    "list_schemes",
+    "load_relative_key_bert",
+    "restore_positional",
+    "swap_positional",
+]

@@ -37,8 +37,8 @@ def update_model_card(folder: Path, saved: Mapping[str, Any], auto_class: str, p
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False) if path.exists() else _empty_card()
     except Exception as error:  # whatever a YAML parser raises on somebody's file; weights must be saved all the same
         warnings.warn(
-            f"'{path}' cannot be read as a model card ({error}), so it was left as it is and says nothing of the positions. Correct "
-            "the YAML block at its top, or delete the file, and save again.",
+            f"'{path}' cannot be read as a model card ({' '.join(str(error).split())}), so it was left as it is and says nothing of "
+            "the positions. Correct the YAML block at its top, or delete the file, and save again.",
             stacklevel=2,
         )
         return

@@ -7,7 +7,6 @@ A check names the scheme, the option, the value, the rule and the way out. Upper
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -98,7 +97,7 @@ class SchemeOptions:
         if isinstance(value, str) and value in or_text:
             return
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not above < value <= most:
+        if not is_number or not above < value <= most:  # which NaN is not, either
             words = "".join(f", or {word!r}" for word in or_text)
             raise self.refuse(option, f"a number above {above:g} and at most {most:g}{words}")
 

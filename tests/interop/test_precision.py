@@ -1,0 +1,178 @@
+"""bfloat16 and float16 models: positions, angles and biases lose no integers, near or far."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import pe_swap
+from pe_swap.schemes import Scheme
+from pe_swap.swap import positional_of, positional_parameters
+from tests.models import CASES, build, token_ids
+
+NARROW = [torch.bfloat16, torch.float16]
+
+EDGES = [0, 1, 255, 256, 257, 2047, 2048, 2049, 29_999, 30_000, 30_001, 65_537]
+"""Positions around the last integers that bfloat16 (256) and float16 (2,048; 65,504) hold."""
+
+FAR, NEAR = 30_000, 100
+
+HEADS, HEAD_DIM, TRAINED = 12, 8, 128
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def long_options(case: str) -> dict[str, Any]:
+    """Return a case's options, with a table as long as the positions, and small where every key meets every row of a table."""
+    name, options = CASES[case]
+    return options | {"learned": {"max_length": FAR + 100_000}, "deberta": {"span": 16}}.get(name, {})
+
+
+def swapped(case: str) -> PreTrainedModel:
+    """Return a model swapped to a case, its positional parameters moved as training might, by a tenth."""
+    model = pe_swap.swap_positional(build("gpt2", n_positions=TRAINED), CASES[case][0], **long_options(case))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for _, parameter in positional_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def in_both(case: str, dtype: torch.dtype) -> tuple[Scheme, Scheme]:
+    """Return a scheme in a narrow dtype, and the same rounded numbers in float32."""
+    scheme = positional_of(swapped(case)).scheme_at(0)
+    narrow = copy.deepcopy(scheme).to(dtype)
+    return narrow, copy.deepcopy(narrow).float()
+
+
+def cases_with(hook: str) -> list[str]:
+    """Return the cases whose scheme uses a hook, and has no end before the far positions."""
+    found = []
+    for case, (name, options) in CASES.items():
+        scheme_class = pe_swap.schemes.SCHEMES[name]
+        if hook in scheme_class.hooks_for(scheme_class.Options(**options)):
+            found.append(case)
+    return found
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("case", cases_with("encode"))
+def test_vectors_are_float32_until_they_are_added(case: str, dtype: torch.dtype) -> None:
+    narrow, wide = in_both(case, dtype)
+    position_ids = torch.tensor([EDGES])
+    found, expected = narrow.encode(position_ids), wide.encode(position_ids)
+    assert torch.equal(found.to(dtype), expected.to(dtype))
+    steps = expected.diff(dim=1).abs().amax(-1)[0]
+    assert (steps > 0).all(), "two positions have one vector"
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("case", cases_with("rotate"))
+def test_angles_are_float32_and_the_rotation_is_rounded_once(case: str, dtype: torch.dtype) -> None:
+    narrow, wide = in_both(case, dtype)
+    position_ids = torch.tensor([EDGES])
+    x = torch.randn(1, HEADS, 1, HEAD_DIM).expand(1, HEADS, len(EDGES), HEAD_DIM).to(dtype)
+    for role in ("query", "key"):
+        found = narrow.rotate(x, position_ids, role=role, layer=0)
+        assert found.dtype == dtype
+        assert torch.equal(found, wide.rotate(x.float(), position_ids, role=role, layer=0).to(dtype))
+        if case == "rope":
+            assert (found.diff(dim=2).abs().amax(dim=(0, 1, 3)) > 0.01).all(), "two positions turn alike"
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("case", cases_with("relative_bias"))
+def test_biases_are_float32(case: str, dtype: torch.dtype) -> None:
+    narrow, wide = in_both(case, dtype)
+    distance = -torch.tensor(EDGES)
+    found = narrow.relative_bias(distance, layer=0)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wide.relative_bias(distance, layer=0))
+    if case.startswith("alibi"):
+        assert (found.diff(dim=1) != 0).all(), "two distances have one bias"
+
+
+# --- whole models --------------------------------------------------------------------------------------------------------------
+
+QUERIES = 4
+
+
+@torch.no_grad()
+def random_cache(model: PreTrainedModel, length: int, dtype: torch.dtype) -> DynamicCache:
+    """Return a cache of random keys and values, as if `length` tokens had been read."""
+    generator, cache = torch.Generator().manual_seed(3), DynamicCache(config=model.config)
+    positional = positional_of(model)
+    for layer in range(2):
+        keys, values = (torch.randn(1, HEADS, length, HEAD_DIM, generator=generator).to(dtype) for _ in range(2))
+        if positional is not None and "carry" in positional.scheme_at(0).hooks:
+            states = torch.randn(1, length, HEADS * HEAD_DIM, generator=generator).to(dtype)
+            keys = torch.cat((keys, positional.scheme_at(0).carry(states, layer=layer)), dim=-1)
+        cache.update(keys, values, layer)
+    return cache
+
+
+def logits_at(model: PreTrainedModel, start: int, dtype: torch.dtype) -> Tensor:
+    """Return the logits of a few tokens at position `start` and on, with every position before them in the cache."""
+    model = copy.deepcopy(model).to(dtype)
+    position_ids = torch.arange(start, start + QUERIES)[None]
+    with torch.no_grad():
+        output = model(token_ids(1, QUERIES), past_key_values=random_cache(model, start, dtype), position_ids=position_ids)
+    return output.logits.float()
+
+
+def error_at(model: PreTrainedModel, start: int) -> dict[torch.dtype, float]:
+    """Return how far narrow logits are from float32 ones, relative to their norm."""
+    wide = logits_at(model, start, torch.float32)
+    return {dtype: float((logits_at(model, start, dtype) - wide).norm() / wide.norm()) for dtype in NARROW}
+
+
+@functools.cache
+def unswapped_error() -> dict[torch.dtype, float]:
+    """Return the error of an unswapped model at position 100."""
+    return error_at(build("gpt2", n_positions=TRAINED), NEAR)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1].get("table") != "learned"])
+def test_a_narrow_model_at_position_30000_is_as_close_as_an_unswapped_one_at_100(case: str) -> None:
+    """Half as much again is allowed: the two are other functions of other tokens, and their roundings other draws."""
+    found = error_at(swapped(case), FAR)
+    assert found == {dtype: pytest.approx(0, abs=1.5 * error) for dtype, error in unswapped_error().items()}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in CASES
+        if pe_swap.schemes.SCHEMES[CASES[case][0]].Options.scheme
+        in {"rope", "sinusoidal", "binary", "concat", "learned", "index"}
+        and CASES[case][1].get("table") != "learned"
+    ],
+)
+def test_position_ids_in_the_call_count_and_not_the_slots(case: str) -> None:
+    """The same at position ids that no cache stands behind."""
+    model, ids = swapped(case), token_ids(1, 12)
+    plain = build("gpt2", n_positions=TRAINED)
+    mask = torch.ones_like(ids)
+
+    def error(subject: PreTrainedModel, start: int) -> float:
+        position_ids = torch.arange(start, start + 12)[None]
+        with torch.no_grad():
+            wide = subject(ids, attention_mask=mask, position_ids=position_ids).logits
+            narrow = copy.deepcopy(subject).bfloat16()(ids, attention_mask=mask, position_ids=position_ids).logits.float()
+        return float((narrow - wide).norm() / wide.norm())
+
+    assert error(model, FAR) < 1.5 * error(plain, NEAR)
