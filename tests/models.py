@@ -15,6 +15,9 @@ from pe_swap.swap import positional_parameters
 VOCABULARY = 89
 TRAINED_LENGTH = 32
 
+LONGROPE = {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 14}
+LONGROPE |= {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.5, 2.0, 4.0, 8.0]}
+
 # One entry a scheme and form worth testing; a test checks that every registered scheme has one.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "alibi": ("alibi", {}),
@@ -27,9 +30,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta": ("deberta", {}),
     "deberta-clip": ("deberta", {"buckets": "clip", "span": 6, "terms": "content_to_position", "scale": "paper"}),
     "deberta-log": ("deberta", {"span": 8, "max_distance": 20, "scale": "paper", "layer_norm": True}),
+    "fire": ("fire", {}),
+    "fire-shared": ("fire", {"functions": "shared", "hidden_units": 5, "threshold": 11.0, "scale": 0.5, "start": "zero"}),
     "fox": ("fox", {}),
     "fox-fading": ("fox", {"initial_reach": 4.0}),
+    "hope": ("hope", {}),
+    "hope-fast": ("hope", {"longest_period": 10.0, "base": 50.0, "layout": "interleaved"}),
     "index": ("index", {}),
+    "kerple": ("kerple", {}),
+    "kerple-power": ("kerple", {"variant": "power", "kernels": "per_layer", "start": "random"}),
     "learned": ("learned", {"max_length": 64}),
     "learned-tile": ("learned", {"max_length": 50, "extend": "tile"}),
     "none": ("none", {}),
@@ -37,7 +46,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rerope": ("rerope", {"window": 5}),
     "rerope-interleaved": ("rerope", {"window": 9, "layout": "interleaved", "fraction": 0.5, "logit_scale": "log_n"}),
     "rope": ("rope", {}),
+    "rope-dynamic": ("rope", {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}),
+    "rope-longrope": ("rope", LONGROPE),
+    "rope-proportional": ("rope", {"rope_type": "proportional", "fraction": 0.5}),
+    "rope-yarn": ("rope", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "base": 100.0}),
     "rope-interleaved": ("rope", {"base": 500.0, "layout": "interleaved", "fraction": 0.5}),
+    "sandwich": ("sandwich", {}),
+    "sandwich-gym": ("sandwich", {"convention": "attention_gym", "width": 16}),
     "self-extend": ("self_extend", {"window": 5}),
     "self-extend-triples": ("self_extend", {"window": 7, "group_size": 3, "base": 500.0}),
     "shaw": ("shaw", {"max_distance": 5}),
@@ -45,8 +60,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sinusoidal": ("sinusoidal", {"base": 100.0, "layout": "split"}),
     "transformer-xl": ("transformer_xl", {}),
     "transformer-xl-per-layer": ("transformer_xl", {"biases": "per_layer", "max_distance": 7}),
+    "xpos": ("xpos", {}),
+    "xpos-half": ("xpos", {"scale_base": 20, "gamma": 0.1, "base": 300.0, "layout": "half"}),
     "t5": ("t5", {"num_buckets": 8, "max_distance": 12}),
 }
+LENGTH_DEPENDENT = ("rope-dynamic", "rope-longrope")
+"""Cases that do not claim that a cached pass equals an uncached one; the matrix checks that they are these."""
 FAMILIES = ("gpt2", "bert", "bert-decoder")
 PAIRS = [(case, family) for case in CASES for family in FAMILIES if family != "bert" or not SCHEMES[CASES[case][0]].causal_only]
 """Every case in every family that it is defined for."""

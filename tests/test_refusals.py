@@ -130,8 +130,12 @@ def test_unknown_schemes(scheme: Any, kind: type[Exception], text: str) -> None:
 
 
 BAD_OPTIONS: list[tuple[str, dict[str, Any], str]] = [
-    ("rope", {"bsae": 1e4}, "rope: unknown option 'bsae'. Did you mean 'base'? Options: base, layout, fraction, logit_scale."),
-    ("rope", {"zzz": 1}, "rope: unknown option 'zzz'. Options: base, layout, fraction, logit_scale."),
+    (
+        "hope",
+        {"bsae": 1e4},
+        "hope: unknown option 'bsae'. Did you mean 'base'? Options: longest_period, base, layout, logit_scale.",
+    ),
+    ("hope", {"zzz": 1}, "hope: unknown option 'zzz'. Options: longest_period, base, layout, logit_scale."),
     ("none", {"base": 1e4}, "none: unknown option 'base'. Options: temperature, temperature_coefficient, qk_norm, logit_scale."),
     *(
         ("rope", {"base": value}, f"rope: option 'base' is {value!r}; it must be a number above 1 and at most 1e+12.")

@@ -16,13 +16,16 @@ def key_ids(query_slots: Tensor, key_slots: Tensor, query_ids: Tensor) -> Tensor
     """Return the keys' position ids, `[batch or 1, kv_len]`, int64.
 
     Without a cache they are the queries'. With one, whose keys' ids nothing kept, they count back by one from a row's first query of
-    the highest id: that is a real token, where padding on the left has id 0 and padding on the right repeats the last id.
+    the highest id: that is a real token, where padding on the left has id 0 and padding on the right repeats the last id. The empty
+    tail of a static cache gets that highest id too, so that a scheme which asks how long a row is so far hears the same from keys
+    as from queries.
     """
     if query_slots.shape == key_slots.shape:
         return query_ids
     anchor = query_ids.argmax(dim=-1, keepdim=True)
     slots = query_slots.expand(query_ids.shape[0], -1)
-    return key_slots[None, :] - (slots.gather(-1, anchor) - query_ids.gather(-1, anchor))
+    highest = query_ids.gather(-1, anchor)
+    return torch.minimum(key_slots[None, :] - (slots.gather(-1, anchor) - highest), highest)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ class Scheme(nn.Module):
         shift_invariant: the logits do not change when every position id moves by the same amount.
         causal_only: not defined for encoders.
         caches_rotated_keys: keys enter the cache already rotated; False where a rotation depends on the length so far.
-        cached_equals_uncached: False only where the paper's own definition makes a cached pass differ.
+        cached_equals_uncached: False only where the paper's own definition makes a cached pass differ. This one, the one above and
+            `shift_invariant` say on the class what holds under default options; a scheme whose options change it says so on itself.
         needs_table: starts from the model's own position table, and cannot be put into a model that no longer has one.
         options: the resolved options.
         geometry: the sizes of the model.
@@ -68,10 +69,10 @@ class Scheme(nn.Module):
 
     Options: ClassVar[type[SchemeOptions]]
     summary: ClassVar[str]
-    shift_invariant: ClassVar[bool] = False
+    shift_invariant: bool = False
     causal_only: ClassVar[bool] = False
-    caches_rotated_keys: ClassVar[bool] = True
-    cached_equals_uncached: ClassVar[bool] = True
+    caches_rotated_keys: bool = True
+    cached_equals_uncached: bool = True
     needs_table: ClassVar[bool] = False
 
     def __init__(self, options: SchemeOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:

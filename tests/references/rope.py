@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 
 
-def rotated(vector: Tensor, position: int, base: float, layout: str, rotary_dim: int) -> Tensor:
-    """Return one `[head_dim]` vector turned by its position: plane k is a complex number times `exp(i position theta_k)`."""
+def rotated_by(vector: Tensor, angles: list[float], layout: str) -> Tensor:
+    """Return one vector with plane k, a complex number, times `exp(i angles[k])`; dimensions beyond the planes stay."""
     out = vector.double().clone()
-    for k in range(rotary_dim // 2):
-        first, second = (k, k + rotary_dim // 2) if layout == "half" else (2 * k, 2 * k + 1)
-        turned = complex(float(out[first]), float(out[second])) * cmath.exp(1j * position * base ** (-2 * k / rotary_dim))
+    for k, angle in enumerate(angles):
+        first, second = (k, k + len(angles)) if layout == "half" else (2 * k, 2 * k + 1)
+        turned = complex(float(out[first]), float(out[second])) * cmath.exp(1j * angle)
         out[first], out[second] = turned.real, turned.imag
     return out
+
+
+def rotated(vector: Tensor, position: int, base: float, layout: str, rotary_dim: int) -> Tensor:
+    """Return one `[head_dim]` vector turned by its position: plane k by `position theta_k`."""
+    return rotated_by(vector, [position * base ** (-2 * k / rotary_dim) for k in range(rotary_dim // 2)], layout)
 
 
 def rotated_all(x: Tensor, position_ids: Tensor, base: float, layout: str, rotary_dim: int) -> Tensor:

@@ -51,7 +51,7 @@ def test_groups_of_one_are_rope() -> None:
 def test_keys_ids_are_counted_back_from_a_real_token_under_padding_on_either_side() -> None:
     queries = torch.tensor([[0, 0, 1, 2], [3, 4, 4, 4], [7, 8, 9, 10]])
     found = key_ids(torch.arange(2, 6), torch.arange(6), queries)
-    assert found.tolist() == [[-3, -2, -1, 0, 1, 2], [1, 2, 3, 4, 5, 6], [5, 6, 7, 8, 9, 10]]
+    assert found.tolist() == [[-3, -2, -1, 0, 1, 2], [1, 2, 3, 4, 4, 4], [5, 6, 7, 8, 9, 10]]
 
 
 def test_without_a_cache_keys_have_the_queries_ids() -> None:

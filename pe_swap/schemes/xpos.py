@@ -1,0 +1,123 @@
+"""xPos: rotary positions with a decay in every plane.
+
+Sun et al., "A Length-Extrapolatable Transformer" (ACL 2023, arXiv:2212.10554), algorithm 1: planes of queries and keys are turned as in
+RoPE; plane k of the query is multiplied by `zeta_k ** (i / scale_base)` and of the key by `zeta_k ** (-j / scale_base)`,
+`zeta_k = (k / (head_dim / 2) + gamma) / (1 + gamma)`, so that their product decays with `i - j`.
+
+Differs from the paper: in how it is computed, not in what. The factors themselves leave every dtype's range at some length (float32 and
+bf16 after 35,000 positions, float16 after 4,500), and an origin in the middle of the input, as in the authors' code, moves with the length
+and makes cached keys wrong. Here queries and keys are turned and cached without factors. They come in where scores are computed, in
+float32, counted from the last query of a block: a key's is then at most 1, a query's at most `exp(40)`, and a key's underflows to zero
+only where the decayed product is below 1e-20. Any length, cache or chunk gives the same scores. The paper's blockwise attention at
+inference is a mask, not part of this scheme.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pe_swap.errors import OptionError
+from pe_swap.positions import Positions
+from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
+from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
+from pe_swap.schemes.rope import turn
+from pe_swap.schemes.sinusoidal import inverse_frequencies
+
+LARGEST_EXPONENT = 40.0
+"""Natural logarithm of the largest factor on a query: with a key's underflow at exp(-87) it leaves the range of float32 room."""
+
+
+@dataclass(frozen=True)
+class XposOptions(SchemeOptions):
+    """Options of `xpos`.
+
+    Attributes:
+        scale_base: a plane's decay over this many positions is its zeta.
+        gamma: the larger, the weaker the decay; the fastest plane's zeta is `gamma / (1 + gamma)`.
+        base: as in `rope`.
+        layout: `"interleaved"`, the authors', or `"half"`: which dimensions share a plane.
+    """
+
+    scheme: ClassVar[str] = "xpos"
+
+    scale_base: float = 512
+    gamma: float = 0.4
+    base: float = 10000
+    layout: str = "interleaved"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        self.require_number("scale_base", 0.0, LARGEST_LENGTH)
+        self.require_number("gamma", 0.0, 1e6)
+        self.require_number("base", 1.0, 1e12)
+        self.require_choice("layout", ("interleaved", "half"))
+
+
+@SCHEMES.register("xpos")
+class Xpos(Scheme):
+    """`sum_k zeta_k ** ((i - j) / scale_base) * (R_i query_i)_k . (R_j key_j)_k`, scaled.
+
+    Turned queries and keys meet without decay in the attention kernel; the bias is what the decay changes, in float32.
+    Start on a pretrained model: none preserves the function; the same as `rope`, with scores of distant keys nearer to zero.
+    """
+
+    Options = XposOptions
+    summary = "rotary positions whose planes decay with distance"
+    shift_invariant = True
+    causal_only = True
+
+    options: XposOptions
+
+    def __init__(self, options: XposOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:
+        """Work out frequencies and decays, as numbers: there is nothing that a reload could lose.
+
+        Raises:
+            OptionError: a head of odd width.
+        """
+        super().__init__(options, geometry, layers)
+        if geometry.head_dim % 2:
+            raise OptionError(
+                f"xpos: head_dim is {geometry.head_dim}; it must be even, as dimensions turn in pairs. Choose a scheme that adds a bias."
+            )
+        with torch.device("cpu"):  # also where a model is built without memory
+            planes = torch.arange(geometry.head_dim // 2, dtype=torch.float64)
+            zeta = (planes / len(planes) + options.gamma) / (1 + options.gamma)
+            self._inv_freq: list[float] = inverse_frequencies(geometry.head_dim, options.base).float().tolist()
+            self._log_decay: list[float] = (zeta.log() / options.scale_base).tolist()
+        self._block = max(1, int(LARGEST_EXPONENT / -self._log_decay[0]))
+
+    def log_decay(self, device: torch.device) -> Tensor:
+        """Return `log(zeta_k) / scale_base` for each dimension of a head, at most 0, a position; `[head_dim]`, float32."""
+        decay = torch.tensor(self._log_decay, device=device)
+        return torch.cat((decay, decay)) if self.options.layout == "half" else decay.repeat_interleave(2)
+
+    def rotate(self, x: Tensor, position_ids: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
+        """Return `x` turned by its positions, without decay; see `Scheme.rotate`."""
+        angles = position_ids[:, None, :, None].float() * torch.tensor(self._inv_freq, device=x.device)
+        return turn(x, angles.cos(), angles.sin(), self.options.layout)
+
+    def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
+        """Return what the decay changes; see `Scheme.score_bias`."""
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        query, key = query.to(wide), key.to(wide)
+        changes = [
+            self.change(query[:, :, start : start + self._block], key, positions.block(start, start + self._block))
+            for start in range(0, query.shape[2], self._block)
+        ]
+        return torch.cat(changes, dim=2) * scaling
+
+    def change(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor:
+        """Return decayed minus plain products for queries near each other, `[batch, heads, q_len, kv_len]`.
+
+        Keys after the last of these queries, which none of them may look at, count as if they stood there: nothing overflows.
+        """
+        last, log_decay = positions.query_slots[-1], self.log_decay(query.device).to(query.dtype)
+        query_factor = ((positions.query_slots - last)[:, None] * log_decay).exp()
+        key_factor = ((last - positions.key_slots).clamp(min=0)[:, None] * log_decay).exp()
+        decayed = torch.matmul(query * query_factor, (key * key_factor).transpose(-1, -2))
+        return decayed - torch.matmul(query, key.transpose(-1, -2))
