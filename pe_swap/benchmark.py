@@ -11,7 +11,6 @@ import gc
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -45,7 +44,7 @@ Run = Callable[[], object]
 
 
 def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
-    """Measure everything and write record, table and plot; return the record.
+    """Measure everything and write record, table and plot; return the record, which is also written after every row.
 
     Raises:
         ConfigError: a scheme that the family cannot have, or lengths for memory on a system without peak figures.
@@ -57,31 +56,38 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     for name in schemes:
         SCHEMES[name]
     rows: list[dict[str, Any]] = []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The scheme 'none' on an encoder")
-        for task in config.tasks:
-            if task == "memory":
-                rows += memory_rows(config, schemes)
-            elif task != "decode" or config.family != "bert":
-                rows += timed_rows(config, schemes, task)
-        if config.peers and config.family == "gpt2":
-            rows += peer_rows(config)
     record = {
         "kind": "benchmark",
-        "status": "done",
+        "status": "running",
         "config": resolved(config),
         **environment(),
         "cores": os.cpu_count(),
         "processor": processor(),
-        "seconds": watch.seconds,
         "results": rows,
     }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The scheme 'none' on an encoder")
+        for row in all_rows(config, schemes):
+            rows.append(row)
+            write_record(out, {**record, "seconds": watch.seconds})
+    record |= {"status": "done", "seconds": watch.seconds}
     write_record(out, record)
     table = benchmark_table(record)
     (out / "report.md").write_text(table, encoding="utf-8")
     benchmark_plot(rows).savefig(out / "benchmark.png", dpi=150)
     print(table)
     return record
+
+
+def all_rows(config: BenchmarkConfig, schemes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of every task, then those of the peers."""
+    for task in config.tasks:
+        if task == "memory":
+            yield from memory_rows(config, schemes)
+        elif task != "decode" or config.family != "bert":
+            yield from timed_rows(config, schemes, task)
+    if config.peers and config.family == "gpt2":
+        yield from peer_rows(config)
 
 
 def processor() -> str:
@@ -284,4 +290,7 @@ def peak_bytes(config_json: str, contestant: str, length: int) -> int:
     torch.set_num_threads(config.threads)
     warnings.simplefilter("ignore")
     forward_run(build(config, contestant, length), token_ids(config, length))()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's figure: on Linux a new process starts that one from its parent's peak.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(kilobytes) * 1024

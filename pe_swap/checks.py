@@ -172,7 +172,7 @@ class _Checker:
         if self.positional.input_scheme is not None:
             hooks = self.schemes[self.positional.input_scheme].hooks & {"encode", "embed"}
             wanted.update((self.positional.input_scheme, hook, None) for hook in hooks)
-        with _calls(self.schemes) as seen:
+        with _calls(self.schemes) as seen, torch.enable_grad():  # with gradients, no layer is handed another layer's results
             self.states(self.tokens(1, self.length))
         missing = [f"{self.schemes[index].name}.{hook} in layer {layer}" for index, hook, layer in wanted - seen]
         detail = f"not called: {', '.join(missing)}" if missing else f"{len(wanted)} hooks called in one forward pass"

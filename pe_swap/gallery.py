@@ -119,8 +119,9 @@ def _rotation(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
     """Draw the mean product of a turned query of ones with turned keys of ones, by distance."""
     ones = torch.ones(1, 1, length, scheme.geometry.head_dim)
     ids = torch.arange(length)[None]
-    query = scheme.rotate(ones, ids, role="query", layer=0)[0, 0]
-    key = scheme.rotate(ones, ids, role="key", layer=0)[0, 0]
+    rotation = scheme.rotation(ids)
+    query = scheme.rotate(ones, rotation, role="query", layer=0)[0, 0]
+    key = scheme.rotate(ones, rotation, role="key", layer=0)[0, 0]
     products = (query[-1] @ key.T) / scheme.geometry.head_dim
     axes.plot(torch.arange(length), products.flip(0), color="#0072b2")
     axes.axhline(0, color="#999999", linewidth=0.8)

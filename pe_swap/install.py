@@ -10,6 +10,7 @@ from pe_swap.adapters import Adapter
 from pe_swap.attention.binding import LayerBinding
 from pe_swap.attention.hooks import BINDING_ATTRIBUTE, add_pre_hook, hand_on_positions, remove_pre_hook
 from pe_swap.attention.inputs import INPUT_ATTRIBUTE, InputBinding, embed_positions
+from pe_swap.attention.memo import bring_memo
 from pe_swap.positional import Original, Place, Positional, TokenTable
 from pe_swap.schemes import Scheme
 from pe_swap.specification import Specification
@@ -36,6 +37,7 @@ def attach(adapter: Adapter, base_model: nn.Module, positional: Positional) -> N
     base_model.set_submodule(adapter.position_embedding, positional)
     owner, _, attribute = adapter.position_embedding.rpartition(".")
     place = Place(adapter.find(base_model, owner), attribute)
+    add_pre_hook(base_model, bring_memo)
     modules = adapter.attention_modules(base_model, base_model.config)
     for layer, (module, index) in enumerate(zip(modules, positional.scheme_of_layer, strict=True)):
         if index is None:
@@ -51,6 +53,7 @@ def attach(adapter: Adapter, base_model: nn.Module, positional: Positional) -> N
 
 def detach(adapter: Adapter, base_model: nn.Module) -> None:
     """Undo `attach`, except for the table's place."""
+    remove_pre_hook(base_model, bring_memo)
     input_module = adapter.find(base_model, adapter.input_module)
     remove_pre_hook(input_module, embed_positions)
     delattr(input_module, INPUT_ATTRIBUTE)

@@ -55,11 +55,13 @@ def test_the_report_is_readable() -> None:
 def test_keys_at_wrong_positions_in_a_cache_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = swapped("gpt2", "rope")
     scheme = positional_of(model).scheme_at(0)
-    rotate = scheme.rotate
+    rotate, rotation = scheme.rotate, scheme.rotation
 
     def from_zero(x: Tensor, position_ids: Tensor, *, role: Any, layer: int) -> Tensor:
-        return rotate(x, position_ids - position_ids[:, :1] if role == "key" else position_ids, role=role, layer=layer)
+        ids = position_ids - position_ids[:, :1] if role == "key" else position_ids
+        return rotate(x, rotation(ids), role=role, layer=layer)
 
+    monkeypatch.setattr(scheme, "rotation", lambda position_ids: position_ids)
     monkeypatch.setattr(scheme, "rotate", from_zero)
     found = outcome(pe_swap.check_positional(model))
     assert found["cached = uncached"] is False
@@ -70,7 +72,8 @@ def test_a_bias_dropped_by_a_backend_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     model = swapped("gpt2", "t5")
     assert pe_swap.check_positional(model).passed
     monkeypatch.setattr(
-        "pe_swap.attention.backends.bias_by_distance", lambda context, q_len, kv_len, device: torch.zeros(12, q_len + kv_len - 1)
+        "pe_swap.attention.binding.PositionalContext.bias_by_distance",
+        lambda context, q_len, kv_len, device: torch.zeros(12, q_len + kv_len - 1),
     )
     found = outcome(pe_swap.check_positional(model))
     assert found["every layer bound"] is False

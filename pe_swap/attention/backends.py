@@ -84,14 +84,11 @@ def rotated(context: PositionalContext, query: Tensor, key: Tensor) -> tuple[Ten
 
     Keys that were not rotated on their way into a cache are rotated here, all of them.
     """
-    scheme, layer = context.binding.scheme, context.binding.layer
     if "rotate" not in context.binding.hooks:
         return query, key
-    query_ids = context.query_ids.to(query.device)
-    query = scheme.rotate(query, query_ids, role="query", layer=layer)
+    query = context.rotated(query, context.query_ids, "query")
     if not context.keys_are_rotated:
-        key_ids = context.positions(key.shape[2], key.device).key_ids
-        key = scheme.rotate(key, key_ids, role="key", layer=layer)
+        key = context.rotated(key, context.positions(key.shape[2], key.device).key_ids, "key")
     return query, key
 
 
@@ -114,16 +111,6 @@ def scaled(context: PositionalContext, query: Tensor, kv_len: int, attention_mas
     num_keys = keys_seen(context, query, kv_len, attention_mask, is_causal)
     factor = context.binding.scheme.query_scale(num_keys, layer=context.binding.layer)
     return (query * factor[:, None, :, None]).to(query.dtype)
-
-
-def bias_by_distance(context: PositionalContext, q_len: int, kv_len: int, device: torch.device) -> Tensor:
-    """Return the relative bias for every pair, `[heads, q_len + kv_len - 1]`, float32.
-
-    Entry `n` belongs to the pairs whose key index minus query index in the call is `n - (q_len - 1)`.
-    """
-    first_slot = context.query_slots[0].to(device)
-    distance = torch.arange(1 - q_len, kv_len, device=device) - first_slot
-    return context.binding.scheme.relative_bias(distance, layer=context.binding.layer)
 
 
 def block_score_bias(context: PositionalContext, scaling: float) -> Callable[[Tensor, Tensor, Positions], Tensor] | None:
@@ -271,7 +258,7 @@ def sdpa(
             query,
             key,
             value,
-            bias_by_distance(positional, query.shape[2], key.shape[2], query.device),
+            positional.bias_by_distance(query.shape[2], key.shape[2], query.device),
             attention_mask=attention_mask,
             is_causal=causal,
             scaling=scaling,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pe_swap.attention.memo import CallMemo
 from pe_swap.positional import Place
 from pe_swap.positions import Positions, slots_from
 from pe_swap.schemes.base import ATTENTION_HOOKS, Scheme
@@ -66,6 +68,7 @@ class PositionalContext:
         query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
         query_ids: `[batch or 1, q_len]`, int64.
         keys_are_rotated: the keys were rotated before they were cached.
+        memo: what layers share.
         carried: what the scheme's `carry` gave, `[batch, heads, q_len, channels]`, in a call without a cache. None where it carries
             nothing, and in a call with a cache, whose keys then have these channels after their own.
     """
@@ -74,13 +77,41 @@ class PositionalContext:
     query_slots: Tensor
     query_ids: Tensor
     keys_are_rotated: bool
+    memo: CallMemo
     carried: Tensor | None = None
 
     def positions(self, kv_len: int, device: torch.device, carried: Tensor | None = None) -> Positions:
         """Return where the queries and all `kv_len` keys stand, on the device of the scores."""
-        query_slots, query_ids = self.query_slots.to(device), self.query_ids.to(device)  # a model may be spread over devices
-        key_slots = slots_from(0, kv_len, device)
-        return Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids), carried)
+
+        def work_out() -> Positions:
+            query_slots, query_ids = self.query_slots.to(device), self.query_ids.to(device)  # a model may be spread over devices
+            key_slots = slots_from(0, kv_len, device)
+            return Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids))
+
+        found = self.memo.once(("positions", kv_len, device), (self.query_slots, self.query_ids), work_out)
+        return found if carried is None else replace(found, carried=carried)
+
+    def rotated(self, x: Tensor, position_ids: Tensor, role: Literal["query", "key"]) -> Tensor:
+        """Return queries or keys, `[batch, heads, length, head_dim]`, turned by their positions."""
+        scheme = self.binding.scheme
+        rotation = self.memo.once(
+            ("rotation", self.binding.index, x.device), (position_ids,), lambda: scheme.rotation(position_ids.to(x.device))
+        )
+        return scheme.rotate(x, rotation, role=role, layer=self.binding.layer)
+
+    def bias_by_distance(self, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+        """Return the relative bias for every pair, `[heads, q_len + kv_len - 1]`, float32.
+
+        Entry `n` belongs to the pairs whose key index minus query index in the call is `n - (q_len - 1)`.
+        """
+        scheme, layer = self.binding.scheme, self.binding.layer
+
+        def work_out() -> Tensor:
+            first_slot = self.query_slots[0].to(device)
+            return scheme.relative_bias(torch.arange(1 - q_len, kv_len, device=device) - first_slot, layer=layer)
+
+        served = None if scheme.bias_is_shared else layer
+        return self.memo.once(("bias", self.binding.index, served, q_len, kv_len, device), (self.query_slots,), work_out)
 
     def split(self, key: Tensor, head_dim: int) -> tuple[Tensor, Tensor | None]:
         """Return the keys, `[batch, heads, kv_len, head_dim]`, and what was carried beside each of them, or None."""

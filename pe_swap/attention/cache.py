@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from pe_swap.attention.binding import LayerBinding
+from pe_swap.attention.binding import PositionalContext
 from pe_swap.errors import SwapStateError
 
 
@@ -31,17 +31,13 @@ class LayerCache:
 
     Attributes:
         cache: the real cache.
-        binding: the layer's scheme.
-        query_ids: `[batch or 1, q_len]`, int64.
-        rotates: keys are rotated on their way in.
+        context: the call's scheme and positions.
         carried: what goes beside the new keys, `[batch, heads, q_len, channels]`, or None.
     """
 
-    def __init__(self, cache: Cache, binding: LayerBinding, query_ids: Tensor, rotates: bool, carried: Tensor | None) -> None:
+    def __init__(self, cache: Cache, context: PositionalContext, carried: Tensor | None) -> None:
         self.cache = cache
-        self.binding = binding
-        self.query_ids = query_ids
-        self.rotates = rotates
+        self.context = context
         self.carried = carried
 
     def update(
@@ -55,9 +51,8 @@ class LayerCache:
         Raises:
             SwapStateError: the cache holds keys without these channels.
         """
-        if self.rotates:
-            ids = self.query_ids.to(key_states.device)
-            key_states = self.binding.scheme.rotate(key_states, ids, role="key", layer=self.binding.layer)
+        if self.context.keys_are_rotated:
+            key_states = self.context.rotated(key_states, self.context.query_ids, "key")
         if self.carried is not None:
             key_states = torch.cat((key_states, self.carried.to(key_states.device, key_states.dtype)), dim=-1)
             self._refuse_narrow_keys(key_states.shape[-1], layer_idx)
@@ -66,11 +61,11 @@ class LayerCache:
 
     def _refuse_narrow_keys(self, width: int, layer_idx: int) -> None:
         """Refuse a cache that another scheme filled, or that was allocated by the model's own sizes."""
-        layers = self.cache.layers
+        layers, binding = self.cache.layers, self.context.binding
         keys = layers[layer_idx].keys if layer_idx < len(layers) else None
         if keys is not None and keys.dim() == 4 and keys.shape[-1] != width:
             raise SwapStateError(
-                f"Layer {self.binding.layer}'s cache holds keys of {keys.shape[-1]} channels, but the scheme "
-                f"'{self.binding.scheme.name}' needs {width}: it keeps numbers of its own beside each key. The cache was filled under "
-                "another scheme, or allocated ahead of time (early_initialization). Pass a new, empty cache."
+                f"Layer {binding.layer}'s cache holds keys of {keys.shape[-1]} channels, but the scheme '{binding.scheme.name}' needs "
+                f"{width}: it keeps numbers of its own beside each key. The cache was filled under another scheme, or allocated ahead "
+                "of time (early_initialization). Pass a new, empty cache."
             )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pe_swap.attention.backends import is_ours
 from pe_swap.attention.binding import LayerBinding, PositionalContext
 from pe_swap.attention.cache import LayerCache, self_attention_cache
+from pe_swap.attention.memo import ARGUMENT, NO_MEMO, CallMemo
 from pe_swap.errors import UnsupportedBackendError
 from pe_swap.positions import slots_from
 
@@ -30,6 +31,7 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             the scheme in silence.
     """
     binding: LayerBinding = getattr(module, BINDING_ATTRIBUTE)
+    kwargs = dict(kwargs)
     config: Any = module.config
     implementation = config._attn_implementation
     if not is_ours(implementation):
@@ -41,16 +43,22 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
     cache = kwargs.get("past_key_values")
     first_slot = 0 if cache is None else self_attention_cache(cache).get_seq_length(module.layer_idx)
-    # A new tensor, now: a static cache counts in place, and will have counted these queries when attention runs.
-    query_slots = slots_from(first_slot, hidden_states.shape[1], hidden_states.device)
-    position_ids = kwargs.get("position_ids")
-    query_ids = query_slots[None, :] if position_ids is None else position_ids
-    rotates_into_cache = cache is not None and "rotate" in binding.hooks and binding.scheme.caches_rotated_keys
-    carried = binding.scheme.carry(hidden_states, layer=binding.layer) if "carry" in binding.hooks else None
-    context = PositionalContext(binding, query_slots, query_ids, rotates_into_cache, carried if cache is None else None)
-    kwargs = {**kwargs, "positional": context}
+    memo: CallMemo = kwargs.pop(ARGUMENT, NO_MEMO)
+    q_len, device = hidden_states.shape[1], hidden_states.device
+    if isinstance(first_slot, int):
+        query_slots = memo.once(("slots", first_slot, q_len, device), (), lambda: slots_from(first_slot, q_len, device))
+    else:  # A new tensor, now: a static cache counts in place, and will have counted these queries when attention runs.
+        query_slots = slots_from(first_slot, q_len, device)
+    query_ids = kwargs.get("position_ids")
+    if query_ids is None:
+        query_ids = memo.once("ids", (query_slots,), lambda: query_slots[None, :])
+    scheme = binding.scheme
+    rotates_into_cache = cache is not None and "rotate" in binding.hooks and scheme.caches_rotated_keys
+    carried = scheme.carry(hidden_states, layer=binding.layer) if "carry" in binding.hooks else None
+    context = PositionalContext(binding, query_slots, query_ids, rotates_into_cache, memo, carried if cache is None else None)
+    kwargs["positional"] = context
     if rotates_into_cache or (carried is not None and cache is not None):
-        kwargs["past_key_values"] = LayerCache(self_attention_cache(cache), binding, query_ids, rotates_into_cache, carried)
+        kwargs["past_key_values"] = LayerCache(self_attention_cache(cache), context, carried)
     return args, kwargs
 
 

@@ -69,6 +69,7 @@ class Alibi(Scheme):
     Options = AlibiOptions
     summary = "a penalty that grows linearly with distance, one slope a head"
     shift_invariant = True
+    bias_is_shared = True
 
     options: AlibiOptions
 

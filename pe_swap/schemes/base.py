@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class Scheme(nn.Module):
         caches_rotated_keys: keys enter the cache already rotated; False where a rotation depends on the length so far.
         cached_equals_uncached: False only where the paper's own definition makes a cached pass differ. This one, the one above and
             `shift_invariant` say on the class what holds under default options; a scheme whose options change it says so on itself.
+        bias_is_shared: `relative_bias` is the same in every layer the scheme serves, so that one layer's serves all.
         needs_table: starts from the model's own position table, and cannot be put into a model that no longer has one.
         options: the resolved options.
         geometry: the sizes of the model.
@@ -73,6 +74,7 @@ class Scheme(nn.Module):
     causal_only: ClassVar[bool] = False
     caches_rotated_keys: bool = True
     cached_equals_uncached: bool = True
+    bias_is_shared: bool = False
     needs_table: ClassVar[bool] = False
 
     def __init__(self, options: SchemeOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:
@@ -149,12 +151,23 @@ class Scheme(nn.Module):
         """
         raise NotImplementedError
 
-    def rotate(self, x: Tensor, position_ids: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
+    def rotation(self, position_ids: Tensor) -> Any:
+        """Return what `rotate` needs of positions; worked out once for the queries, the keys and the layers of a call.
+
+        Args:
+            position_ids: `[batch or 1, length]`.
+
+        Returns:
+            Whatever `rotate` takes: here the position ids themselves.
+        """
+        return position_ids
+
+    def rotate(self, x: Tensor, rotation: Any, *, role: Literal["query", "key"], layer: int) -> Tensor:
         """Return queries or keys with their positions turned into them; keys before they are cached.
 
         Args:
             x: `[batch, heads, length, head_dim]`.
-            position_ids: `[batch or 1, length]`.
+            rotation: what `rotation` gave for their position ids.
             role: what `x` is.
             layer: index of the layer.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pe_swap.errors import OptionError
 from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
-from pe_swap.schemes.rope import turn
+from pe_swap.schemes.rope import rotation_by, turn
 from pe_swap.schemes.sinusoidal import inverse_frequencies
 
 
@@ -94,7 +94,10 @@ class Hope(Scheme):
         """Return radians per position of each plane, zero where it stands still, `[head_dim / 2]`, float32."""
         return torch.tensor(self._inv_freq, device=device)
 
-    def rotate(self, x: Tensor, position_ids: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
+    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines; see `rotation_by` and `Scheme.rotation`."""
+        return rotation_by(position_ids[:, None, :, None].float() * self.inv_freq(position_ids.device), self.options.layout)
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int) -> Tensor:
         """Return `x` turned by its positions; see `Scheme.rotate`."""
-        angles = position_ids[:, None, :, None].float() * self.inv_freq(x.device)
-        return turn(x, angles.cos(), angles.sin(), self.options.layout)
+        return turn(x, rotation, self.options.layout)

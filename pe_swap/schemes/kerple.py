@@ -73,6 +73,7 @@ class Kerple(Scheme):
     def __init__(self, options: KerpleOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:
         """Build what softplus and sigmoid turn into `a` and `p`, `[heads]` each."""
         super().__init__(options, geometry, layers)
+        self.bias_is_shared = options.kernels == "shared"
         names = ["shared"] if options.kernels == "shared" else [str(layer) for layer in layers]
         self.raw_scales = nn.ParameterDict({name: torch.empty(geometry.num_heads) for name in names})
         self.raw_powers = nn.ParameterDict({name: torch.empty(geometry.num_heads) for name in names})

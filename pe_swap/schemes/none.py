@@ -113,7 +113,7 @@ class NoPositions(Scheme):
                 stacklevel=3,
             )
 
-    def rotate(self, x: Tensor, position_ids: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
+    def rotate(self, x: Tensor, rotation: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
         """Return `x` over its root mean square, times the gains; positions play no part. See `Scheme.rotate`."""
         gains = self.query_gains if role == "query" else self.key_gains
         assert gains is not None

@@ -202,27 +202,46 @@ class RopeOptions(SchemeOptions):
         }
 
 
-def turn(x: Tensor, cosine: Tensor, sine: Tensor, layout: str) -> Tensor:
-    """Return `x` turned in planes of two dimensions.
+def rotation_by(angles: Tensor, layout: str, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return what turns a vector by `angles`: for each dimension the factor on itself, and on its partner in the plane.
 
     Args:
-        x: `[batch, heads, length, rotary_dim]`.
-        cosine: `[batch or 1, 1, length, rotary_dim / 2]`, float32, of each plane's angle.
-        sine: the same shape.
+        angles: of each plane, radians, `[batch or 1, 1, length, rotary_dim / 2]`, float32.
         layout: `"half"` or `"interleaved"`.
+        factor: on both.
+
+    Returns:
+        Cosines, and sines that are negative in a plane's first dimension, `[batch or 1, 1, length, rotary_dim]` each, float32.
+    """
+    cosine, sine = angles.cos(), angles.sin()
+    if factor != 1.0:
+        cosine, sine = cosine * factor, sine * factor
+    if layout == "half":
+        return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
+    return cosine.repeat_interleave(2, dim=-1), torch.stack((-sine, sine), dim=-1).flatten(-2)
+
+
+def turn(x: Tensor, rotation: tuple[Tensor, Tensor], layout: str) -> Tensor:
+    """Return `x` turned in planes of two dimensions, in three passes over memory: `x * cosine + partner * signed sine`.
+
+    Args:
+        x: `[batch, heads, length, head_dim]`; dimensions beyond those of `rotation` stay as they are.
+        rotation: see `rotation_by`.
+        layout: `"half"` or `"interleaved"`: which dimensions share a plane.
 
     Returns:
         The shape and dtype of `x`; computed in at least float32.
     """
+    cosine, signed_sine = rotation
+    rotary_dim = cosine.shape[-1]
+    if rotary_dim < x.shape[-1]:
+        return torch.cat((turn(x[..., :rotary_dim], rotation, layout), x[..., rotary_dim:]), dim=-1)
     wide = x if x.dtype == torch.float64 else x.float()
-    # x * cos + partner * sin, the partner's sine negative in a plane's first dimension: three passes over memory.
     if layout == "half":
-        partner = wide.roll(wide.shape[-1] // 2, dims=-1)
-        cosine, sine = torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
+        partner = wide.roll(rotary_dim // 2, dims=-1)
     else:
         partner = wide.reshape(*wide.shape[:-1], -1, 2).flip(-1).reshape(wide.shape)
-        cosine, sine = cosine.repeat_interleave(2, dim=-1), torch.stack((-sine, sine), dim=-1).flatten(-2)
-    return torch.addcmul(wide * cosine, partner, sine.to(wide.dtype)).to(x.dtype)
+    return torch.addcmul(wide * cosine, partner, signed_sine.to(wide.dtype)).to(x.dtype)
 
 
 def sequence_lengths(position_ids: Tensor) -> Tensor:
@@ -344,11 +363,10 @@ class Rope(Scheme):
         """
         return position_ids[:, None, :, None].float() * self.inv_freq(position_ids)
 
-    def rotate(self, x: Tensor, position_ids: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
+    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines; see `rotation_by` and `Scheme.rotation`."""
+        return rotation_by(self.angles(position_ids), self.options.layout, self.attention_factor)
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int) -> Tensor:
         """Return `x` turned by its positions; see `Scheme.rotate`."""
-        angles = self.angles(position_ids)
-        cosine, sine = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
-        if self.rotary_dim == x.shape[-1]:
-            return turn(x, cosine, sine, self.options.layout)
-        turned = turn(x[..., : self.rotary_dim], cosine, sine, self.options.layout)
-        return torch.cat((turned, x[..., self.rotary_dim :]), dim=-1)
+        return turn(x, rotation, self.options.layout)

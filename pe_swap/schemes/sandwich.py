@@ -61,6 +61,7 @@ class Sandwich(Scheme):
     Options = SandwichOptions
     summary = "the product of sinusoidal positions as a bias: a penalty that grows with the logarithm of the distance"
     shift_invariant = True
+    bias_is_shared = True
 
     options: SandwichOptions
 

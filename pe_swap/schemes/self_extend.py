@@ -77,9 +77,13 @@ class WindowedRope(Scheme):
         """Return the positions of queries or keys of distant pairs, the shape of `position_ids`."""
         raise NotImplementedError
 
-    def rotate(self, x: Tensor, position_ids: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
+    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rotation to its own positions; see `Scheme.rotation`."""
+        return self.rope.rotation(position_ids)
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int) -> Tensor:
         """Return `x` turned by its own positions; see `Scheme.rotate`."""
-        return self.rope.rotate(x, position_ids, role=role, layer=layer)
+        return self.rope.rotate(x, rotation, role=role, layer=layer)
 
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return what remapping changes, zero within the window; see `Scheme.score_bias`."""
@@ -87,8 +91,8 @@ class WindowedRope(Scheme):
         if key.shape[2] <= self.window:  # no pair is that far apart
             return torch.zeros((), dtype=wide, device=query.device).expand(1, query.shape[1], query.shape[2], key.shape[2])
         query, key = query.to(wide), key.to(wide)
-        query_turn = self.remapped(positions.query_ids, "query") - positions.query_ids
-        key_turn = self.remapped(positions.key_ids, "key") - positions.key_ids
+        query_turn = self.rope.rotation(self.remapped(positions.query_ids, "query") - positions.query_ids)
+        key_turn = self.rope.rotation(self.remapped(positions.key_ids, "key") - positions.key_ids)
         far_query = self.rope.rotate(query, query_turn, role="query", layer=layer)
         far_key = self.rope.rotate(key, key_turn, role="key", layer=layer)
         change = torch.matmul(far_query, far_key.transpose(-1, -2)) - torch.matmul(query, key.transpose(-1, -2))

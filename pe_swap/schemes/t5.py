@@ -77,6 +77,7 @@ class T5(Scheme):
     Options = T5Options
     summary = "a trained bias a head for each bucket of distances"
     shift_invariant = True
+    bias_is_shared = True
 
     options: T5Options
 

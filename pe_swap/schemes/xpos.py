@@ -24,7 +24,7 @@ from pe_swap.errors import OptionError
 from pe_swap.positions import Positions
 from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
-from pe_swap.schemes.rope import turn
+from pe_swap.schemes.rope import rotation_by, turn
 from pe_swap.schemes.sinusoidal import inverse_frequencies
 
 LARGEST_EXPONENT = 40.0
@@ -96,10 +96,14 @@ class Xpos(Scheme):
         decay = torch.tensor(self._log_decay, device=device)
         return torch.cat((decay, decay)) if self.options.layout == "half" else decay.repeat_interleave(2)
 
-    def rotate(self, x: Tensor, position_ids: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
+    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines; see `rotation_by` and `Scheme.rotation`."""
+        inv_freq = torch.tensor(self._inv_freq, device=position_ids.device)
+        return rotation_by(position_ids[:, None, :, None].float() * inv_freq, self.options.layout)
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int) -> Tensor:
         """Return `x` turned by its positions, without decay; see `Scheme.rotate`."""
-        angles = position_ids[:, None, :, None].float() * torch.tensor(self._inv_freq, device=x.device)
-        return turn(x, angles.cos(), angles.sin(), self.options.layout)
+        return turn(x, rotation, self.options.layout)
 
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return what the decay changes; see `Scheme.score_bias`."""

@@ -86,9 +86,9 @@ def test_angles_are_float32_and_the_rotation_is_rounded_once(case: str, dtype: t
     position_ids = torch.tensor([EDGES])
     x = torch.randn(1, HEADS, 1, HEAD_DIM).expand(1, HEADS, len(EDGES), HEAD_DIM).to(dtype)
     for role in ("query", "key"):
-        found = narrow.rotate(x, position_ids, role=role, layer=0)
+        found = narrow.rotate(x, narrow.rotation(position_ids), role=role, layer=0)
         assert found.dtype == dtype
-        assert torch.equal(found, wide.rotate(x.float(), position_ids, role=role, layer=0).to(dtype))
+        assert torch.equal(found, wide.rotate(x.float(), wide.rotation(position_ids), role=role, layer=0).to(dtype))
         if case == "rope":
             assert (found.diff(dim=2).abs().amax(dim=(0, 1, 3)) > 0.01).all(), "two positions turn alike"
 

@@ -32,3 +32,8 @@ def positions(first_query: int, q_len: int, kv_len: int) -> Positions:
     slots = slots_from(first_query, q_len, torch.device("cpu"))
     key_slots = slots_from(0, kv_len, torch.device("cpu"))
     return Positions(slots, key_slots, slots[None], key_slots[None])
+
+
+def at_positions(scheme: Scheme, x: Tensor, position_ids: Tensor, *, role: str = "query", layer: int = 0) -> Tensor:
+    """Return `x` as a model would have it rotated at `position_ids`."""
+    return scheme.rotate(x, scheme.rotation(position_ids), role=role, layer=layer)  # type: ignore[arg-type]

@@ -7,14 +7,14 @@ import torch
 
 from pe_swap.errors import OptionError
 from tests.references import rope as reference
-from tests.schemes.building import build, geometry
+from tests.schemes.building import at_positions, build, geometry
 
 IDS = torch.tensor([[0, 1, 9, 30, 500], [4, 5, 6, 7, 8]])
 
 
 def rotate(x: torch.Tensor, ids: torch.Tensor, trained_length: int = 100, **options: object) -> torch.Tensor:
     sizes = geometry(head_dim=x.shape[-1], trained_length=trained_length)
-    return build("hope", sizes=sizes, **options).rotate(x, ids, role="query", layer=0)
+    return at_positions(build("hope", sizes=sizes, **options), x, ids, role="query", layer=0)
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -40,7 +40,7 @@ def test_golden_number_of_planes() -> None:
 
 def test_slow_planes_stand_still_bit_for_bit_and_fast_ones_are_ropes() -> None:
     x = torch.randn(2, 3, 5, 64)
-    found, ropes = rotate(x, IDS, 1024), build("rope").rotate(x, IDS, role="query", layer=0)
+    found, ropes = rotate(x, IDS, 1024), at_positions(build("rope"), x, IDS, role="query", layer=0)
     still = torch.cat((torch.arange(18, 32), torch.arange(50, 64)))
     turning = torch.cat((torch.arange(18), torch.arange(32, 50)))
     assert torch.equal(found[..., still], x[..., still])

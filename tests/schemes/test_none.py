@@ -5,7 +5,7 @@ import torch
 
 from pe_swap.errors import OptionError
 from tests.references import length_scale as reference
-from tests.schemes.building import build
+from tests.schemes.building import at_positions, build
 
 
 def test_hooks_are_those_asked_for() -> None:
@@ -29,13 +29,13 @@ def test_norm_is_of_each_head_and_has_gains_of_its_layer_and_role() -> None:
     torch.nn.init.normal_(scheme.query_gains["1"])
     x, ids = torch.randn(2, 12, 5, 64) * 7, torch.arange(5)[None]
     unit = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
-    key = scheme.rotate(x, ids, role="key", layer=1)
+    key = at_positions(scheme, x, ids, role="key", layer=1)
     torch.testing.assert_close(key.double(), unit, atol=1e-5, rtol=0)
-    query = scheme.rotate(x, ids, role="query", layer=1)
+    query = at_positions(scheme, x, ids, role="query", layer=1)
     torch.testing.assert_close(query.double(), unit * scheme.query_gains["1"].double(), atol=2e-5, rtol=0)
-    assert torch.equal(scheme.rotate(x, ids, role="query", layer=0), key)
-    narrow = scheme.rotate(x.bfloat16(), ids, role="key", layer=1)
-    assert torch.equal(narrow, scheme.rotate(x.bfloat16().float(), ids, role="key", layer=1).bfloat16())
+    assert torch.equal(at_positions(scheme, x, ids, role="query", layer=0), key)
+    narrow = at_positions(scheme, x.bfloat16(), ids, role="key", layer=1)
+    assert torch.equal(narrow, at_positions(scheme, x.bfloat16().float(), ids, role="key", layer=1).bfloat16())
 
 
 def test_wrong_options() -> None:

@@ -9,13 +9,13 @@ from transformers.models.roformer.modeling_roformer import RoFormerSelfAttention
 from pe_swap.errors import OptionError
 from pe_swap.schemes.sinusoidal import inverse_frequencies
 from tests.references import rope as reference
-from tests.schemes.building import build, geometry
+from tests.schemes.building import at_positions, build, geometry
 
 IDS = torch.tensor([[0, 1, 2, 9, 30], [4, 5, 6, 7, 8]])
 
 
 def rotate(x: torch.Tensor, ids: torch.Tensor, **options: object) -> torch.Tensor:
-    return build("rope", sizes=geometry(head_dim=x.shape[-1]), **options).rotate(x, ids, role="query", layer=0)
+    return at_positions(build("rope", sizes=geometry(head_dim=x.shape[-1]), **options), x, ids, role="query", layer=0)
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])

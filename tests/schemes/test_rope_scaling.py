@@ -16,7 +16,7 @@ from pe_swap.schemes import build_options
 from pe_swap.schemes.rope import REQUIRED, Rope, RopeOptions, sequence_lengths
 from tests.references import rope as plain_reference
 from tests.references import rope_scaling as reference
-from tests.schemes.building import build, geometry
+from tests.schemes.building import at_positions, build, geometry
 
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHORT = [1.0 + 0.05 * k for k in range(32)]
@@ -117,7 +117,7 @@ def test_attention_factors() -> None:
 def test_vectors_are_turned_by_these_frequencies_and_stretched(rope_type: str, layout: str) -> None:
     scheme = rope(rope_type, trained_length=16, layout=layout, **SCALED[rope_type])
     x, ids = torch.randn(1, 2, 40, 64), torch.arange(40)[None]
-    found = scheme.rotate(x, ids, role="key", layer=0)
+    found = at_positions(scheme, x, ids, role="key", layer=0)
     inv_freq = frequencies(scheme, 40).double()
     for place in (0, 7, 39):
         turned = plain_reference.rotated_by(x[0, 1, place], [place * float(theta) for theta in inv_freq], layout)
@@ -141,7 +141,7 @@ def test_queries_and_keys_are_llamas(rope_type: str, length: int) -> None:
     cosine, sine = LlamaRotaryEmbedding(config)(query, ids)
     scheme = rope(rope_type, trained_length=64, **options)
     theirs = apply_rotary_pos_emb(query, key, cosine, sine)
-    ours = (scheme.rotate(query, ids, role="query", layer=0), scheme.rotate(key, ids, role="key", layer=0))
+    ours = (at_positions(scheme, query, ids, role="query", layer=0), at_positions(scheme, key, ids, role="key", layer=0))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
@@ -156,12 +156,12 @@ def test_a_sequence_ends_where_its_ids_stop_rising() -> None:
 def test_a_row_does_not_depend_on_its_neighbours(rope_type: str) -> None:
     scheme = rope(rope_type, trained_length=8, **SCALED[rope_type])
     x, ids = torch.randn(2, 12, 20, 64), torch.stack((torch.arange(20), torch.arange(20) % 5))
-    together = scheme.rotate(x, ids, role="query", layer=0)
+    together = at_positions(scheme, x, ids, role="query", layer=0)
     for row in range(2):
         torch.testing.assert_close(
-            together[row : row + 1], scheme.rotate(x[row : row + 1], ids[row : row + 1], role="query", layer=0)
+            together[row : row + 1], at_positions(scheme, x[row : row + 1], ids[row : row + 1], role="query", layer=0)
         )
-    fixed = build("rope").rotate(x, ids, role="query", layer=0)
+    fixed = at_positions(build("rope"), x, ids, role="query", layer=0)
     if rope_type == "dynamic":  # the second row is shorter than the original length, the first longer
         torch.testing.assert_close(together[1], fixed[1], atol=1e-5, rtol=0)
     assert (together[0] - fixed[0]).abs().max() > 0.1
@@ -179,9 +179,9 @@ def test_a_compiled_graph_stays_whole_and_survives_another_device_in_context(rop
     with torch.device("meta"):  # as a model is built whose weights are yet to be loaded
         scheme = rope(rope_type, trained_length=16, **SCALED[rope_type])
     x, ids = torch.randn(1, 2, 24, 64), torch.arange(24)[None]
-    compiled = torch.compile(scheme.rotate, fullgraph=True, backend="eager")
-    expected = rope(rope_type, trained_length=16, **SCALED[rope_type]).rotate(x, ids, role="key", layer=0)
-    torch.testing.assert_close(compiled(x, ids, role="key", layer=0), expected)
+    compiled = torch.compile(at_positions, fullgraph=True, backend="eager")
+    expected = at_positions(rope(rope_type, trained_length=16, **SCALED[rope_type]), x, ids, role="key", layer=0)
+    torch.testing.assert_close(compiled(scheme, x, ids, role="key", layer=0), expected)
 
 
 def test_options_survive_json() -> None:

@@ -6,7 +6,7 @@ import torch
 from pe_swap.attention.binding import key_ids
 from pe_swap.errors import OptionError
 from tests.references import windowed_rope as reference
-from tests.schemes.building import build, geometry, positions
+from tests.schemes.building import at_positions, build, geometry, positions
 
 SMALL = geometry(hidden_size=24, num_heads=3, head_dim=8)
 CASES = [("self_extend", {"window": 5, "group_size": 3}, 3), ("self_extend", {"window": 4, "group_size": 8}, 8)]
@@ -21,8 +21,8 @@ def test_scores_are_the_papers(
     scheme = build(name, sizes=SMALL, **options)
     query, key = torch.randn(2, 3, q_len, 8), torch.randn(2, 3, kv_len, 8)
     here = positions(first_query, q_len, kv_len)
-    turned_query = scheme.rotate(query, here.query_ids, role="query", layer=0)
-    turned_key = scheme.rotate(key, here.key_slots[None], role="key", layer=0)
+    turned_query = at_positions(scheme, query, here.query_ids, role="query", layer=0)
+    turned_key = at_positions(scheme, key, here.key_slots[None], role="key", layer=0)
     bias = scheme.score_bias(turned_query, turned_key, here, scaling=0.5, layer=0)
     ours = (turned_query @ turned_key.transpose(-1, -2) * 0.5 + bias).tril(first_query)
     expected = reference.scores(query, key, first_query, options["window"], group_size, 0.5)
@@ -33,7 +33,7 @@ def test_scores_are_the_papers(
 def test_within_the_window_it_is_rope_exactly(name: str) -> None:
     scheme, rope = build(name, window=6, layout="interleaved", base=500), build("rope", layout="interleaved", base=500)
     x, ids = torch.randn(1, 12, 9, 64), torch.arange(9)[None]
-    assert torch.equal(scheme.rotate(x, ids, role="key", layer=0), rope.rotate(x, ids, role="key", layer=0))
+    assert torch.equal(at_positions(scheme, x, ids, role="key", layer=0), at_positions(rope, x, ids, role="key", layer=0))
     bias = scheme.score_bias(x, x, positions(0, 9, 9), scaling=1.0, layer=0)
     distance = positions(0, 9, 9).distance
     assert not bias[..., distance > -6].any()
@@ -63,7 +63,7 @@ def test_far_positions_keep_their_angles_in_bf16() -> None:
     scheme = build("rerope", sizes=SMALL, window=4)
     x = torch.ones(1, 3, 4000, 8).bfloat16()
     ids = torch.arange(4000)[None]
-    turned = scheme.rotate(x, ids, role="key", layer=0)
+    turned = at_positions(scheme, x, ids, role="key", layer=0)
     bias = scheme.score_bias(turned[:, :, -1:], turned, positions(3999, 1, 4000), scaling=1.0, layer=0)
     total = (turned[:, :, -1:].float() @ turned.float().transpose(-1, -2) + bias)[0, 0, 0, :3990]
     expected = 2 * sum(torch.cos(torch.tensor(4.0) * 10_000 ** (-2 * k / 8)) for k in range(4))

@@ -11,13 +11,13 @@ from pe_swap.errors import OptionError
 from pe_swap.positions import Positions
 from pe_swap.schemes.xpos import Xpos
 from tests.references import xpos as reference
-from tests.schemes.building import build, geometry
+from tests.schemes.building import at_positions, build, geometry
 
 
 def scores(scheme: Xpos, query: Tensor, key: Tensor, query_ids: Tensor, key_ids: Tensor) -> Tensor:
     """Return decayed scores as attention adds them up, in float32 at least."""
-    turned_query = scheme.rotate(query, query_ids[None], role="query", layer=0)
-    turned_key = scheme.rotate(key, key_ids[None], role="key", layer=0)
+    turned_query = at_positions(scheme, query, query_ids[None], role="query", layer=0)
+    turned_key = at_positions(scheme, key, key_ids[None], role="key", layer=0)
     where = Positions(query_ids, key_ids, query_ids[None], key_ids[None])
     bias = scheme.score_bias(turned_query, turned_key, where, scaling=0.5, layer=0)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -79,8 +79,8 @@ def test_attention_of_a_cached_step_at_position_30000(dtype: torch.dtype, tolera
     scheme = xpos(8)
     key_ids, query_ids = torch.arange(30_001), torch.tensor([30_000])
     query, key, value = (torch.randn(1, 2, length, 8).to(dtype) for length in (1, 30_001, 30_001))
-    query = scheme.rotate(2 * query, query_ids[None], role="query", layer=0)
-    key = scheme.rotate(2 * key, key_ids[None], role="key", layer=0)
+    query = at_positions(scheme, 2 * query, query_ids[None], role="query", layer=0)
+    key = at_positions(scheme, 2 * key, key_ids[None], role="key", layer=0)
     found = blockwise_attention(
         query,
         key,
