@@ -89,7 +89,6 @@ def test_a_left_padded_batch_generates_what_each_row_does_alone(case: str, famil
     together = generate(model, ids, attention_mask=mask)[:, -NEW:]
     alone = torch.cat([generate(model, row, attention_mask=torch.ones_like(row))[:, -NEW:] for row in rows])
     assert torch.equal(together, alone)
-    assert not torch.equal(together[0], together[1])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in LENGTH_DEPENDENT])

@@ -325,15 +325,14 @@ class Rope(Scheme):
         if self.options.rope_type == "ntk":
             exponent = self.rotary_dim / (self.rotary_dim - 2)
             return inverse_frequencies(self.rotary_dim, base * factor**exponent), 1.0
-        if self.options.rope_type == "proportional":  # not in transformers 5.0
-            inv_freq = inverse_frequencies(self.rotary_dim, base) / factor
-            return inv_freq.where(torch.arange(len(inv_freq)) < self.turning_planes, 0.0), 1.0
         return self._from_transformers(None)
 
     def _from_transformers(self, length: int | Tensor | None, device: torch.device | None = None) -> tuple[Tensor, float]:
         """Return transformers' frequencies and factor at a length; see `transformers_frequencies`."""
         options = self.options
         parameters = {"rope_type": options.rope_type, "rope_theta": options.base, "factor": 1.0, **options.scaling()}
+        if options.rope_type == "proportional":  # the others turn `rotary_dim` dimensions and know of no more
+            parameters["partial_rotary_factor"] = (2 * self.turning_planes + 0.5) / self.rotary_dim  # which is then rounded down
         config = RotaryConfig(parameters, self.rotary_dim, self.original_length)
         return transformers_frequencies(config, length, device)
 
@@ -358,7 +357,7 @@ class Rope(Scheme):
     def angles(self, position_ids: Tensor) -> Tensor:
         """Return `position * theta_k`, radians, `[batch or 1, 1, length, rotary_dim / 2]`, float32.
 
-        `default`, `ntk` and `proportional` have theta in float64, rounded to float32; transformers' functions compute in float32. The
+        `default` and `ntk` have theta in float64, rounded to float32; transformers' functions compute in float32. The
         product with a position is rounded once more.
         """
         return position_ids[:, None, :, None].float() * self.inv_freq(position_ids)

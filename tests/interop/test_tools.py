@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, PreTrainedModel, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, GenerationConfig, PreTrainedModel, pipeline
 
 import pe_swap
 from pe_swap.swap import positional_parameters
@@ -119,7 +119,7 @@ def test_the_text_generation_pipeline_goes_beyond_the_trained_length(case: str, 
     settings = {"do_sample": False, "max_new_tokens": LONG - 25, "min_new_tokens": LONG - 25}
     found = generate(text_of(ids[0]), return_full_text=False, **settings)[0]["generated_text"]
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, eos_token_id=2, **settings)[0, 25:]
-    assert found == word_tokenizer("gpt2").decode(expected, skip_special_tokens=True)
+    assert found.split() == word_tokenizer("gpt2").decode(expected, skip_special_tokens=True).split()
     assert len(expected) == LONG - 25
     assert [text for text in complaints if "not supported" in text or "maximum length" in text] == []
 
@@ -252,3 +252,30 @@ def test_the_unswapped_model_ends_where_it_was_trained_to() -> None:
     """What the tests above would find without a swap."""
     with pytest.raises(IndexError, match="index out of range"):
         build("gpt2")(torch.randint(5, VOCABULARY, (1, LONG)))
+
+
+# --- continuous batching -------------------------------------------------------------------------------------------------------
+
+BATCHED = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+
+
+def batched_equals_generated(model: PreTrainedModel) -> bool:
+    prompts = [token_ids(1, length, seed=length) for length in (9, 5)]
+    settings = GenerationConfig(**BATCHED)
+    found = model.generate_batch([prompt[0].tolist() for prompt in prompts], generation_config=settings, progress_bar=False)
+    alone = {**BATCHED, "eos_token_id": None}
+    expected = [model.generate(prompt, attention_mask=torch.ones_like(prompt), **alone)[0, prompt.shape[1] :] for prompt in prompts]
+    return [output.generated_tokens for output in found.values()] == [tokens.tolist() for tokens in expected]
+
+
+def test_continuous_batching_takes_schemes_that_act_on_the_input() -> None:
+    if not batched_equals_generated(build("gpt2")):
+        pytest.skip("this transformers' continuous batching gives wrong tokens for an unswapped GPT-2 too (5.8 does)")
+    assert batched_equals_generated(swapped("gpt2", "sinusoidal"))
+
+
+def test_continuous_batching_refuses_schemes_that_act_inside_attention() -> None:
+    """transformers' own words: its paged attention takes neither a rotation of ours nor a bias."""
+    model = swapped("gpt2", "rope")
+    with pytest.raises(ValueError, match="pe_swap_sdpa.? is not supported"):
+        model.generate_batch([[5, 6, 7]], generation_config=GenerationConfig(**BATCHED), progress_bar=False)

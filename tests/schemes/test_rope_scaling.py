@@ -237,3 +237,13 @@ def test_options_survive_json() -> None:
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         build("rope", **options)
+
+
+def test_a_fraction_that_floating_point_rounds_down_turns_all_its_planes() -> None:
+    """0.58 of 100 dimensions is 57.99999999999999."""
+    scheme = build("rope", sizes=geometry(head_dim=100), rope_type="proportional", fraction=0.58)
+    assert isinstance(scheme, Rope)
+    found = frequencies(scheme, 3)
+    assert (found > 0).sum() == scheme.turning_planes == 29
+    expected = torch.tensor(reference.proportional(100, 1e4, 0.58, 1.0), dtype=torch.float64)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
