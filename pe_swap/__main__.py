@@ -1,4 +1,4 @@
-"""`python -m pe_swap schemes` lists the schemes; `python -m pe_swap show alibi --out alibi.png` draws one."""
+"""`python -m pe_swap schemes` lists the schemes; `python -m pe_swap show alibi --out alibi.png` draws one or more."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import argparse
 from collections.abc import Sequence
 
 from pe_swap.config import free_options, run
-from pe_swap.gallery import describe, markdown_table, show
+from pe_swap.gallery import describe, drawable, markdown_table, show, show_several
 from pe_swap.schemes import SCHEMES
+
+EVERY = "all"
+"""Stands for every scheme that can be drawn."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -21,12 +24,14 @@ def main(arguments: Sequence[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     listed = commands.add_parser("schemes", help="list every scheme with its options and what it claims")
     listed.add_argument("--markdown", action="store_true", help="as the README's table")
-    shown = commands.add_parser("show", help="draw what a scheme does", epilog="Any other --option is the scheme's own.")
-    shown.add_argument("scheme")
+    shown = commands.add_parser(
+        "show", help="draw what a scheme does", epilog="Of one scheme, any other --option is the scheme's own."
+    )
+    shown.add_argument("schemes", nargs="+", metavar="scheme", help=f"one or more, or '{EVERY}' that can be drawn")
     shown.add_argument("--heads", type=int, default=12, help="attention heads (default: 12)")
     shown.add_argument("--length", type=int, default=256, help="positions drawn (default: 256)")
     shown.add_argument("--encoder", action="store_true", help="draw the two-sided form")
-    shown.add_argument("--out", help="file to write (default: <scheme>.png)")
+    shown.add_argument("--out", help="file to write (default: <scheme>.png, or gallery.png for several)")
     known, unknown = parser.parse_known_args(list(arguments))
     if known.command == "schemes":
         if unknown:
@@ -36,8 +41,17 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("heads", "length"):
         if not 1 <= getattr(known, name) <= 4096:
             parser.error(f"--{name} is {getattr(known, name)}; it must be from 1 to 4,096")
-    out = known.out or f"{known.scheme}.png"
-    figure = show(known.scheme, free_options(unknown), heads=known.heads, length=known.length, is_causal=not known.encoder)
+    is_causal = not known.encoder
+    names = drawable(is_causal=is_causal) if known.schemes == [EVERY] else known.schemes
+    if len(names) == 1:
+        figure = show(names[0], free_options(unknown), heads=known.heads, length=known.length, is_causal=is_causal)
+    else:
+        if unknown:
+            parser.error(
+                f"unexpected {' '.join(unknown)}: several schemes are drawn with their defaults; draw one to set its options"
+            )
+        figure = show_several(names, heads=known.heads, length=known.length, is_causal=is_causal)
+    out = known.out or f"{names[0] if len(names) == 1 else 'gallery'}.png"
     figure.savefig(out, dpi=150)
     print(f"wrote {out}")
 

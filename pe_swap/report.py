@@ -28,6 +28,7 @@ def write_report(folder: Path, record: dict[str, Any], *, title: str = "Perplexi
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         chosen = [row for row in rows if row["protocol"] == protocol]
         parts += [f"## {protocol}", "", markdown_table(chosen), "", *refusals(chosen), *position_table(chosen)]
+    parts += start_table(record)
     data = record.get("data") or {}
     parts += [
         f"{data.get('documents')} documents, {data.get('tokens')} tokens. Perplexity is token-weighted; in brackets its 95% bootstrap "
@@ -81,6 +82,39 @@ def position_table(rows: Sequence[dict[str, Any]]) -> list[str]:
         found = {(part["from"], part["to"]): f"{part['loss']:.3f}" for part in row["loss_by_position"]}
         lines.append(f"| {model} | {row['length']:,} | " + " | ".join(found.get(bucket, "-") for bucket in buckets) + " |")
     return [*lines, ""]
+
+
+def start_table(record: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of what each swap did to the base before any training, and what training made of it.
+
+    From the `parts` of a comparison's record, in their order; no lines where it has none.
+    """
+    measured = {label: part["perplexity"] for label, part in (record.get("parts") or {}).items() if part.get("perplexity")}
+    if not measured:
+        return []
+    schemes = (record.get("config") or {}).get("schemes") or {}
+    base = next(iter(measured.values()))
+    lines = ["## Right after the swap, and after training", ""]
+    lines += [
+        f"Perplexity at {base['length']:,} tokens, on a sample of the documents above; the base has {_point(base['before_swap'])}.",
+        "",
+    ]
+    lines += ["| model | scheme | right after the swap | after training |", "|---|---|---:|---:|"]
+    for label, found in measured.items():
+        scheme = _scheme_text(schemes.get(label) or {})
+        lines.append(f"| {label} | {scheme} | {_point(found.get('after_swap'))} | {_point(found.get('after_training'))} |")
+    return [*lines, ""]
+
+
+def _scheme_text(section: dict[str, Any]) -> str:
+    """Return a scheme's name and the options that its configuration gives."""
+    options = [f"{name}={value}" for name, value in section.items() if name != "name" and value is not None]
+    return ", ".join([str(section.get("name", "-")), *options])
+
+
+def _point(value: float | None) -> str:
+    """Return a perplexity without an interval."""
+    return "-" if value is None else _number(value)
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -10,7 +10,8 @@ import torch
 
 from pe_swap.__main__ import main
 from pe_swap.config import run
-from pe_swap.gallery import describe, show
+from pe_swap.errors import OptionError
+from pe_swap.gallery import HEAD_DIM, describe, drawable, show, show_several
 from pe_swap.schemes import SCHEMES
 from pe_swap.schemes.alibi import Alibi
 
@@ -32,9 +33,55 @@ def test_lines_are_the_scheme_s_bias() -> None:
     assert len(axes.lines) == 4
 
 
+def test_a_long_title_stays_within_its_picture() -> None:
+    figure = show("alibi", {"slopes": "geometric"}, heads=2, length=8, is_causal=False)
+    figure.canvas.draw()
+    box = figure._suptitle.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
+
 def test_a_decoder_s_picture_shows_no_future() -> None:
     shown = torch.as_tensor(show("shaw", {}, heads=2, length=12).axes[0].images[0].get_array().filled(float("nan")))
     assert shown.isnan().equal(torch.ones(12, 12).triu(1).bool())
+
+
+@pytest.mark.parametrize("name", ["rope", "rerope"])
+def test_a_rotation_s_picture_is_the_score_with_all_that_the_scheme_adds(name: str) -> None:
+    drawn = torch.tensor(show(name, {}, heads=1, length=24).axes[0].lines[0].get_ydata()).double()
+    distance = torch.arange(24, dtype=torch.float64).clamp(max=12 if name == "rerope" else 23)  # half the trained length
+    frequencies = 10_000 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
+    torch.testing.assert_close(drawn, (distance[:, None] * frequencies).cos().mean(1), atol=1e-5, rtol=0)
+
+
+def test_several_schemes_have_a_panel_each_in_the_order_given() -> None:
+    figure = show_several(["t5", "none", "rerope", "sinusoidal"], heads=2, length=12)
+    named = [axes for axes in figure.axes if axes.get_title("left")]
+    assert [axes.get_title("left") for axes in named] == ["t5", "rerope", "sinusoidal"]  # a curve with its bias: one panel
+    assert [len(axes.lines) for axes in named] == [2, 2, 0]  # two heads; a curve and its zero
+    with pytest.raises(OptionError, match="None of none, none has anything to draw"):
+        show_several(["none", "none"])
+
+
+def test_all_are_those_that_act_on_something_alike_ones_together(tmp_path: Path) -> None:
+    assert set(SCHEMES.names()) - set(drawable()) == {"none"}
+    assert set(drawable(is_causal=False)) == {name for name in drawable() if not SCHEMES[name].causal_only}
+    assert run(main, ["show", "all", "--heads", "1", "--length", "8", "--out", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    hooks = [sorted(SCHEMES[name].hooks_for(SCHEMES[name].Options()) - {"carry", "score_bias"}) for name in drawable()]
+    groups = [group for previous, group in zip([None, *hooks], hooks, strict=False) if group != previous]
+    assert groups == [["encode"], ["embed"], ["rotate"], ["relative_bias"], []]
+
+
+def test_several_pictures_go_to_one_file_and_take_no_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(main, ["show", "alibi", "rope", "--heads", "1", "--length", "8"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["gallery.png"]
+    with pytest.raises(SystemExit):
+        main(["show", "alibi", "rope", "--slopes", "press"])
+    assert "several schemes are drawn with their defaults; draw one to set its options" in capsys.readouterr().err
 
 
 def test_the_list_names_every_scheme_and_option(capsys: pytest.CaptureFixture[str]) -> None:

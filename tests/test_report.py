@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from pe_swap.report import COLUMNS, markdown_table, plot, position_table, refusals, write_report
+from pe_swap.report import COLUMNS, markdown_table, plot, position_table, refusals, start_table, write_report
 
 
 def row(model: str, length: int, perplexity: float | None, error: str | None = None) -> dict[str, Any]:
@@ -43,6 +43,50 @@ def test_loss_by_position_at_the_longest_length_taken() -> None:
         "| control | 64 | 4.500 |",
         "",
     ]
+
+
+def part(after_swap: float | None, after_training: float | None) -> dict[str, Any]:
+    measured = {"length": 1024, "before_swap": 22.672, "after_swap": after_swap, "after_training": after_training}
+    return {"perplexity": measured, "seconds": 1.0, "training": {}}
+
+
+COMPARISON = {
+    "parts": {
+        "control": part(22.672, 22.181),
+        "far": part(1044.6, 23.456),
+        "short": part(None, 29.94),
+        "lost": {"perplexity": None},
+    },
+    "config": {
+        "schemes": {
+            "control": {"name": "original", "layers": None},
+            "far": {"name": "fox", "layers": [0, 2], "initial_reach": 10000},
+            "short": {"name": "learned", "layers": None, "max_length": 8},
+        }
+    },
+}
+
+
+def test_a_comparison_says_what_the_swap_did_before_training() -> None:
+    assert start_table(COMPARISON) == [
+        "## Right after the swap, and after training",
+        "",
+        "Perplexity at 1,024 tokens, on a sample of the documents above; the base has 22.67.",
+        "",
+        "| model | scheme | right after the swap | after training |",
+        "|---|---|---:|---:|",
+        "| control | original | 22.67 | 22.18 |",
+        "| far | fox, layers=[0, 2], initial_reach=10000 | 1,045 | 23.46 |",
+        "| short | learned, max_length=8 | - | 29.94 |",
+        "",
+    ]
+
+
+def test_a_record_without_parts_has_no_such_table(tmp_path: Path) -> None:
+    assert start_table({"parts": {}}) == start_table({"parts": {"lost": {"perplexity": None}}}) == []
+    for record, times in (({}, 0), (COMPARISON, 1)):
+        write_report(tmp_path, {"results": ROWS, **record})
+        assert (tmp_path / "report.md").read_text().count("## Right after the swap") == times
 
 
 def test_the_plot_leaves_a_gap_and_marks_the_trained_length() -> None:

@@ -264,7 +264,9 @@ def batched_equals_generated(model: PreTrainedModel) -> bool:
     settings = GenerationConfig(**BATCHED)
     found = model.generate_batch([prompt[0].tolist() for prompt in prompts], generation_config=settings, progress_bar=False)
     alone = {**BATCHED, "eos_token_id": None}
-    expected = [model.generate(prompt, attention_mask=torch.ones_like(prompt), **alone)[0, prompt.shape[1] :] for prompt in prompts]
+    expected = [
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **alone)[0, prompt.shape[1] :] for prompt in prompts
+    ]
     return [output.generated_tokens for output in found.values()] == [tokens.tolist() for tokens in expected]
 
 
@@ -275,7 +277,7 @@ def test_continuous_batching_takes_schemes_that_act_on_the_input() -> None:
 
 
 def test_continuous_batching_refuses_schemes_that_act_inside_attention() -> None:
-    """transformers' own words: its paged attention takes neither a rotation of ours nor a bias."""
+    """The error is the library's own: its paged attention takes neither a rotation of ours nor a bias."""
     model = swapped("gpt2", "rope")
-    with pytest.raises(ValueError, match="pe_swap_sdpa.? is not supported"):
+    with pytest.raises(ValueError, match=r"pe_swap_sdpa.? is not supported"):
         model.generate_batch([[5, 6, 7]], generation_config=GenerationConfig(**BATCHED), progress_bar=False)
