@@ -64,7 +64,8 @@ class PositionalContext:
     """What travels with one attention call, as its keyword argument `positional`.
 
     Attributes:
-        binding: the layer's scheme.
+        binding: the layer's place and hooks.
+        scheme: the layer's scheme, looked up once a call.
         query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
         query_ids: `[batch or 1, q_len]`, int64.
         keys_are_rotated: the keys were rotated before they were cached.
@@ -74,6 +75,7 @@ class PositionalContext:
     """
 
     binding: LayerBinding
+    scheme: Scheme
     query_slots: Tensor
     query_ids: Tensor
     keys_are_rotated: bool
@@ -93,7 +95,7 @@ class PositionalContext:
 
     def rotated(self, x: Tensor, position_ids: Tensor, role: Literal["query", "key"]) -> Tensor:
         """Return queries or keys, `[batch, heads, length, head_dim]`, turned by their positions."""
-        scheme = self.binding.scheme
+        scheme = self.scheme
         rotation = self.memo.once(
             ("rotation", self.binding.index, x.device), (position_ids,), lambda: scheme.rotation(position_ids.to(x.device))
         )
@@ -104,7 +106,7 @@ class PositionalContext:
 
         Entry `n` belongs to the pairs whose key index minus query index in the call is `n - (q_len - 1)`.
         """
-        scheme, layer = self.binding.scheme, self.binding.layer
+        scheme, layer = self.scheme, self.binding.layer
 
         def work_out() -> Tensor:
             first_slot = self.query_slots[0].to(device)

@@ -55,7 +55,9 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     scheme = binding.scheme
     rotates_into_cache = cache is not None and "rotate" in binding.hooks and scheme.caches_rotated_keys
     carried = scheme.carry(hidden_states, layer=binding.layer) if "carry" in binding.hooks else None
-    context = PositionalContext(binding, query_slots, query_ids, rotates_into_cache, memo, carried if cache is None else None)
+    context = PositionalContext(
+        binding, scheme, query_slots, query_ids, rotates_into_cache, memo, carried if cache is None else None
+    )
     kwargs["positional"] = context
     if rotates_into_cache or (carried is not None and cache is not None):
         kwargs["past_key_values"] = LayerCache(self_attention_cache(cache), context, carried)

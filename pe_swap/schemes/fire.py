@@ -40,8 +40,8 @@ class FireOptions(SchemeOptions):
         threshold: queries nearer to the start than this are treated as if they stood there, in positions; a trained factor on it
             starts at 1. None is a quarter of the trained length: the paper's 512 for 2,048.
         scale: where c starts, a position.
-        start: `"recency"`, `f(x) = -8 x` in every head, or `"zero"`, no bias; the hidden layer is the paper's but for the unit that
-            hands x on.
+        start: `"recency"`, `f(x) = -8 x` in every head; `"zero"`, no bias; or None for `"recency"` in decoders and `"zero"` in
+            encoders. The hidden layer is the paper's but for the unit that hands x on.
     """
 
     scheme: ClassVar[str] = "fire"
@@ -50,7 +50,7 @@ class FireOptions(SchemeOptions):
     hidden_units: int = 32
     threshold: float | None = None
     scale: float = 0.1
-    start: str = "recency"
+    start: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -60,11 +60,13 @@ class FireOptions(SchemeOptions):
         if self.threshold is not None:
             self.require_number("threshold", 0.0, LARGEST_LENGTH)
         self.require_number("scale", 0.0, 1e3)
-        self.require_choice("start", ("recency", "zero"))
+        if self.start is not None:
+            self.require_choice("start", ("recency", "zero"))
 
     def resolve(self, geometry: Geometry, position_table: Tensor | None) -> FireOptions:
-        """Return the options with the threshold written out."""
-        return self if self.threshold is not None else replace(self, threshold=geometry.trained_length / 4)
+        """Return the options with the threshold and the start written out."""
+        threshold = geometry.trained_length / 4 if self.threshold is None else self.threshold
+        return replace(self, threshold=threshold, start=self.start or ("recency" if geometry.is_causal else "zero"))
 
 
 def relative_place(distance: Tensor, reach: Tensor, scale: Tensor) -> Tensor:
@@ -82,8 +84,8 @@ def relative_place(distance: Tensor, reach: Tensor, scale: Tensor) -> Tensor:
 class Fire(Scheme):
     """`b(i, j) = f(psi(i - j) / psi(max(L, i)))`, in logits; it depends on where the query stands, not on the distance alone.
 
-    Start on a pretrained model: near keys before far ones, `f(x) = -8 x`. Measured right after the swap, on the quickstart's base model (4
-    layers, trained at 64 tokens, perplexity 24.7 there): 26.9; from zero, which is the model without its table, 45.0.
+    Start on a pretrained model: a decoder prefers near keys from the first, `f(x) = -8 x`; from zero it is the model without its table,
+    which disturbs an encoder less. The README has the figures of either.
     """
 
     Options = FireOptions

@@ -10,7 +10,7 @@ between steps at 0.01; and the start, unless `start="random"`. The kernels are s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -32,21 +32,26 @@ class KerpleOptions(SchemeOptions):
         variant: `"log"` or `"power"`.
         kernels: `"shared"`, those of a head serve all layers, or `"per_layer"`.
         start: `"middle"`, a = 0.5 and p = 1 in every head, the middle of the paper's ranges; `"random"`, the paper's, a from 0 to 1 and
-            p from 0 to 2; or `"flat"`, nearly no bias.
+            p from 0 to 2; `"flat"`, nearly no bias; or None for `"middle"` in decoders and `"flat"` in encoders.
     """
 
     scheme: ClassVar[str] = "kerple"
 
     variant: str = "log"
     kernels: str = "shared"
-    start: str = "middle"
+    start: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
         self.require_choice("variant", ("log", "power"))
         self.require_choice("kernels", ("shared", "per_layer"))
-        self.require_choice("start", ("middle", "random", "flat"))
+        if self.start is not None:
+            self.require_choice("start", ("middle", "random", "flat"))
+
+    def resolve(self, geometry: Geometry, position_table: Tensor | None) -> KerpleOptions:
+        """Return the options with the start written out."""
+        return self if self.start is not None else replace(self, start="middle" if geometry.is_causal else "flat")
 
 
 def softplus_inverse(value: Tensor) -> Tensor:
@@ -58,10 +63,9 @@ def softplus_inverse(value: Tensor) -> Tensor:
 class Kerple(Scheme):
     """`bias[h](distance) = -p[h] * log(1 + a[h] * |distance|)`, or `-a[h] * |distance| ** p[h]`, in logits.
 
-    Start on a pretrained model: the middle of the paper's ranges. Measured right after the swap, on the quickstart's base model (4 layers,
-    trained at 64 tokens, perplexity 24.7 there): `log` 30.7 (flat 44.9, random 30 to 33), `power` 26.6 (flat 44.7, random 27 to 29);
-    without any positions 45.0. For a long trained length, `power` with p = 1 in every head is near-sighted: `"random"` leaves some heads
-    that see far.
+    Start on a pretrained model: a decoder prefers near keys from the first, in the middle of the paper's ranges; a flat start is nearly
+    the model without its table, which disturbs an encoder less. The README has the figures. For a long trained length, `power` with
+    p = 1 in every head is near-sighted: `"random"` leaves some heads that see far.
     """
 
     Options = KerpleOptions

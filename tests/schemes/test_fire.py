@@ -89,12 +89,19 @@ def test_two_sides_are_told_apart_in_an_encoder_only() -> None:
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_starts_with_near_keys_before_far_ones(is_causal: bool) -> None:
-    scheme = build("fire", sizes=geometry(num_heads=HEADS, head_dim=4, is_causal=is_causal), threshold=20)
+    scheme = build("fire", sizes=geometry(num_heads=HEADS, head_dim=4, is_causal=is_causal), threshold=20, start="recency")
     place = [math.log(0.1 * step + 1) / math.log(3) for step in range(21)]
     expected = torch.tensor([-8 * x for x in reversed(place)]).expand(1, HEADS, 21)
     torch.testing.assert_close(bias(scheme, positions(20, 1, 21))[:, :, 0], expected, atol=1e-4, rtol=0)
     if not is_causal:
         torch.testing.assert_close(bias(scheme, positions(0, 1, 21))[:, :, 0], expected.flip(-1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("is_causal", "start"), [(True, "recency"), (False, "zero")])
+def test_an_encoder_starts_from_zero_unless_told(is_causal: bool, start: str) -> None:
+    scheme = build("fire", sizes=geometry(num_heads=HEADS, head_dim=4, is_causal=is_causal))
+    assert scheme.options.start == start
+    assert bias(scheme, positions(0, 9, 9)).any() == is_causal
 
 
 def test_a_zero_start_has_a_gradient_and_then_reaches_everything() -> None:

@@ -46,10 +46,14 @@ def test_constant_gates_are_alibi() -> None:
     torch.testing.assert_close(ours[0, 0], slope * distance.float(), atol=1e-5, rtol=0)
 
 
-def test_gates_read_the_hidden_state_and_start_nearly_open() -> None:
-    scheme = build("fox", sizes=SMALL)
+@pytest.mark.parametrize(("trained_length", "reach"), [(32, 2.0), (1024, 32.0)])
+def test_a_start_lets_older_tokens_fade_by_the_trained_length(trained_length: int, reach: float) -> None:
+    assert build("fox", sizes=replace(SMALL, trained_length=trained_length)).options.initial_reach == reach
+
+
+def test_gates_read_the_hidden_state() -> None:
+    scheme = build("fox", sizes=SMALL, initial_reach=320)
     hidden = torch.randn(2, 5, 24)
-    assert scheme.options.initial_reach == 320.0
     start = scheme.carry(hidden, layer=1)
     assert start.shape == (2, 3, 5, 1)
     torch.testing.assert_close(torch.nn.functional.logsigmoid(start), torch.full_like(start, -1 / 320))

@@ -48,6 +48,15 @@ def test_starts_in_the_middle_of_the_papers_ranges(variant: str) -> None:
     torch.testing.assert_close(power, torch.ones(12))
 
 
+@pytest.mark.parametrize(("is_causal", "start"), [(True, "middle"), (False, "flat")])
+def test_an_encoder_starts_flat_unless_told(is_causal: bool, start: str) -> None:
+    scheme = build("kerple", sizes=geometry(is_causal=is_causal))
+    assert scheme.options.start == start
+    told = build("kerple", sizes=geometry(is_causal=is_causal), start=start)
+    distance = torch.arange(-9, 1)
+    assert torch.equal(scheme.relative_bias(distance, layer=0), told.relative_bias(distance, layer=0))
+
+
 @pytest.mark.parametrize("variant", ["log", "power"])
 def test_kernels_stay_in_their_ranges_and_gradients_finite_wherever_parameters_go(variant: str) -> None:
     for value in (-30.0, 0.0, 30.0):

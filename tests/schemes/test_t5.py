@@ -30,12 +30,36 @@ def test_every_distance_has_transformers_bucket(num_buckets: int, max_distance: 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_every_reachable_entry_gets_a_gradient(is_causal: bool) -> None:
     scheme = build("t5", sizes=geometry(is_causal=is_causal))
-    assert not scheme.table.any()
     distance = torch.arange(-200, 201)
     scheme.relative_bias(distance, layer=0).sum().backward()
     # an encoder never uses the first bucket of the future half: distance 0 belongs to the past
     unused = [] if is_causal else [16]
     assert (scheme.table.grad == 0).all(dim=1).nonzero().flatten().tolist() == unused
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_starts_with_near_keys_before_far_ones(is_causal: bool) -> None:
+    scheme = build("t5", sizes=geometry(is_causal=is_causal), start="recency")
+    distance = torch.arange(-300, 1)
+    side = 32 if is_causal else 16
+    bias = scheme.relative_bias(distance, layer=0).double()
+    alone = distance.abs() < side // 2
+    weight = 1 / (1 + distance.double().abs())
+    torch.testing.assert_close(bias.exp()[:, alone], weight[alone].expand(12, -1), rtol=1e-6, atol=0)
+    buckets = bucket_of(distance, 32, 128, is_causal)
+    for bucket in buckets.unique():
+        nearest = distance[buckets == bucket].abs().min()
+        begins = torch.expm1(-bias[0, buckets == bucket][0])
+        assert nearest - 1 < begins < nearest + 1e-3  # logarithmic buckets begin between two whole distances
+    if not is_causal:
+        assert torch.equal(scheme.relative_bias(-distance, layer=0)[:, :-1], scheme.relative_bias(distance, layer=0)[:, :-1])
+
+
+@pytest.mark.parametrize(("is_causal", "start"), [(True, "recency"), (False, "zero")])
+def test_an_encoder_starts_from_zero_unless_told(is_causal: bool, start: str) -> None:
+    scheme = build("t5", sizes=geometry(is_causal=is_causal))
+    assert scheme.options.start == start
+    assert scheme.table.any() == is_causal
 
 
 def test_bias_is_the_buckets_row() -> None:
