@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
@@ -73,6 +74,13 @@ def swap_positional(
                 f"The scheme '{new.name}' starts from the model's own position table, but this model was loaded already swapped and has "
                 "none left. Swap the model it was made from, or choose a scheme that needs no table."
             )
+    if not geometry.is_causal and not any(new.tells_order for new in schemes):
+        warnings.warn(
+            f"The scheme '{schemes[0].name}' on an encoder leaves a bag of words: without a causal mask nothing tells the order of "
+            "tokens. Use it as a baseline only; alibi, t5, rope and shaw have two-sided forms.",
+            UserWarning,
+            stacklevel=2,
+        )
     positional = assemble(adapter, base_model, config, specification, schemes, original)
     like = positional.tokens.weight
     positional.to(device=like.device, dtype=like.dtype).train(model.training)

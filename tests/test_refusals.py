@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
@@ -623,6 +624,20 @@ def test_a_bag_of_words_where_warnings_are_errors() -> None:
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match=r"^The scheme 'none' on an encoder leaves a bag of words"):
             pe_swap.swap_positional(model, "none")
+
+
+def test_a_bag_of_words_is_said_of_every_such_swap_and_of_no_other(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="bag of words"):
+        first = pe_swap.swap_positional(build("bert"), "none")
+    pe_swap.swap_positional(first, "rope").save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="bag of words"):
+        pe_swap.swap_positional(loaded, "none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pe_swap.swap_positional(loaded, "alibi", layers=[0])
+        pe_swap.swap_positional(pe_swap.swap_positional(build("bert"), "rope"), "none", layers=[1])
+        pe_swap.swap_positional(build("gpt2"), "none")
 
 
 # --- a swap that fails for a reason nobody foresaw -----------------------------------------------------------------------------

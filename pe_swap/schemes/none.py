@@ -13,7 +13,6 @@ with one gain a dimension, shared by heads.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -102,16 +101,6 @@ class NoPositions(Scheme):
         """Set every gain to 1."""
         for parameter in self.parameters():
             nn.init.ones_(parameter)
-
-    def start_from(self, position_table: Tensor) -> None:
-        """Warn where the swap leaves a model that cannot tell any order."""
-        if not self.geometry.is_causal:
-            warnings.warn(
-                "The scheme 'none' on an encoder leaves a bag of words: without a causal mask nothing tells the order of tokens. "
-                "Use it as a baseline only; alibi, t5, rope and shaw have two-sided forms.",
-                UserWarning,
-                stacklevel=3,
-            )
 
     def rotate(self, x: Tensor, rotation: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
         """Return `x` over its root mean square, times the gains; positions play no part. See `Scheme.rotate`."""

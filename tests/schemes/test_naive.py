@@ -1,14 +1,12 @@
 """The naive encodings (index, binary) and none."""
 
-import warnings
-
 import pytest
 import torch
 
 from pe_swap.errors import OptionError
 from pe_swap.schemes.base import root_mean_square
 from tests.references import absolute as reference
-from tests.schemes.building import build, geometry
+from tests.schemes.building import build
 
 
 def test_index_by_hand() -> None:
@@ -46,13 +44,7 @@ def test_wrong_options(name: str) -> None:
         build(name, scale="matching")
 
 
-def test_none_warns_on_encoders_only() -> None:
-    table = torch.zeros(32, 768)
-    with pytest.warns(UserWarning, match=r"'none' on an encoder leaves a bag of words"):
-        scheme = build("none", table, sizes=geometry(is_causal=False))
-    assert scheme.hooks == frozenset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        build("none", table)
+def test_none_has_no_hooks_and_few_options() -> None:
+    assert build("none").hooks == frozenset()
     with pytest.raises(OptionError, match=r"none: unknown option 'base'\. Options: temperature, "):
         build("none", base=1)
