@@ -73,7 +73,7 @@ class PositionSampling(Section):
 class TrainSection(Section):
     """How to train; meanings as in transformers' TrainingArguments."""
 
-    max_steps: PositiveInt = Field(default=200, description="optimizer steps")
+    max_steps: int = Field(default=200, ge=0, description="optimizer steps; 0 swaps and saves")
     batch_size: PositiveInt = Field(default=8, description="blocks a device and step")
     gradient_accumulation_steps: PositiveInt = Field(default=1, description="batches a step")
     learning_rate: PositiveFloat = Field(default=5e-4, description="peak learning rate")

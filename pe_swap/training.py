@@ -93,13 +93,18 @@ def train(
         resume: continue from the last checkpoint there. On the same machine the numbers are those of a run never interrupted.
 
     Returns:
-        Steps, final training loss, and the loss log.
+        Steps, final training loss, and the loss log. With no steps to train the model is saved as it is.
 
     Raises:
         CheckpointError: nothing to resume from, or a damaged checkpoint.
         ConfigError: blocks longer than the model's positions, or a value that transformers refuses.
         DataError: not enough text for one block.
     """
+    if section.max_steps == 0:
+        if _is_main_process():
+            model.save_pretrained(out)
+            _save_tokenizer(tokenizer, model, out)
+        return {"steps": 0, "train_loss": None, "blocks": 0, "dropped_tokens": 0, "log": []}
     limit = longest_input(model)
     if limit is not None and block_size > limit:
         raise ConfigError(
@@ -138,8 +143,7 @@ def train(
         raise
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
-        tokenizer.model_max_length = longest_input(model) or tokenizer.model_max_length  # tools truncate by it
-        tokenizer.save_pretrained(out)
+        _save_tokenizer(tokenizer, model, out)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": result.global_step,
@@ -148,6 +152,12 @@ def train(
         "dropped_tokens": dropped,
         "log": [{"step": entry["step"], "loss": entry["loss"]} for entry in log],
     }
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, out: Path) -> None:
+    """Save a tokenizer that says how far the model goes: tools truncate by it."""
+    tokenizer.model_max_length = longest_input(model) or tokenizer.model_max_length
+    tokenizer.save_pretrained(out)
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
@@ -335,9 +345,10 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         out=out,
         resume=config.resume,
     )
-    record["perplexity"]["after_training"] = perplexity(model, evaluator)
+    trained = config.train.max_steps > 0
+    record["perplexity"]["after_training"] = perplexity(model, evaluator) if trained else None
     record |= {"status": "done", "seconds": watch.seconds}
-    if not math.isfinite(record["training"]["train_loss"]):
+    if trained and not math.isfinite(record["training"]["train_loss"]):
         record["status"] = "diverged"
     if is_main:
         write_record(out, record)

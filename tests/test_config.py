@@ -68,8 +68,8 @@ def test_resume_is_a_switch() -> None:
         (["--train.max_step", "3"], r"Unknown key 'train\.max_step'\. Did you mean 'max_steps'\?"),
         (["--modle", "x"], r"Unknown key 'modle'\. Did you mean 'model'\?"),
         (
-            ["--train.max_steps", "0"],
-            r"'train\.max_steps' is 0: .*greater than 0.*Correct it in the YAML file or as --train\.max_steps",
+            ["--train.max_steps", "-1"],
+            r"'train\.max_steps' is -1: .*greater than or equal to 0.*Correct it in the YAML file or as --train\.max_steps",
         ),
         (["--train.learning_rate", "fast"], r"'train\.learning_rate' is 'fast'"),
         (["stray"], r"Unexpected argument 'stray'"),

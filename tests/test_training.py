@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer
 
 from pe_swap import training
-from pe_swap.config import FinetuneConfig
+from pe_swap.config import FinetuneConfig, SchemeSection
 from pe_swap.errors import CheckpointError, ConfigError, DataError
 from pe_swap.swap import positional_parameters
 from pe_swap.training import CHECKPOINTS, PositionalTrainer, causal_batch, finetune, last_checkpoint, train, whole_checkpoints
@@ -202,6 +202,21 @@ def test_a_finished_run_may_be_done_again_and_leaves_no_old_checkpoint(tmp_path:
     second = finetune(config(tmp_path, train=short))
     assert (first["training"]["steps"], second["training"]["steps"]) == (6, 3)
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
+
+
+def test_no_steps_swap_and_save(tmp_path: Path) -> None:
+    trained = finetune(config(tmp_path))
+    none = config(tmp_path).train.model_copy(update={"max_steps": 0})
+    again = config(tmp_path, model=str(tmp_path / "run"), vocab_size=None, train=none, out=str(tmp_path / "kept"))
+    record = finetune(again.model_copy(update={"scheme": SchemeSection(name="original")}))
+    assert (record["status"], record["training"]["steps"]) == ("done", 0)
+    perplexity = record["perplexity"]
+    assert perplexity["after_training"] is None
+    assert perplexity["before_swap"] == perplexity["after_swap"] == trained["perplexity"]["after_training"]
+    before, after = weights(tmp_path / "run"), weights(tmp_path / "kept")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "kept" / "tokenizer.json").exists()
 
 
 def test_blocks_longer_than_the_models_table_are_refused(tmp_path: Path) -> None:
