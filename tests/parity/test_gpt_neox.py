@@ -10,7 +10,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tests.parity.weights import (
     LAYERS,
-    LENGTH,
+    TRAINED_LENGTH,
     VOCABULARY,
     copy_linear,
     copy_norm,
@@ -23,16 +23,27 @@ from tests.parity.weights import (
 
 HEADS, WIDTH = 12, 96
 
+SCALED: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {"factor": 3.0, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 5.0]},
+}
+"""Every rope type that GPT-NeoX takes, as Llama does, from `rope_parameters`."""
 
-def pair(base: float, fraction: float, our_base: float | None = None) -> tuple[Any, Any]:
+
+def pair(base: float, fraction: float, our_base: float | None = None, **scaling: Any) -> tuple[Any, Any]:
     """Return our model and GPT-NeoX with the same weights."""
-    rope = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": fraction}
+    rope = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": fraction, **scaling}
+    if scaling and scaling["rope_type"] != "linear":
+        rope["original_max_position_embeddings"] = TRAINED_LENGTH
     sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "intermediate_size": 4 * WIDTH}
     config = GPTNeoXConfig(
-        **sizes, vocab_size=VOCABULARY, max_position_embeddings=LENGTH, use_parallel_residual=False, rope_parameters=rope
+        **sizes, vocab_size=VOCABULARY, max_position_embeddings=TRAINED_LENGTH, use_parallel_residual=False, rope_parameters=rope
     )
     theirs = randomize(GPTNeoXForCausalLM(config))
-    options = {"base": our_base or base, "fraction": fraction}
+    options = {"base": our_base or base, "fraction": fraction, **scaling}
     ours = gpt2(HEADS, WIDTH, "rope", options, activation_function="gelu", tie_word_embeddings=False)
     copy_norm(ours.transformer.ln_f, theirs.gpt_neox.final_layer_norm)
     with torch.no_grad():
@@ -58,6 +69,19 @@ def test_logits_are_gpt_neoxs(base: float, fraction: float, padding: int) -> Non
     expected = theirs(ids, attention_mask=mask).logits
     assert expected.std() > 0.2
     torch.testing.assert_close(ours(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("length", [TRAINED_LENGTH - 3, 3 * TRAINED_LENGTH])
+@pytest.mark.parametrize("rope_type", SCALED)
+@torch.no_grad()
+def test_logits_are_gpt_neoxs_under_every_rope_type(rope_type: str, length: int) -> None:
+    ours, theirs = pair(100.0, 1.0, rope_type=rope_type, **SCALED[rope_type])
+    plain, _ = pair(100.0, 1.0)
+    ids = token_ids()[:, :length]
+    expected = theirs(ids).logits
+    torch.testing.assert_close(ours(ids).logits, expected, atol=1e-4, rtol=0)
+    acts = length > TRAINED_LENGTH or rope_type != "dynamic"
+    assert ((plain(ids).logits - expected).abs().max() > 1e-2) == acts
 
 
 @torch.no_grad()
