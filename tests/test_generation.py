@@ -279,28 +279,6 @@ def test_compiled_decode_steps_with_a_static_cache_are_one_graph_and_equal(case:
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, **ROUNDING)
 
 
-# --- flex attention ------------------------------------------------------------------------------------------------------------
-
-
-@every_family
-@pytest.mark.parametrize("case", ["rope", "rope-interleaved", "sinusoidal", "none"])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers' own call
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # PyTorch's own import
-def test_flex_attention_equals_sdpa(case: str, family: str) -> None:
-    """Run uncompiled: the fused kernel takes 13 s to build on a CPU, and is PyTorch's to test."""
-    model, ids = swapped(family, case), token_ids(2, 20)
-    _, mask = left_padded([ids[:1], ids[1:, :13]])
-    expected, expected_padded = logits(model, ids), logits(model, ids, attention_mask=mask)
-    # GPT-2 declares no support for it (huggingface/transformers#34809), so set_attn_implementation would refuse.
-    model.config._attn_implementation = "flex_attention"
-    assert model.config._attn_implementation == ("pe_swap_flex" if case.startswith("rope") else "flex_attention")
-    with torch.compiler.set_stance("force_eager"):
-        torch.testing.assert_close(logits(model, ids, use_cache=False), expected, **ROUNDING)
-        padded = logits(model, ids, attention_mask=mask, use_cache=False)
-    torch.testing.assert_close(padded[mask.bool()], expected_padded[mask.bool()], **ROUNDING)
-
-
 # --- schemes by layer ----------------------------------------------------------------------------------------------------------
 
 Step = tuple[str, dict[str, Any]]

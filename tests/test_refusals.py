@@ -431,70 +431,53 @@ def test_a_swapped_model_whose_schemes_something_else_replaced(call: Callable[..
 
 # --- backends ------------------------------------------------------------------------------------------------------------------
 
-BIASED = {
-    "alibi": "relative_bias",
-    "t5": "relative_bias",
-    "shaw": "score_bias",
-}
+UNABLE = [
+    ("flex_attention", "shaw", "score_bias", "'eager', 'sdpa'"),
+    ("flex_attention", "fox", "score_bias", "'eager', 'sdpa'"),
+    ("flash_attention_2", "shaw", "score_bias", "'eager', 'sdpa'"),
+    ("flash_attention_2", "alibi", "relative_bias", "'eager', 'sdpa', 'flex_attention'"),
+    ("flash_attention_2", "t5", "relative_bias", "'eager', 'sdpa', 'flex_attention'"),
+]
+"""Implementation, scheme, the hook that it lacks, and what has it."""
 
 
-def backend_text(implementation: str, hooks: str) -> str:
+def backend_text(implementation: str, hooks: str, able: str) -> str:
     return (
         f"The attention implementation is '{implementation}', but the scheme adds to the scores inside attention ({hooks}); it must "
-        "be one of 'eager', 'sdpa'. Call model.set_attn_implementation(\"sdpa\")."
+        f'be one of {able}. Call model.set_attn_implementation("sdpa").'
     )
 
 
-@pytest.mark.parametrize("scheme", BIASED)
-def test_a_backend_that_takes_no_bias(scheme: str) -> None:
-    model = build("bert", "flex_attention")
+@pytest.mark.parametrize(("implementation", "scheme", "hook", "able"), UNABLE)
+def test_a_backend_that_takes_no_such_bias(implementation: str, scheme: str, hook: str, able: str) -> None:
+    model = build("gpt2")
+    model.config._attn_implementation_internal = implementation  # its own setter would look for the package
+    text = backend_text(implementation, hook, able)
     with unchanged(model, probe=None):
-        refused(
-            errors.UnsupportedBackendError,
-            backend_text("flex_attention", BIASED[scheme]),
-            pe_swap.swap_positional,
-            model,
-            scheme,
-        )
+        refused(errors.UnsupportedBackendError, text, pe_swap.swap_positional, model, scheme)
 
 
-def test_a_backend_that_takes_no_bias_in_one_of_the_layers() -> None:
+def test_a_backend_that_takes_no_such_bias_in_one_of_the_layers() -> None:
     model = pe_swap.swap_positional(build("bert", "flex_attention"), "rope")
+    text = backend_text("flex_attention", "score_bias", "'eager', 'sdpa'")
     with unchanged(model, probe=None):
-        refused(
-            errors.UnsupportedBackendError,
-            backend_text("flex_attention", "relative_bias"),
-            pe_swap.swap_positional,
-            model,
-            "alibi",
-            layers=[1],
-        )
+        refused(errors.UnsupportedBackendError, text, pe_swap.swap_positional, model, "shaw", layers=[1])
 
 
-@pytest.mark.parametrize("case", ["alibi", "t5", "shaw"])
-def test_a_backend_that_takes_no_bias_set_later(case: str) -> None:
+@pytest.mark.parametrize("case", ["shaw", "deberta"])
+def test_a_backend_that_takes_no_such_bias_set_later(case: str) -> None:
     model = swapped("bert", case)
+    text = backend_text("flex_attention", "score_bias", "'eager', 'sdpa'")
     with unchanged(model):
-        refused(
-            errors.UnsupportedBackendError,
-            backend_text("flex_attention", BIASED[case]),
-            model.set_attn_implementation,
-            "flex_attention",
-        )
+        refused(errors.UnsupportedBackendError, text, model.set_attn_implementation, "flex_attention")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
-def test_a_backend_that_takes_no_bias_written_into_the_configuration(family: str) -> None:
-    model = swapped(family, "t5")
+def test_a_backend_that_takes_no_such_bias_written_into_the_configuration(family: str) -> None:
+    model = swapped(family, "shaw")
+    text = backend_text("flex_attention", "score_bias", "'eager', 'sdpa'")
     with unchanged(model):
-        refused(
-            errors.UnsupportedBackendError,
-            backend_text("flex_attention", "relative_bias"),
-            setattr,
-            model.config,
-            "_attn_implementation",
-            "flex_attention",
-        )
+        refused(errors.UnsupportedBackendError, text, setattr, model.config, "_attn_implementation", "flex_attention")
 
 
 def test_a_backend_unknown_to_pe_swap() -> None:

@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pe_swap.attention.binding import PositionalContext
 from pe_swap.attention.blockwise import blockwise_attention
+from pe_swap.attention.flex import flex_bias_attention, flex_mask
 from pe_swap.attention.plain import plain_attention
 from pe_swap.attention.relative import relative_bias_attention
 from pe_swap.errors import UnsupportedBackendError
 from pe_swap.positions import Positions
+from pe_swap.schemes.base import ATTENTION_HOOKS
 
 AttentionOutput = tuple[Tensor, Tensor | None]
-
-BIAS_BACKENDS = ("eager", "sdpa")
-"""Implementations that can add a bias to the scores."""
 
 OUR_NAMES = {
     "eager": "pe_swap_eager",
@@ -38,6 +38,14 @@ OUR_NAMES = {
 """transformers' name to ours. Ours must not contain 'flash' or 'flex_attention': transformers would try to import a kernel by it."""
 
 LIBRARY_NAMES = {ours: library for library, ours in OUR_NAMES.items()}
+
+HOOKS_OF: dict[str, frozenset[str]] = {
+    **dict.fromkeys(OUR_NAMES, frozenset({"rotate"})),
+    "eager": ATTENTION_HOOKS,
+    "sdpa": ATTENTION_HOOKS,
+    "flex_attention": frozenset({"rotate", "relative_bias"}),
+}
+"""The hooks that each implementation can honour."""
 
 
 def is_ours(implementation: str | None) -> bool:
@@ -62,15 +70,16 @@ def name_for(implementation: str | None, hooks: Iterable[str]) -> str | None:
     hooks = frozenset(hooks)
     if not hooks or requested is None:
         return requested
-    biases = sorted(hooks - {"rotate", "carry", "query_scale"})
-    supported = BIAS_BACKENDS if hooks - {"rotate"} else tuple(OUR_NAMES)
-    if requested not in supported:
+    lacking = hooks - HOOKS_OF.get(requested, frozenset())
+    if lacking:
+        biases = sorted(lacking - {"rotate", "carry", "query_scale"})
         if biases:
             what = f"adds to the scores inside attention ({', '.join(biases)})"
-        elif "query_scale" in hooks:
+        elif "query_scale" in lacking:
             what = "scales each query by how many keys it sees, which it reads from the mask"
         else:
             what = "rotates queries and keys inside attention"
+        supported = [name for name, honoured in HOOKS_OF.items() if hooks <= honoured]
         listed = ", ".join(f"'{name}'" for name in supported)
         raise UnsupportedBackendError(
             f"The attention implementation is '{requested}', but the scheme {what}; it must be one of {listed}. "
@@ -133,7 +142,7 @@ def block_score_bias(context: PositionalContext, scaling: float) -> Callable[[Te
     return score_bias
 
 
-def is_causal_call(module: nn.Module, query: Tensor, attention_mask: Tensor | None, is_causal: bool | None) -> bool:
+def is_causal_call(module: nn.Module, query: Tensor, attention_mask: object, is_causal: bool | None) -> bool:
     """Tell whether the call relies on causality without a mask, as transformers' sdpa decides it."""
     declared = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     return attention_mask is None and query.shape[2] > 1 and declared
@@ -285,6 +294,52 @@ def sdpa(
     return output.transpose(1, 2).contiguous(), None
 
 
+def flex(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    positional: PositionalContext | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> AttentionOutput:
+    """Attention through PyTorch's FlexAttention, for schemes that rotate or have a relative bias.
+
+    Arguments and result as `sdpa`, and `attention_mask` is a block mask where transformers made it.
+
+    Raises:
+        UnsupportedBackendError: dropout, which FlexAttention does not have; or a bias that needs a gradient, on a CPU.
+    """
+    if positional is None:
+        refuse_unbound(module)
+        return _library("flex_attention")(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
+        )
+    binding = positional.binding
+    if dropout > 0:
+        raise UnsupportedBackendError(
+            f"Layer {binding.layer} carries the scheme '{binding.scheme.name}' and drops attention probabilities with p = {dropout}, "
+            "but the attention implementation is 'flex_attention', which has no dropout. Set the configuration's attention dropout to "
+            '0 before the model is built, or call model.set_attn_implementation("sdpa").'
+        )
+    query, key = rotated(positional, query, key)
+    has_bias = "relative_bias" in binding.hooks
+    output = flex_bias_attention(
+        query,
+        key,
+        value,
+        positional.bias_by_distance(query.shape[2], key.shape[2], query.device) if has_bias else None,
+        attention_mask=attention_mask,
+        is_causal=is_causal_call(module, query, attention_mask, is_causal),
+        scaling=scaling,
+        training=module.training,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
 def _library(name: str) -> Callable[..., AttentionOutput]:
     """Return transformers' attention function of that name."""
     function: Callable[..., AttentionOutput] = ALL_ATTENTION_FUNCTIONS[name]
@@ -315,12 +370,13 @@ def rotating(name: str) -> Callable[..., AttentionOutput]:
 
 def register_backends() -> None:
     """File every function, with the mask function it needs, in transformers' interfaces."""
-    functions = {"eager": eager, "sdpa": sdpa}
+    functions = {"eager": eager, "sdpa": sdpa, "flex_attention": flex}
+    masks = {**ALL_MASK_ATTENTION_FUNCTIONS, "flex_attention": flex_mask}
     for library, ours in OUR_NAMES.items():
         if library != "eager" and library not in ALL_ATTENTION_FUNCTIONS:
             continue  # a kernel that this transformers version does not have yet
         AttentionInterface.register(ours, functions.get(library) or rotating(library))
-        AttentionMaskInterface.register(ours, ALL_MASK_ATTENTION_FUNCTIONS[library])
+        AttentionMaskInterface.register(ours, masks[library])
 
 
 register_backends()
