@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pe_swap.adapters import adapter_for
 from pe_swap.attention.backends import library_name
+from pe_swap.attention.memo import ARGUMENT, NO_MEMO
 from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError
 from pe_swap.positional import Positional
 from pe_swap.schemes import Scheme
@@ -172,8 +173,8 @@ class _Checker:
         if self.positional.input_scheme is not None:
             hooks = self.schemes[self.positional.input_scheme].hooks & {"encode", "embed"}
             wanted.update((self.positional.input_scheme, hook, None) for hook in hooks)
-        with _calls(self.schemes) as seen, torch.enable_grad():  # with gradients, no layer is handed another layer's results
-            self.states(self.tokens(1, self.length))
+        with _calls(self.schemes) as seen:
+            self.states(self.tokens(1, self.length), **{ARGUMENT: NO_MEMO})  # no layer is handed another layer's results
         missing = [f"{self.schemes[index].name}.{hook} in layer {layer}" for index, hook, layer in wanted - seen]
         detail = f"not called: {', '.join(missing)}" if missing else f"{len(wanted)} hooks called in one forward pass"
         return Check("every layer bound", not missing, None, detail)
@@ -199,15 +200,15 @@ class _Checker:
 
     def eager(self) -> Check:
         """Check that the attention implementation in use equals the plain one."""
-        implementation = self.model.config._attn_implementation
-        ids = self.tokens(2, self.length)
+        config, ids = self.model.config, self.tokens(2, self.length)
+        implementation = library_name(config._attn_implementation)
         found = self.states(ids)
-        try:
-            self.model.set_attn_implementation("eager")
+        try:  # on the configuration: model.set_attn_implementation would refuse to go back to what GPT-2 does not declare
+            config._attn_implementation = "eager"
             expected = self.states(ids)
         finally:
-            self.model.set_attn_implementation(library_name(implementation))
-        return self.compare("backend = eager", found, expected, str(library_name(implementation)))
+            config._attn_implementation = implementation
+        return self.compare("backend = eager", found, expected, str(implementation))
 
     def padded(self, side: str) -> Check:
         """Check that a row padded on one side equals the row alone."""
@@ -234,16 +235,18 @@ class _Checker:
         )
 
     def cached(self) -> Check:
-        """Check that a prefill, a chunk and single tokens equal one pass."""
-        ids = self.tokens(2, self.length)
+        """Check that a prefill, a chunk and single tokens equal one pass; where a scheme does not claim that, beyond the trained length."""
+        claimed = all(scheme.cached_equals_uncached for scheme in self.schemes)
+        whole = self.length if claimed else self.longer_length()
+        ids = self.tokens(2, whole)
         cache, parts, start = DynamicCache(config=self.model.config), [], 0
-        for length in (self.length // 2, self.length // 4, 1, self.length):
+        for length in (whole // 2, whole // 4, 1, whole):
             chunk = ids[:, start : start + length]
             if chunk.shape[1]:
                 parts.append(self.states(chunk, past_key_values=cache, use_cache=True))
             start += length
-        claimed = all(scheme.cached_equals_uncached for scheme in self.schemes)
-        detail = "prefill, chunk, token, chunk" if claimed else "not claimed: earlier tokens saw another scale of positions"
+        detail = "prefill, chunk, token, chunk"
+        detail += "" if claimed else f", {whole:,} tokens; not claimed: earlier tokens saw another scale of positions"
         return self.compare("cached = uncached", torch.cat(parts, dim=1), self.states(ids), detail, claimed=claimed)
 
     def shifted(self) -> Check:
@@ -258,12 +261,17 @@ class _Checker:
         there = self.states(ids, attention_mask=mask, position_ids=here)
         return self.compare(name, moved, there, f"by {SHIFT}" + ("" if claimed else ": not claimed"), claimed=claimed)
 
+    def longer_length(self) -> int:
+        """Return a length beyond the trained one, or the longest that the schemes take."""
+        trained, limit = int(self.model.config.pe_swap["trained_length"]), self.positional.max_length
+        return min(trained + 8, limit or trained + 8)
+
     def longer(self) -> Check:
         """Check that a length beyond the trained one gives finite states."""
         trained, limit = int(self.model.config.pe_swap["trained_length"]), self.positional.max_length
         if limit is not None and limit <= trained:
             return Check("beyond trained length", None, None, f"positions end at {limit:,}")
-        length = min(trained + 8, limit or trained + 8)
+        length = self.longer_length()
         finite = bool(self.states(self.tokens(1, length)).isfinite().all())
         return Check("beyond trained length", finite, None, f"{length:,} tokens, trained at {trained:,}")
 

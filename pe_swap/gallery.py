@@ -36,7 +36,7 @@ def describe(name: str) -> str:
     scheme = SCHEMES[name]
     lines = [f"{name}: {scheme.summary}"]
     lines += [f"    {field.name}: {field.type} = {field.default!r}" for field in dataclasses.fields(scheme.Options)]
-    return "\n".join([*lines, f"    [{'; '.join(claims(scheme))}]"])
+    return "\n".join([*lines, f"    [with its defaults: {'; '.join(claims(scheme))}]"])
 
 
 def markdown_table() -> str:
@@ -53,7 +53,7 @@ def markdown_table() -> str:
 
 
 def claims(scheme: type[Scheme]) -> list[str]:
-    """Return what a scheme says of itself, in words."""
+    """Return what a scheme says of itself with its default options, in words."""
     hooks = ", ".join(sorted(scheme.hooks_for(scheme.Options()))) or "nothing"
     found = [f"acts through {hooks}", "decoders only" if scheme.causal_only else "decoders and encoders"]
     if scheme.shift_invariant:

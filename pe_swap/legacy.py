@@ -23,6 +23,9 @@ from pe_swap.specification import FORMAT
 from pe_swap.swap import positional_of
 from pe_swap.version import __version__
 
+WHERE = frozenset({"subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only"})
+"""Arguments of `from_pretrained` that say which files are meant: the configuration's are those of the weights."""
+
 VARIANTS = {"relative_key": "key", "relative_key_query": "key_query"}
 """transformers 4's `position_embedding_type` to the variant of `shaw`."""
 
@@ -51,7 +54,7 @@ def load_relative_key_bert(
     Raises:
         CheckpointError: no relative BERT, no known head, or weights that are missing, pickled or damaged.
     """
-    content, _ = BertConfig.get_config_dict(path)
+    content, _ = BertConfig.get_config_dict(path, **{name: kwargs[name] for name in WHERE & kwargs.keys()})
     kind = content.pop("position_embedding_type", "absolute")
     if content.get("model_type") != "bert" or kind not in VARIANTS:
         raise CheckpointError(
@@ -62,6 +65,11 @@ def load_relative_key_bert(
     chosen: Any = _head(content.get("architectures"), path) if head is None else head
     rows = content.get("max_position_embeddings", BertConfig().max_position_embeddings)
     layers = content.get("num_hidden_layers", BertConfig().num_hidden_layers)
+    for name, value in (("max_position_embeddings", rows), ("num_hidden_layers", layers)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(
+                f"'{path}' has the {name} {value!r} in its config.json; it must be a positive integer. Correct it there."
+            )
     options = build_options(Shaw.Options, {"max_distance": rows - 1, "variant": VARIANTS[kind]})
     content["pe_swap"] = {
         "format": FORMAT,

@@ -11,7 +11,7 @@ from torch import Tensor
 import pe_swap
 from pe_swap.attention import binding
 from pe_swap.swap import positional_of
-from tests.models import BACKENDS, PAIRS, build, swapped
+from tests.models import BACKENDS, PAIRS, TRAINED_LENGTH, build, swapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
 
@@ -131,3 +131,11 @@ def test_a_layer_bound_to_nothing_is_seen() -> None:
 def test_an_unswapped_model_is_refused() -> None:
     with pytest.raises(pe_swap.errors.SwapStateError, match=r"GPT2LMHeadModel is not swapped.*swap_positional"):
         pe_swap.check_positional(build("gpt2"))
+
+
+def test_a_base_that_changes_with_the_length_is_reported_where_it_changes() -> None:
+    model = pe_swap.swap_positional(build("gpt2"), "rope", rope_type="dynamic", factor=2.0)
+    check = next(check for check in pe_swap.check_positional(model).checks if check.name == "cached = uncached")
+    assert check.passed is None
+    assert check.difference > 1e-3
+    assert check.detail.startswith(f"prefill, chunk, token, chunk, {TRAINED_LENGTH + 8} tokens; not claimed")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pe_swap.attention.fused import fused_attention
 from pe_swap.attention.plain import add_mask, causal_mask, plain_attention
 from pe_swap.positions import Positions
 
@@ -61,10 +61,7 @@ def blockwise_attention(
         mask = causal_mask(stop - start, kv_stop, query.device, start) if skips_future else _rows(attention_mask, start, stop)
         bias = None if score_bias is None else score_bias(block, block_key, block_positions)
         if value_bias is None and bias is not None:
-            additive = add_mask(bias, mask).to(block.dtype)
-            return F.scaled_dot_product_attention(
-                block, block_key, block_value, attn_mask=additive, dropout_p=dropout, scale=scaling
-            )
+            return fused_attention(block, block_key, block_value, add_mask(bias, mask), scaling=scaling, dropout=dropout)
         output, probabilities = plain_attention(
             block, block_key, block_value, bias, attention_mask=mask, is_causal=False, scaling=scaling, dropout=dropout
         )

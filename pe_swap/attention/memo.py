@@ -57,7 +57,7 @@ NO_MEMO = NoMemo()
 
 
 def bring_memo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a call of the base model an empty memo; a forward pre-hook."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    """Give a call of the base model an empty memo, unless it brings one; a forward pre-hook."""
+    if ARGUMENT in kwargs or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return args, kwargs
     return args, {**kwargs, ARGUMENT: CallMemo()}

@@ -58,10 +58,14 @@ def add_mask(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return the scores with a mask applied.
 
     What a boolean mask forbids becomes the lowest finite number, not minus infinity: a row of padding that may look nowhere then
-    has a mean of all values instead of not-a-number, as in transformers' eager attention.
+    has a mean of all values instead of not-a-number, as in transformers' eager attention. So does the lowest number of an additive mask
+    narrower than the scores: float16's, -65,504, could be outweighed by what a scheme adds to a key that may not be looked at.
     """
     if attention_mask is None:
         return scores
+    lowest = torch.finfo(scores.dtype).min
     if attention_mask.dtype == torch.bool:
-        return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    return scores + attention_mask
+        return scores.masked_fill(~attention_mask, lowest)
+    if attention_mask.dtype == scores.dtype:
+        return scores + attention_mask
+    return (scores + attention_mask).masked_fill(attention_mask <= torch.finfo(attention_mask.dtype).min, lowest)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pe_swap.attention.fused import fused_attention
 from pe_swap.attention.plain import add_mask
 
 QUERY_BLOCK = 512
@@ -61,13 +62,14 @@ def relative_bias_attention(
         )
         return output
     if q_len == 1:
-        return _attend(query, key, value, _masked(bias[None, :, None, :], attention_mask), scaling, dropout)
+        mask = _masked(bias[None, :, None, :], attention_mask)
+        return fused_attention(query, key, value, mask, scaling=scaling, dropout=dropout)
     reversed_query = query.flip(2)
     outputs = []
     for start, stop, kv_stop in reversed(query_blocks(q_len, key.shape[2], is_causal and attention_mask is None)):
         mask = _masked(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
         block = reversed_query[:, :, q_len - stop : q_len - start]
-        outputs.append(_attend(block, key[:, :, :kv_stop], value[:, :, :kv_stop], mask, scaling, dropout))
+        outputs.append(fused_attention(block, key[:, :, :kv_stop], value[:, :, :kv_stop], mask, scaling=scaling, dropout=dropout))
     return torch.cat(outputs, dim=2).flip(2)
 
 
@@ -108,15 +110,6 @@ def _reversed_rows(attention_mask: Tensor | None, start: int, stop: int) -> Tens
 def _masked(bias: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return bias and mask in one additive tensor; a view of the bias where there is no mask."""
     return bias if attention_mask is None else add_mask(bias, attention_mask)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, dropout: float) -> Tensor:
-    """Call the fused kernel with an additive mask, which stays float32 where the kernel takes it beside a narrower query."""
-    if query.device.type != "cpu":
-        mask = mask.to(query.dtype).contiguous()  # CUDA kernels read masks of their own dtype and an aligned layout only
-    elif query.dtype == torch.float64:
-        mask = mask.to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
 
 
 class _RelativeBiasAttention(torch.autograd.Function):

@@ -33,7 +33,6 @@ turns all keys again. The first tokens, which LongRoPE leaves unscaled, are not 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -154,6 +153,12 @@ class RopeOptions(SchemeOptions):
         for option in REQUIRED[self.rope_type]:
             if getattr(self, option) is None:
                 raise OptionError(f"rope: rope_type '{self.rope_type}' needs the option '{option}', and it is not given.")
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            given, missing = ("mscale", "mscale_all_dim") if self.mscale_all_dim is None else ("mscale_all_dim", "mscale")
+            raise OptionError(
+                f"rope: option '{given}' is {getattr(self, given)!r} and '{missing}' is not given, but they are read together or not at "
+                "all. Give both, or neither."
+            )
         if self.rope_type == "longrope" and self.factor is None and self.attention_factor is None:
             raise OptionError(
                 "rope: rope_type 'longrope' needs the option 'factor', or 'attention_factor', which follows from it."
@@ -163,10 +168,9 @@ class RopeOptions(SchemeOptions):
         """Return a list of divisors as a tuple, checked."""
         values = getattr(self, option)
         if not isinstance(values, (list, tuple)) or not all(
-            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-            for value in values
+            isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-6 <= value <= 1e12 for value in values
         ):
-            raise self.refuse(option, "a list of numbers above 0, one for each plane of two dimensions")
+            raise self.refuse(option, "a list of numbers from 1e-06 to 1e+12, one for each plane of two dimensions")
         return tuple(values)
 
     def _check_order(self) -> None:

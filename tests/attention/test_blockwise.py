@@ -82,3 +82,27 @@ def test_nothing_larger_than_a_block_of_scores_is_allocated() -> None:
             dropout=0.0,
         ).sum().backward()
     assert largest.numbers <= heads * blockwise.QUERY_BLOCK * length
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_bias_that_all_but_cancels_a_score_keeps_its_digits_beside_narrow_queries(trains: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (4 * torch.randn(1, 2, length, 16, generator=generator).bfloat16() for length in (3, 40, 40))
+    wanted = torch.randn(1, 2, 3, 40, generator=generator, dtype=torch.float64)
+    products = query.double() @ key.double().transpose(-1, -2)
+    bias = (wanted - products).float().requires_grad_(trains)
+    assert products.abs().max() > 100  # whose step in bfloat16 is 0.5
+    ids = slots_from(0, 40, torch.device("cpu"))
+    found = blockwise_attention(
+        query,
+        key,
+        value,
+        Positions(ids[:3], ids, ids[None, :3], ids[None]),
+        lambda query, key, positions: bias,
+        None,
+        attention_mask=None,
+        is_causal=False,
+        scaling=1.0,
+        dropout=0.0,
+    )
+    torch.testing.assert_close(found.double(), wanted.softmax(-1) @ value.double(), atol=0.02, rtol=2**-7)

@@ -179,3 +179,12 @@ def test_no_gradient_on_a_cpu_goes_missing(case: str, error: type[Exception], me
     disturb(model)
     with torch.enable_grad(), pytest.raises(error, match=message):
         model(token_ids(1, 5)).logits.sum().backward()
+
+
+@pytest.mark.parametrize(("family", "case"), [("gpt2", "alibi"), ("gpt2", "rope"), ("bert", "t5")])
+def test_every_claim_is_checked_on_it(family: str, case: str, seen: list[dict[str, Any]]) -> None:
+    model = turned_to_flex(swapped(family, case))
+    report = pe_swap.check_positional(model)
+    assert report.passed, str(report)
+    assert seen
+    assert model.config._attn_implementation == "pe_swap_flex"

@@ -104,6 +104,24 @@ def test_what_is_no_relative_bert(changes: dict[str, str], tmp_path: Path) -> No
         load_relative_key_bert(tmp_path)
 
 
+@pytest.mark.parametrize(("field", "value"), [("max_position_embeddings", "16"), ("num_hidden_layers", 0)])
+def test_sizes_that_are_no_sizes(field: str, value: object, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, "key")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, field: value}))
+    with pytest.raises(CheckpointError, match=rf"has the {field} {value!r} in its config\.json; it must be a positive integer"):
+        load_relative_key_bert(folder)
+
+
+def test_a_subfolder_has_its_own_configuration(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "key")
+    write_checkpoint(tmp_path / "inner", "key_query")
+    model = load_relative_key_bert(tmp_path, subfolder="inner")
+    assert model.config.pe_swap["schemes"][0]["options"]["variant"] == "key_query"
+    expected = load_relative_key_bert(tmp_path / "inner")
+    assert torch.equal(logits(model), logits(expected))
+
+
 def test_a_table_that_is_not_there(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "key")
     weights = load_file(tmp_path / "model.safetensors")

@@ -176,3 +176,22 @@ def test_position_ids_in_the_call_count_and_not_the_slots(case: str) -> None:
         return float((narrow - wide).norm() / wide.norm())
 
     assert error(model, FAR) < 1.5 * error(plain, NEAR)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize(("scheme", "options"), [("xpos", {"scale_base": 20, "gamma": 0.1}), ("fox", {"initial_reach": 1.001})])
+def test_no_future_key_outweighs_the_mask(scheme: str, options: dict[str, Any], backend: str, dtype: torch.dtype) -> None:
+    """What these schemes add to a key that may not be looked at is larger than the lowest number of float16."""
+    model = pe_swap.swap_positional(build("gpt2", backend), scheme, **options)
+    if scheme == "fox":
+        with torch.no_grad():
+            for bias in positional_of(model).schemes[0].gate_biases.values():
+                bias.fill_(-400.0)
+    model.to(dtype)
+    ids = token_ids(1, 300)
+    other = torch.cat((ids[:, :150], ids[:, 150:].flip(1)), dim=1)
+    with torch.no_grad():
+        first, second = model(ids).logits, model(other).logits
+    assert not torch.equal(first, second)
+    assert torch.equal(first[:, :150], second[:, :150])

@@ -230,7 +230,7 @@ def test_options_survive_json() -> None:
         ),
         (
             {"rope_type": "longrope", **LONGROPE, "short_factor": [0.0] * 32},
-            r"must be a list of numbers above 0, one for each plane",
+            r"must be a list of numbers from 1e-06 to 1e\+12, one for each plane",
         ),
     ],
 )
@@ -247,3 +247,21 @@ def test_a_fraction_that_floating_point_rounds_down_turns_all_its_planes() -> No
     assert (found > 0).sum() == scheme.turning_planes == 29
     expected = torch.tensor(reference.proportional(100, 1e4, 0.58, 1.0), dtype=torch.float64)
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
+
+
+def test_options_that_would_be_read_together_or_not_at_all() -> None:
+    with pytest.raises(
+        OptionError, match=r"rope: option 'mscale' is 0\.7 and 'mscale_all_dim' is not given, .* Give both, or neither\."
+    ):
+        rope("yarn", factor=4.0, mscale=0.7)
+    with pytest.raises(OptionError, match=r"rope: option 'mscale_all_dim' is 1\.0 and 'mscale' is not given"):
+        rope("yarn", factor=4.0, mscale_all_dim=1.0)
+    assert rope("yarn", factor=4.0, mscale=0.7, mscale_all_dim=1.0).attention_factor != rope("yarn", factor=4.0).attention_factor
+
+
+@pytest.mark.parametrize("divisor", [1e-50, 0.0, -1.0, float("nan"), float("inf"), 10**400, True, "2"])
+def test_a_divisor_that_leaves_no_frequency_is_refused(divisor: object) -> None:
+    with pytest.raises(
+        OptionError, match=r"rope: option 'short_factor' is .*; it must be a list of numbers from 1e-06 to 1e\+12"
+    ):
+        rope("longrope", **{**LONGROPE, "short_factor": [divisor, *SHORT[1:]]})

@@ -1,0 +1,27 @@
+"""PyTorch's fused attention with an additive mask."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, dropout: float) -> Tensor:
+    """Return `softmax(scaling * query . key + mask) . value`, `[batch, heads, q_len, head_dim]`, in the dtype of `query`.
+
+    The mask stays float32 where the kernel takes it beside a narrower query: what a scheme adds to a score may nearly cancel it.
+
+    Args:
+        query: `[batch, heads, q_len, head_dim]`.
+        key: `[batch, heads, kv_len, head_dim]`.
+        value: `[batch, heads, kv_len, head_dim]`.
+        mask: logits, broadcastable to `[batch, heads, q_len, kv_len]`.
+        scaling: factor on `query . key`.
+        dropout: probability, on the attention probabilities.
+    """
+    if query.device.type != "cpu":
+        mask = mask.to(query.dtype).contiguous()  # CUDA kernels read masks of their own dtype and an aligned layout only
+    elif query.dtype == torch.float64:
+        mask = mask.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
