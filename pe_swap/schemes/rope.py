@@ -24,10 +24,11 @@ RoFormer), `half` pairs k with k + head_dim / 2 (GPT-NeoX, Llama). They are equa
   arXiv:2410.06205, section 6).
 
 Differs from transformers: the length of `dynamic` and `longrope` is that of each token's own sequence, not of the longest in the
-batch, so that a sequence does not depend on its neighbours; and their keys are cached before they are turned, so that a step turns its
-query and all its keys by the same frequencies, where transformers mixes those of every step so far. Beyond the first layer a cached
-pass still differs from an uncached one, as earlier hidden states saw earlier frequencies: `cached_equals_uncached` is False. Every step
-turns all keys again. The first tokens, which LongRoPE leaves unscaled, are not treated apart; transformers does not either.
+batch, so that a sequence whose position ids are given does not depend on its neighbours; and their keys are cached before they are
+turned, so that a step turns its query and all its keys by the same frequencies, where transformers mixes those of every step so far.
+Beyond the first layer a cached pass still differs from an uncached one, as earlier hidden states saw earlier frequencies:
+`cached_equals_uncached` is False. Every step turns all keys again. The first tokens, which LongRoPE leaves unscaled, are not treated
+apart; transformers does not either.
 """
 
 from __future__ import annotations
