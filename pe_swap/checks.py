@@ -221,9 +221,8 @@ class _Checker:
         mask = torch.cat((torch.ones_like(whole), mask))
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         together = self.states(torch.cat((whole, torch.cat(parts, dim=1))), attention_mask=mask, position_ids=position_ids)
-        return self.compare(
-            f"{side}-padded = alone", together[1][mask[1].bool()], self.states(row)[0], f"{short} of {self.length}"
-        )
+        detail = f"{short} of {self.length}, position ids given"  # without them, a length that padding counts into may differ
+        return self.compare(f"{side}-padded = alone", together[1][mask[1].bool()], self.states(row)[0], detail)
 
     def future(self) -> Check:
         """Check that later tokens do not change earlier states."""
@@ -235,19 +234,25 @@ class _Checker:
         )
 
     def cached(self) -> Check:
-        """Check that a prefill, a chunk and single tokens equal one pass; where a scheme does not claim that, beyond the trained length."""
-        claimed = all(scheme.cached_equals_uncached for scheme in self.schemes)
-        whole = self.length if claimed else self.longer_length()
-        ids = self.tokens(2, whole)
+        """Check that a prefill, a chunk and a token equal one pass; where a scheme does not claim that, across its original length."""
+        rescaled = [scheme.original_length for scheme in self.schemes if not scheme.cached_equals_uncached]
+        first = max(rescaled, default=0) - self.length // 2
+        if self.positional.max_length is not None:
+            first = min(first, self.positional.max_length - self.length)
+        first = max(first, 0)
+        ids, where = self.tokens(2, self.length), torch.arange(self.length, device=self.device)[None] + first
         cache, parts, start = DynamicCache(config=self.model.config), [], 0
-        for length in (whole // 2, whole // 4, 1, whole):
-            chunk = ids[:, start : start + length]
-            if chunk.shape[1]:
-                parts.append(self.states(chunk, past_key_values=cache, use_cache=True))
+        for length in (self.length // 2, self.length // 4, 1, self.length):
+            chunk = slice(start, start + length)
+            if ids[:, chunk].shape[1]:
+                given = {"position_ids": where[:, chunk]} if rescaled else {}
+                parts.append(self.states(ids[:, chunk], past_key_values=cache, use_cache=True, **given))
             start += length
+        expected = self.states(ids, **({"position_ids": where} if rescaled else {}))
         detail = "prefill, chunk, token, chunk"
-        detail += "" if claimed else f", {whole:,} tokens; not claimed: earlier tokens saw another scale of positions"
-        return self.compare("cached = uncached", torch.cat(parts, dim=1), self.states(ids), detail, claimed=claimed)
+        if rescaled:
+            detail += f", from position {first:,}; not claimed: earlier tokens saw another scale of positions"
+        return self.compare("cached = uncached", torch.cat(parts, dim=1), expected, detail, claimed=not rescaled)
 
     def shifted(self) -> Check:
         """Check that only differences of positions matter, where the schemes claim it."""
@@ -261,17 +266,12 @@ class _Checker:
         there = self.states(ids, attention_mask=mask, position_ids=here)
         return self.compare(name, moved, there, f"by {SHIFT}" + ("" if claimed else ": not claimed"), claimed=claimed)
 
-    def longer_length(self) -> int:
-        """Return a length beyond the trained one, or the longest that the schemes take."""
-        trained, limit = int(self.model.config.pe_swap["trained_length"]), self.positional.max_length
-        return min(trained + 8, limit or trained + 8)
-
     def longer(self) -> Check:
         """Check that a length beyond the trained one gives finite states."""
         trained, limit = int(self.model.config.pe_swap["trained_length"]), self.positional.max_length
         if limit is not None and limit <= trained:
             return Check("beyond trained length", None, None, f"positions end at {limit:,}")
-        length = self.longer_length()
+        length = min(trained + 8, limit or trained + 8)
         finite = bool(self.states(self.tokens(1, length)).isfinite().all())
         return Check("beyond trained length", finite, None, f"{length:,} tokens, trained at {trained:,}")
 

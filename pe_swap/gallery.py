@@ -66,8 +66,10 @@ def build(name: str, options: dict[str, Any], *, heads: int, length: int, is_cau
 
     Raises:
         UnknownNameError: no scheme has that name.
-        OptionError: an option that does not exist, or breaks its rule.
+        OptionError: an option that does not exist, or breaks its rule; or an encoder's form of a scheme that has none.
     """
+    if SCHEMES[name].causal_only and not is_causal:
+        raise OptionError(f"{name} is defined for decoders only, so it has no two-sided form to draw. Leave --encoder out.")
     torch.manual_seed(0)
     geometry = Geometry(heads * HEAD_DIM, heads, HEAD_DIM, 1, is_causal, length)
     table = torch.randn(length, geometry.hidden_size).cumsum(0) * 0.02  # stands for a trained table: near positions are alike

@@ -26,6 +26,12 @@ from pe_swap.version import __version__
 WHERE = frozenset({"subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only"})
 """Arguments of `from_pretrained` that say which files are meant: the configuration's are those of the weights."""
 
+REFUSED = {
+    "config": "the configuration is the checkpoint's, rewritten. Leave it out, and change fields of model.config afterwards",
+    "output_loading_info": "weights that are missing or do not fit raise an error here. Leave it out",
+}
+"""Arguments of `from_pretrained` that are not taken, and why."""
+
 VARIANTS = {"relative_key": "key", "relative_key_query": "key_query"}
 """transformers 4's `position_embedding_type` to the variant of `shaw`."""
 
@@ -46,15 +52,25 @@ def load_relative_key_bert(
     Args:
         path: a folder or a name on the Hub. Weights must be safetensors.
         head: a BERT class of transformers; None takes the one that the checkpoint names.
-        kwargs: for `from_pretrained` (`dtype`, `device_map`, ...).
+        kwargs: for `from_pretrained` (`dtype`, `device_map`, ...), but for `config` and `output_loading_info`.
 
     Returns:
         The model, in evaluation mode, as `from_pretrained` returns it: it saves and loads like any swapped model.
 
     Raises:
-        CheckpointError: no relative BERT, no known head, or weights that are missing, pickled or damaged.
+        CheckpointError: no relative BERT, no known head, files that are missing, pickled or damaged, or an argument that is not taken.
     """
-    content, _ = BertConfig.get_config_dict(path, **{name: kwargs[name] for name in WHERE & kwargs.keys()})
+    for name in REFUSED.keys() & kwargs.keys():
+        raise CheckpointError(
+            f"load_relative_key_bert does not take '{name}' (given: {type(kwargs[name]).__name__}): {REFUSED[name]}."
+        )
+    try:
+        content, _ = BertConfig.get_config_dict(path, **{name: kwargs[name] for name in WHERE & kwargs.keys()})
+    except OSError as error:
+        raise CheckpointError(
+            f"'{path}' has no config.json that can be read; it must be a folder, or a name on the Hub, of a BERT saved by transformers. "
+            f"Correct the path. transformers says: {error}"
+        ) from error
     kind = content.pop("position_embedding_type", "absolute")
     if content.get("model_type") != "bert" or kind not in VARIANTS:
         raise CheckpointError(

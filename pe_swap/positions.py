@@ -6,8 +6,9 @@ Two notions that padding and caches pull apart:
 * a *position id* is what the model was given, or would have counted itself: mask-aware in `generate`, where the first
   real token of a left-padded row has id 0.
 
-Differences of slots equal differences of ids within a row, so a relative scheme needs slots only. A scheme that depends on
-where a query stands (absolute vectors, FIRE, log-length scaling) needs ids.
+Where ids rise by one a slot, differences of slots equal differences of ids, so a relative scheme needs slots only. Padding inside a
+row, or ids that jump, are distance to it: a cache keeps no ids. A scheme that depends on where a query stands (absolute vectors,
+FIRE, log-length scaling) needs ids.
 """
 
 from __future__ import annotations

@@ -134,8 +134,19 @@ def test_an_unswapped_model_is_refused() -> None:
 
 
 def test_a_base_that_changes_with_the_length_is_reported_where_it_changes() -> None:
-    model = pe_swap.swap_positional(build("gpt2"), "rope", rope_type="dynamic", factor=2.0)
-    check = next(check for check in pe_swap.check_positional(model).checks if check.name == "cached = uncached")
-    assert check.passed is None
-    assert check.difference > 1e-3
-    assert check.detail.startswith(f"prefill, chunk, token, chunk, {TRAINED_LENGTH + 8} tokens; not claimed")
+    for original_length in (TRAINED_LENGTH, 32 * TRAINED_LENGTH):
+        model = pe_swap.swap_positional(
+            build("gpt2"), "rope", rope_type="dynamic", factor=8.0, original_max_position_embeddings=original_length
+        )
+        check = next(check for check in pe_swap.check_positional(model).checks if check.name == "cached = uncached")
+        assert check.passed is None
+        assert check.difference > 1e-3
+        assert check.detail.startswith(f"prefill, chunk, token, chunk, from position {original_length - 12:,}; not claimed")
+
+
+def test_a_table_beside_a_base_that_changes_keeps_the_check_within_its_rows() -> None:
+    model = pe_swap.swap_positional(build("gpt2"), "learned")
+    pe_swap.swap_positional(model, "rope", layers=[1], rope_type="dynamic", factor=2.0, original_max_position_embeddings=1_000)
+    report = pe_swap.check_positional(model)
+    assert report.passed, str(report)
+    assert f"from position {TRAINED_LENGTH - 24}; not claimed" in str(report)

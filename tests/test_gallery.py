@@ -25,6 +25,17 @@ def test_every_scheme_can_be_drawn(name: str, tmp_path: Path) -> None:
         assert (tmp_path / "y.png").exists()
 
 
+def test_an_encoder_s_form_that_does_not_exist_is_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rule = r"xpos is defined for decoders only, so it has no two-sided form to draw\. Leave --encoder out\."
+    with pytest.raises(OptionError, match=rule):
+        show("xpos", {}, is_causal=False)
+    with pytest.raises(OptionError, match=rule):
+        show_several(["rope", "xpos"], is_causal=False)
+    assert run(main, ["show", "xpos", "--encoder", "--out", str(tmp_path / "x.png")]) != 0
+    assert "xpos is defined for decoders only" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_lines_are_the_scheme_s_bias() -> None:
     axes = show("alibi", {"slopes": "geometric"}, heads=4, length=16).axes[0]
     for head, line in enumerate(axes.lines):

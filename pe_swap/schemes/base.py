@@ -100,6 +100,11 @@ class Scheme(nn.Module):
         return None
 
     @property
+    def original_length(self) -> int:
+        """The length beyond which the scheme may act otherwise than in training, in positions."""
+        return self.geometry.trained_length
+
+    @property
     def hooks(self) -> frozenset[str]:
         """The hooks this scheme uses."""
         return self._hooks

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 LARGEST_LENGTH = 2**24
 """Positions. Above it a table or an index of positions is refused: float32 stops telling integers apart here."""
 
+NAMES_ELSEWHERE = {"rope_theta": "base", "partial_rotary_factor": "fraction", "type": "rope_type"}
+"""Names in transformers' `rope_parameters` to those of options here: no spelling would lead from one to the other."""
+
 OptionsType = TypeVar("OptionsType", bound="SchemeOptions")
 
 
@@ -111,8 +114,9 @@ def build_options(options_class: type[OptionsType], values: Mapping[str, Any]) -
     known = [option.name for option in sorted(dataclasses.fields(options_class), key=lambda option: option.kw_only is True)]
     for name in values:
         if name not in known:
+            ours = NAMES_ELSEWHERE.get(name)
+            hint = f" transformers' {name!r} is '{ours}' here." if ours in known else did_you_mean(name, known)
             raise OptionError(
-                f"{options_class.scheme}: unknown option {name!r}.{did_you_mean(name, known)} "
-                f"Options: {', '.join(known) if known else 'none'}."
+                f"{options_class.scheme}: unknown option {name!r}.{hint} Options: {', '.join(known) if known else 'none'}."
             )
     return options_class(**values)

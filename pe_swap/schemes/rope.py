@@ -153,7 +153,10 @@ class RopeOptions(SchemeOptions):
                 )
         for option in REQUIRED[self.rope_type]:
             if getattr(self, option) is None:
-                raise OptionError(f"rope: rope_type '{self.rope_type}' needs the option '{option}', and it is not given.")
+                raise OptionError(
+                    f"rope: rope_type '{self.rope_type}' needs the option '{option}', and it is not given. Give it: a model's "
+                    "rope_parameters have it under this name. rope_type 'default' needs none."
+                )
         if (self.mscale is None) != (self.mscale_all_dim is None):
             given, missing = ("mscale", "mscale_all_dim") if self.mscale_all_dim is None else ("mscale_all_dim", "mscale")
             raise OptionError(
@@ -162,7 +165,13 @@ class RopeOptions(SchemeOptions):
             )
         if self.rope_type == "longrope" and self.factor is None and self.attention_factor is None:
             raise OptionError(
-                "rope: rope_type 'longrope' needs the option 'factor', or 'attention_factor', which follows from it."
+                "rope: rope_type 'longrope' needs the option 'factor', or 'attention_factor', which follows from it. Give one of them."
+            )
+        unread = {"longrope": "factor", "yarn": "mscale"}.get(self.rope_type)
+        if unread is not None and getattr(self, unread) is not None and self.attention_factor is not None:
+            raise OptionError(
+                f"rope: options '{unread}' = {getattr(self, unread)!r} and 'attention_factor' = {self.attention_factor!r} are both "
+                f"given, but rope_type '{self.rope_type}' reads '{unread}' only to work out 'attention_factor'. Leave one of them out."
             )
 
     def _divisors(self, option: str) -> tuple[float, ...]:
@@ -319,7 +328,7 @@ class Rope(Scheme):
 
     @property
     def original_length(self) -> int:
-        """The length that a scaling starts from, in positions."""
+        """The length that a scaling starts from, in positions; see `Scheme.original_length`."""
         return self.options.original_max_position_embeddings or self.geometry.trained_length
 
     def _frequencies(self) -> tuple[Tensor, float]:

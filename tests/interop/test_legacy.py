@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForMaskedLM, BertForMaskedLM, BertModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 
 import pe_swap
 from pe_swap.errors import CheckpointError
@@ -111,6 +111,21 @@ def test_sizes_that_are_no_sizes(field: str, value: object, tmp_path: Path) -> N
     (folder / "config.json").write_text(json.dumps({**content, field: value}))
     with pytest.raises(CheckpointError, match=rf"has the {field} {value!r} in its config\.json; it must be a positive integer"):
         load_relative_key_bert(folder)
+
+
+def test_what_is_not_taken_or_not_there(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "key")
+    with pytest.raises(CheckpointError, match=r"does not take 'output_loading_info' \(given: bool\): weights.*Leave it out\."):
+        load_relative_key_bert(tmp_path, output_loading_info=True)
+    with pytest.raises(
+        CheckpointError, match=r"does not take 'config' \(given: BertConfig\): the configuration is the checkpoint's"
+    ):
+        load_relative_key_bert(tmp_path, config=BertConfig())
+    missing = tmp_path / "nowhere"
+    with pytest.raises(
+        CheckpointError, match=r"nowhere' has no config\.json that can be read; it must be a folder.*Correct the path"
+    ):
+        load_relative_key_bert(missing)
 
 
 def test_a_subfolder_has_its_own_configuration(tmp_path: Path) -> None:

@@ -50,6 +50,18 @@ def test_is_the_papers(is_causal: bool, functions: str) -> None:
         torch.testing.assert_close(found[0].double()[seen], wanted[seen], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_factor_on_the_threshold_may_turn_negative(is_causal: bool) -> None:
+    scheme = fire(is_causal, threshold=10.0)
+    where = positions(0, 30, 30)
+    before = bias(scheme, where)
+    with torch.no_grad():
+        scheme.multipliers["0"].neg_()
+        scheme.scales["0"].neg_()
+    assert torch.equal(bias(scheme, where), before)
+    assert scheme.multipliers["0"] < 0
+
+
 def test_a_cached_chunk_knows_where_it_stands() -> None:
     scheme = fire(threshold=5.0)
     whole = bias(scheme, positions(0, 20, 20))

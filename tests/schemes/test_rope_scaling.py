@@ -198,7 +198,7 @@ def test_options_survive_json() -> None:
     ("options", "message"),
     [
         ({"rope_type": "yarm"}, r"rope: option 'rope_type' is 'yarm'; it must be one of .* Did you mean 'yarn'"),
-        ({"rope_type": "linear"}, r"rope: rope_type 'linear' needs the option 'factor', and it is not given"),
+        ({"rope_type": "linear"}, r"rope: rope_type 'linear' needs the option 'factor', and it is not given\. Give it"),
         (
             {"factor": 2.0},
             r"option 'factor' is 2.0, but rope_type 'default' does not read it; it reads none of the scaling options",
@@ -257,6 +257,29 @@ def test_options_that_would_be_read_together_or_not_at_all() -> None:
     with pytest.raises(OptionError, match=r"rope: option 'mscale_all_dim' is 1\.0 and 'mscale' is not given"):
         rope("yarn", factor=4.0, mscale_all_dim=1.0)
     assert rope("yarn", factor=4.0, mscale=0.7, mscale_all_dim=1.0).attention_factor != rope("yarn", factor=4.0).attention_factor
+
+
+def test_options_of_which_one_would_hide_the_other() -> None:
+    rule = r"rope_type '{}' reads '{}' only to work out 'attention_factor'\. Leave one of them out\."
+    with pytest.raises(
+        OptionError, match=r"'factor' = 4\.0 and 'attention_factor' = 1\.25.* " + rule.format("longrope", "factor")
+    ):
+        rope("longrope", **LONGROPE, attention_factor=1.25)
+    with pytest.raises(OptionError, match=r"'mscale' = 1\.0 and 'attention_factor' = 1\.25.* " + rule.format("yarn", "mscale")):
+        rope("yarn", factor=4.0, attention_factor=1.25, mscale=1.0, mscale_all_dim=0.7)
+    assert rope("yarn", factor=4.0, attention_factor=1.25).attention_factor == 1.25  # factor divides the frequencies, too
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("rope_theta", "base"), ("partial_rotary_factor", "fraction"), ("type", "rope_type")]
+)
+def test_names_of_transformers_lead_to_ours(theirs: str, ours: str) -> None:
+    with pytest.raises(
+        OptionError, match=rf"rope: unknown option '{theirs}'\. transformers' '{theirs}' is '{ours}' here\. Options:"
+    ):
+        build("rope", **{theirs: 0.5})
+    with pytest.raises(OptionError, match=rf"alibi: unknown option '{theirs}'\.(?! transformers).* Options: slopes"):
+        build("alibi", **{theirs: 0.5})
 
 
 @pytest.mark.parametrize("divisor", [1e-50, 0.0, -1.0, float("nan"), float("inf"), 10**400, True, "2"])
