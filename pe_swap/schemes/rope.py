@@ -76,6 +76,9 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 }
 """What each rope type reads where it is given."""
 
+LARGE = 2**16
+"""Numbers in a tensor from which on allocating its temporaries costs more than a few more calls (measured on a CPU)."""
+
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rope types whose frequencies depend on how long a sequence is so far."""
 
@@ -236,7 +239,7 @@ def rotation_by(angles: Tensor, layout: str, factor: float = 1.0) -> tuple[Tenso
 
 
 def turn(x: Tensor, rotation: tuple[Tensor, Tensor], layout: str) -> Tensor:
-    """Return `x` turned in planes of two dimensions, in three passes over memory: `x * cosine + partner * signed sine`.
+    """Return `x` turned in planes of two dimensions: `x * cosine + partner * signed sine`.
 
     Args:
         x: `[batch, heads, length, head_dim]`; dimensions beyond those of `rotation` stay as they are.
@@ -251,11 +254,23 @@ def turn(x: Tensor, rotation: tuple[Tensor, Tensor], layout: str) -> Tensor:
     if rotary_dim < x.shape[-1]:
         return torch.cat((turn(x[..., :rotary_dim], rotation, layout), x[..., rotary_dim:]), dim=-1)
     wide = x if x.dtype == torch.float64 else x.float()
+    if wide.numel() >= LARGE and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
+        return _turn_in_one_buffer(wide, cosine, signed_sine.to(wide.dtype), layout).to(x.dtype)
     if layout == "half":
         partner = wide.roll(rotary_dim // 2, dims=-1)
     else:
         partner = wide.reshape(*wide.shape[:-1], -1, 2).flip(-1).reshape(wide.shape)
     return torch.addcmul(wide * cosine, partner, signed_sine.to(wide.dtype)).to(x.dtype)
+
+
+def _turn_in_one_buffer(x: Tensor, cosine: Tensor, signed_sine: Tensor, layout: str) -> Tensor:
+    """Return what `turn` does, with one allocation instead of three; its backward pass, and its small calls, would be slower."""
+    half = x.shape[-1] // 2
+    first, second = (slice(half), slice(half, None)) if layout == "half" else (slice(0, None, 2), slice(1, None, 2))
+    out = x * cosine
+    out[..., first].addcmul_(x[..., second], signed_sine[..., first])
+    out[..., second].addcmul_(x[..., first], signed_sine[..., second])
+    return out
 
 
 def sequence_lengths(position_ids: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from transformers.models.gptj import modeling_gptj as gptj
 from transformers.models.roformer.modeling_roformer import RoFormerSelfAttention
 
 from pe_swap.errors import OptionError
+from pe_swap.schemes.rope import LARGE, rotation_by, turn
 from pe_swap.schemes.sinusoidal import inverse_frequencies
 from tests.references import rope as reference
 from tests.schemes.building import at_positions, build, geometry
@@ -74,6 +75,23 @@ def test_bf16_is_rounded_once_at_position_4095() -> None:
     assert torch.equal(narrow, rotate(x.float(), ids).bfloat16())
     exact = reference.rotated_all(x, ids, 10000, "half", 64)
     torch.testing.assert_close(narrow.double(), exact, rtol=2**-8, atol=4e-3)  # bf16 keeps 8 bits; angles 5e-4, |x| < 5
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tensors_are_turned_the_same_with_and_without_a_gradient(layout: str, dtype: torch.dtype) -> None:
+    query = torch.randn(2, 300, 4, 32, dtype=dtype).transpose(1, 2)
+    before, rotation = query.clone(), rotation_by(torch.randn(2, 1, 300, 16), layout)
+    assert query.numel() >= LARGE
+    with torch.profiler.profile() as profile:
+        found = turn(query, rotation, layout)
+    assert "aten::roll" not in (names := {event.key for event in profile.key_averages()})
+    assert "aten::addcmul_" in names
+    assert torch.equal(found, turn(query.clone().requires_grad_(), rotation, layout))
+    assert torch.equal(query, before)
+    for row in range(300):  # too small to be worth it
+        alone = tuple(part[:, :, row : row + 1] for part in rotation)
+        assert torch.equal(found[:, :, row : row + 1], turn(query[:, :, row : row + 1], alone, layout))
 
 
 def test_strided_views_and_unturned_dimensions() -> None:
