@@ -47,14 +47,19 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     """Measure everything and write record, table and plot; return the record, which is also written after every row.
 
     Raises:
-        ConfigError: a scheme that the family cannot have, or lengths for memory on a system without peak figures.
+        ConfigError: options of a scheme that is not measured, or lengths for memory on a system without peak figures.
+        UnsupportedModelError: a scheme that the family cannot have.
         UnknownNameError: no scheme has that name.
     """
     watch, out = Stopwatch(), Path(config.out)
     torch.set_num_threads(config.threads)
     schemes = config.schemes or [name for name in SCHEMES.names() if config.family != "bert" or not SCHEMES[name].causal_only]
-    for name in schemes:
+    for name in (*schemes, *config.options):
         SCHEMES[name]
+    if unused := [name for name in config.options if name not in schemes]:
+        raise ConfigError(
+            f"options names {', '.join(unused)}, but schemes does not; options are of a scheme that is measured. Add it."
+        )
     rows: list[dict[str, Any]] = []
     record = {
         "kind": "benchmark",
@@ -110,8 +115,14 @@ def build(config: BenchmarkConfig, contestant: str, longest: int) -> PreTrainedM
     torch.manual_seed(0)
     model = AutoModel.from_config(AutoConfig.for_model(config.family, **_sizes(config, config.family, longest)))
     if contestant != ORIGINAL:
-        swap_positional(model, contestant)
+        swap_positional(model, contestant, **config.options.get(contestant, {}))
     return model.eval()
+
+
+def label(config: BenchmarkConfig, scheme: str) -> str:
+    """Return a scheme's name in tables, with the options that are not its defaults."""
+    options = config.options.get(scheme, {})
+    return f"{scheme} ({', '.join(f'{name}={value}' for name, value in options.items())})" if options else scheme
 
 
 def _sizes(config: BenchmarkConfig, family: str, longest: int) -> dict[str, Any]:
@@ -201,7 +212,7 @@ def timed_rows(config: BenchmarkConfig, schemes: Sequence[str], task: str) -> It
         ids = token_ids(config, length)
         models = [build(config, contestant, length + DECODED) for contestant in (name, ORIGINAL)]
         runs = [RUNS[task](model, ids) for model in models]
-        yield {"task": task, "model": name, "reference": ORIGINAL, "length": length, **ratio(config, *runs)}
+        yield {"task": task, "model": label(config, name), "reference": ORIGINAL, "length": length, **ratio(config, *runs)}
 
 
 def peer_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
@@ -217,7 +228,7 @@ def peer_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
             yield {
                 "task": task,
                 "model": family,
-                "reference": f"{config.family} with {scheme}",
+                "reference": f"{config.family} with {label(config, scheme)}",
                 "length": config.peer_length,
             } | found
 
@@ -269,7 +280,7 @@ def memory_rows(config: BenchmarkConfig, schemes: Sequence[str]) -> Iterator[dic
         for name in schemes:
             yield {
                 "task": "memory",
-                "model": name,
+                "model": label(config, name),
                 "reference": ORIGINAL,
                 "length": length,
                 "ratio": peaks[name] / peaks[ORIGINAL],

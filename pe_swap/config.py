@@ -170,7 +170,8 @@ class BenchmarkConfig(Section):
     """`scripts/benchmark.py`: what a scheme costs, beside the model it came from and beside models that have it built in."""
 
     family: str = Field(default="gpt2", description="model family, one of list_adapters()")
-    schemes: list[str] = Field(default=[], description="schemes with their default options; all by default")
+    schemes: list[str] = Field(default=[], description="schemes; all by default")
+    options: dict[str, dict[str, Any]] = Field(default={}, description="options of a scheme, under its name; defaults by default")
     tasks: list[Task] = Field(default=["forward", "train", "decode", "memory"], min_length=1, description="what to measure")
     lengths: list[PositiveInt] = Field(default=[1024, 2048, 4096, 8192], min_length=1, description="tokens, or cached tokens")
     train_lengths: list[PositiveInt] = Field(default=[1024, 2048, 4096], description="tokens of a training step")

@@ -10,8 +10,8 @@ import torch
 
 from pe_swap import benchmark as measuring
 from pe_swap.benchmark import benchmark, build, memory_rows
-from pe_swap.config import BenchmarkConfig
-from pe_swap.errors import UnknownNameError
+from pe_swap.config import BenchmarkConfig, parse
+from pe_swap.errors import ConfigError, UnknownNameError
 from pe_swap.swap import positional_of
 
 TINY = {"layers": 1, "hidden_size": 24, "heads": 2, "vocab_size": 32, "pairs": 3, "seconds": 0.01, "threads": 1}
@@ -69,6 +69,20 @@ def test_contestants_are_one_model_with_and_without_the_swap() -> None:
     assert positional_of(swapped).scheme_at(0).name == "rope"
     own = plain.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in swapped.state_dict().items())
+
+
+def test_options_of_a_scheme(tmp_path: Path) -> None:
+    given = {"lengths": [8], "tasks": ["forward", "memory"], "peers": False, "out": str(tmp_path)}
+    config = parse(BenchmarkConfig, ["--options.alibi.trainable", "true", "--schemes", "alibi", "t5"], description="x")
+    config = config.model_copy(update={**TINY, **given})
+    assert positional_of(build(config, "alibi", 8)).scheme_at(0).options.trainable is True
+    rows = benchmark(config)["results"]
+    assert [row["model"] for row in rows] == ["alibi (trainable=True)", "t5"] * 2
+    assert "| alibi (trainable=True) |" in (tmp_path / "report.md").read_text()
+    with pytest.raises(ConfigError, match=r"options names alibi, but schemes does not; .* Add it\."):
+        benchmark(config.model_copy(update={"schemes": ["t5"]}))
+    with pytest.raises(UnknownNameError, match="alibbi"):
+        benchmark(config.model_copy(update={"options": {"alibbi": {}}}))
 
 
 def test_a_peak_is_the_processs_own() -> None:
