@@ -23,6 +23,9 @@ from pe_swap.attention.plain import add_mask
 QUERY_BLOCK = 512
 """Queries a block: small enough to skip most of the masked half, large enough for the kernel to work at full speed."""
 
+KEY_BLOCK = 512
+"""Keys a block of the backward pass: its scores are read and written a dozen times, so they should stay in the cache."""
+
 
 def relative_bias_attention(
     query: Tensor,
@@ -166,18 +169,22 @@ class _RelativeBiasAttention(torch.autograd.Function):
         delta = (grad_output.to(work) * output.to(work)).sum(-1)
         for start, stop, kv_stop in query_blocks(q_len, key.shape[2], ctx.skips_future):
             rows = slice(start, stop)
-            block_query = query[:, :, rows].flip(2).to(work)
+            block_query = query[:, :, rows].flip(2).to(work) * scaling
             block_grad = grad_output[:, :, rows].flip(2).to(work)
-            block_key, block_value = key[:, :, :kv_stop].to(work), value[:, :, :kv_stop].to(work)
+            block_logsumexp, block_delta = (numbers[:, :, rows].flip(2)[..., None] for numbers in (logsumexp, delta))
             mask = _masked(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
-            scores = torch.matmul(block_query * scaling, block_key.transpose(-1, -2)).add_(mask)
-            probabilities = scores.sub_(logsumexp[:, :, rows].flip(2)[..., None]).exp_()
-            grad_value[:, :, :kv_stop] += torch.matmul(probabilities.transpose(-1, -2), block_grad)
-            grad_scores = torch.matmul(block_grad, block_value.transpose(-1, -2))
-            grad_scores.sub_(delta[:, :, rows].flip(2)[..., None]).mul_(probabilities)
-            grad_query[:, :, rows] = (torch.matmul(grad_scores, block_key) * scaling).flip(2).to(query.dtype)
-            grad_key[:, :, :kv_stop] += torch.matmul(grad_scores.transpose(-1, -2), block_query * scaling)
-            first = q_len - stop
-            summed = sum_of_antidiagonals(grad_scores.sum(0))
-            grad_bias[:, first : first + summed.shape[-1]] += summed
+            block_grad_query = torch.zeros_like(block_query)
+            for key_start in range(0, kv_stop, KEY_BLOCK):
+                keys = slice(key_start, min(key_start + KEY_BLOCK, kv_stop))
+                block_key, block_value = key[:, :, keys].to(work), value[:, :, keys].to(work)
+                scores = torch.matmul(block_query, block_key.transpose(-1, -2)).add_(mask[..., keys])
+                probabilities = scores.sub_(block_logsumexp).exp_()
+                grad_value[:, :, keys] += torch.matmul(probabilities.transpose(-1, -2), block_grad)
+                grad_scores = torch.matmul(block_grad, block_value.transpose(-1, -2)).sub_(block_delta).mul_(probabilities)
+                block_grad_query += torch.matmul(grad_scores, block_key)
+                grad_key[:, :, keys] += torch.matmul(grad_scores.transpose(-1, -2), block_query)
+                first = q_len - stop + key_start
+                summed = sum_of_antidiagonals(grad_scores.sum(0) if grad_scores.shape[0] > 1 else grad_scores[0])
+                grad_bias[:, first : first + summed.shape[-1]] += summed
+            grad_query[:, :, rows] = (block_grad_query * scaling).flip(2).to(query.dtype)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias.to(bias.dtype), None, None, None
