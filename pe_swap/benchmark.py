@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
+from pe_swap.attention.cache import cache_argument
 from pe_swap.config import BenchmarkConfig, resolved
 from pe_swap.errors import ConfigError
 from pe_swap.records import Stopwatch, environment, write_record
@@ -183,14 +184,15 @@ def train_run(model: PreTrainedModel, ids: Tensor) -> Run:
 def decode_run(model: PreTrainedModel, ids: Tensor) -> Run:
     """Return the decoding of `DECODED` tokens after `ids`; the cache is cut back each time."""
     cache = DynamicCache(config=model.config)
+    cached = {cache_argument(model): cache, "use_cache": True}
     with torch.no_grad():
         for chunk in torch.split(ids, 1024, dim=1):
-            model(chunk, past_key_values=cache, use_cache=True)
+            model(chunk, **cached)
 
     def run() -> None:
         with torch.no_grad():
             for _ in range(DECODED):
-                model(ids[:, :1], past_key_values=cache, use_cache=True)
+                model(ids[:, :1], **cached)
         cache.crop(-DECODED)
 
     return run

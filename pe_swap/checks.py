@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pe_swap.adapters import adapter_for
 from pe_swap.attention.backends import library_name
+from pe_swap.attention.cache import cache_argument
 from pe_swap.attention.memo import ARGUMENT, NO_MEMO
 from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError
 from pe_swap.positional import Positional
@@ -112,6 +113,7 @@ class _Checker:
     def __init__(self, model: PreTrainedModel, positional: Positional) -> None:
         self.model = model
         self.base_model: Any = model.base_model
+        self.cache_argument = cache_argument(model.base_model)
         self.positional = positional
         self.schemes = [positional.scheme_at(index) for index in range(len(positional.schemes))]
         self.adapter = adapter_for(model)
@@ -151,7 +153,7 @@ class _Checker:
 
     def states(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """Return the base model's last hidden states, `[batch, length, hidden_size]`, float32."""
-        if self.is_causal and "past_key_values" not in kwargs:
+        if self.is_causal and self.cache_argument not in kwargs:
             kwargs["use_cache"] = False
         hidden: Tensor = self.base_model(input_ids, **kwargs).last_hidden_state
         return hidden.float()
@@ -246,7 +248,7 @@ class _Checker:
             chunk = slice(start, start + length)
             if ids[:, chunk].shape[1]:
                 given = {"position_ids": where[:, chunk]} if rescaled else {}
-                parts.append(self.states(ids[:, chunk], past_key_values=cache, use_cache=True, **given))
+                parts.append(self.states(ids[:, chunk], use_cache=True, **{self.cache_argument: cache}, **given))
             start += length
         expected = self.states(ids, **({"position_ids": where} if rescaled else {}))
         detail = "prefill, chunk, token, chunk"

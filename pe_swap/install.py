@@ -8,6 +8,7 @@ from torch import nn
 
 from pe_swap.adapters import Adapter
 from pe_swap.attention.binding import LayerBinding
+from pe_swap.attention.cache import CACHE_ARGUMENTS, CACHE_LENGTH_ARGUMENTS, cache_argument, parameters_of
 from pe_swap.attention.hooks import BINDING_ATTRIBUTE, add_pre_hook, hand_on_positions, remove_pre_hook
 from pe_swap.attention.inputs import INPUT_ATTRIBUTE, InputBinding, embed_positions
 from pe_swap.attention.memo import bring_memo
@@ -24,10 +25,16 @@ def assemble(
     schemes: list[Scheme],
     original: Original | None,
 ) -> Positional:
-    """Return the module that will stand in the table's place, not yet attached."""
+    """Return the module that will stand in the table's place, not yet attached.
+
+    Raises:
+        AdapterError: a module is not where the adapter says, or takes its cache by a name that pe_swap does not know.
+    """
     owner, _, attribute = adapter.token_embedding.rpartition(".")
     adapter.find(base_model, adapter.token_embedding)
-    adapter.attention_modules(base_model, config)
+    for module in adapter.attention_modules(base_model, config):
+        cache_argument(module)
+    cache_argument(adapter.find(base_model, adapter.input_module), (*CACHE_ARGUMENTS, *CACHE_LENGTH_ARGUMENTS))
     tokens = TokenTable(adapter.find(base_model, owner), attribute)
     return Positional(schemes, specification.layers, specification.input, tokens, original)
 
@@ -42,7 +49,7 @@ def attach(adapter: Adapter, base_model: nn.Module, positional: Positional) -> N
     for layer, (module, index) in enumerate(zip(modules, positional.scheme_of_layer, strict=True)):
         if index is None:
             continue
-        binding = LayerBinding(place, index, layer)
+        binding = LayerBinding(place, index, layer, parameters_of(module), cache_argument(module))
         if binding.hooks:
             setattr(module, BINDING_ATTRIBUTE, binding)
             add_pre_hook(module, hand_on_positions)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, Cache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import pe_swap
+from pe_swap.attention.cache import cache_argument
 from pe_swap.schemes import SCHEMES
 from pe_swap.swap import positional_parameters
 
@@ -112,6 +113,11 @@ def disturb(model: PreTrainedModel) -> None:
 def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:
     """Return random token ids, `[batch, length]`."""
     return torch.randint(5, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
+    """Return the arguments of a call with a cache, by the name this transformers version has for it."""
+    return {cache_argument(model): cache, "use_cache": True}
 
 
 def checkpoint_activations(model: PreTrainedModel, use_reentrant: bool = False) -> None:

@@ -6,7 +6,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import pe_swap
 from pe_swap.errors import SwapStateError
-from tests.models import build, swapped, token_ids
+from tests.models import build, swapped, token_ids, with_cache
 
 CASE = "fox-fading"
 every_decoder = pytest.mark.parametrize("family", ["gpt2", "bert-decoder"])
@@ -34,10 +34,10 @@ def test_a_cropped_cache_forgets_what_was_cropped(family: str) -> None:
     model, ids = swapped(family, CASE), token_ids(1, 16)
     past = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :9], past_key_values=past, use_cache=True)
-        model(token_ids(1, 4, seed=8), past_key_values=past, use_cache=True)  # a draft that is not taken
+        model(ids[:, :9], **with_cache(model, past))
+        model(token_ids(1, 4, seed=8), **with_cache(model, past))  # a draft that is not taken
         past.crop(-4)
-        rest = model(ids[:, 9:], past_key_values=past, use_cache=True).logits
+        rest = model(ids[:, 9:], **with_cache(model, past)).logits
     torch.testing.assert_close(rest, logits(model, ids, use_cache=False)[:, 9:], atol=2e-5, rtol=1e-4)
 
 
@@ -49,7 +49,7 @@ def test_the_cache_holds_one_channel_more_and_the_same_numbers() -> None:
         lambda module, args, kwargs: hidden.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     with torch.no_grad():
-        model(ids, past_key_values=past, use_cache=True)
+        model(ids, **with_cache(model, past))
         scheme = model.transformer.wpe.scheme_at(0)
         assert past.layers[0].keys.shape == (1, 12, 5, 9)
         assert past.layers[0].values.shape == (1, 12, 5, 8)
@@ -58,15 +58,15 @@ def test_the_cache_holds_one_channel_more_and_the_same_numbers() -> None:
 
 def test_a_cache_of_another_scheme_or_allocated_ahead_is_refused() -> None:
     model, ids = build("gpt2"), token_ids(1, 5)
-    with torch.no_grad():
-        past = model(ids, use_cache=True).past_key_values
+    past = DynamicCache(config=model.config)
+    logits(model, ids, **with_cache(model, past))
     pe_swap.swap_positional(model, "fox")
     with pytest.raises(SwapStateError, match=r"Layer 0's cache holds keys of 8 channels, but the scheme 'fox' needs 9"):
-        logits(model, ids, past_key_values=past)
+        logits(model, ids, **with_cache(model, past))
     ahead = StaticCache(config=model.config, max_cache_len=16)
     ahead.early_initialization(batch_size=1, num_heads=12, head_dim=8, dtype=torch.float32, device=torch.device("cpu"))
     with pytest.raises(SwapStateError, match=r"allocated ahead of time \(early_initialization\). Pass a new, empty cache"):
-        logits(model, ids, past_key_values=ahead)
+        logits(model, ids, **with_cache(model, ahead))
 
 
 def test_layers_of_their_own() -> None:
@@ -75,6 +75,6 @@ def test_layers_of_their_own() -> None:
     pe_swap.swap_positional(model, "fox", layers=[1], initial_reach=3.0)
     past = DynamicCache(config=model.config)
     with torch.no_grad():
-        parts = [model(ids[:, at : at + 4], past_key_values=past, use_cache=True).logits for at in (0, 4, 8)]
+        parts = [model(ids[:, at : at + 4], **with_cache(model, past)).logits for at in (0, 4, 8)]
     assert [layer.keys.shape[-1] for layer in past.layers] == [8, 9]
     torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, ids, use_cache=False), atol=2e-5, rtol=1e-4)

@@ -26,6 +26,7 @@ from tests.models import (
     disturb,
     swapped,
     token_ids,
+    with_cache,
 )
 from tests.references.alibi import slopes as reference_slopes
 
@@ -272,10 +273,10 @@ def test_compiled_decode_steps_with_a_static_cache_are_one_graph_and_equal(case:
     whole = logits(model, ids)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     cache = StaticCache(config=model.config, max_cache_len=20)
-    parts = [logits(model, ids[:, :12], past_key_values=cache)]
+    parts = [logits(model, ids[:, :12], **with_cache(model, cache))]
     for place in range(12, 15):
-        position_ids = torch.full((2, 1), place)
-        parts.append(logits(compiled, ids[:, place : place + 1], past_key_values=cache, position_ids=position_ids))
+        given = {"position_ids": torch.full((2, 1), place), **with_cache(model, cache)}
+        parts.append(logits(compiled, ids[:, place : place + 1], **given))
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, **ROUNDING)
 
 
@@ -313,7 +314,7 @@ def test_layers_with_different_schemes_cached_equals_uncached(split: str, family
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
         parts, start = [], 0
         for length in (20, 7, 1, 1, 7):
-            parts.append(logits(model, ids[:, start : start + length], past_key_values=cache, use_cache=True))
+            parts.append(logits(model, ids[:, start : start + length], **with_cache(model, cache)))
             start += length
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, **ROUNDING)
     rows = [token_ids(1, 12, seed=5), token_ids(1, 8, seed=6)]

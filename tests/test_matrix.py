@@ -25,6 +25,7 @@ from tests.models import (
     disturb,
     swapped,
     token_ids,
+    with_cache,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
@@ -105,7 +106,7 @@ def test_the_future_is_not_seen(case: str, family: str, backend: str) -> None:
 def cached_in_chunks(model: PreTrainedModel, ids: Tensor, cache: str, lengths: tuple[int, ...]) -> Tensor:
     past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(config=model.config, max_cache_len=29)
     with torch.no_grad():
-        parts = [model(chunk, past_key_values=past, use_cache=True).logits for chunk in ids.split(lengths, dim=1)]
+        parts = [model(chunk, **with_cache(model, past)).logits for chunk in ids.split(lengths, dim=1)]
     return torch.cat(parts, dim=1)
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import pe_swap
 from pe_swap.errors import OptionError, UnsupportedBackendError
 from pe_swap.schemes import SCHEMES, build_options
-from tests.models import FAMILIES, build, disturb, token_ids
+from tests.models import FAMILIES, build, disturb, token_ids, with_cache
 from tests.references import length_scale as reference
 from tests.schemes.building import build as build_scheme
 
@@ -100,13 +100,12 @@ def test_eager_equals_sdpa_and_padded_equals_unpadded(name: str, options: dict[s
 def test_cached_in_chunks_equals_uncached(name: str, options: dict[str, object], backend: str) -> None:
     model, ids = swapped("gpt2", name, options, backend), token_ids(2, 24)
     whole = logits(model, ids, use_cache=False)
-    for past in (None, StaticCache(config=model.config, max_cache_len=29)):
+    for past in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=29)):
         parts, start = [], 0
         for length in (11, 6, 1, 1, 5):
             with torch.no_grad():
-                out = model(ids[:, start : start + length], past_key_values=past, use_cache=True)
-            parts.append(out.logits)
-            past, start = out.past_key_values, start + length
+                parts.append(model(ids[:, start : start + length], **with_cache(model, past)).logits)
+            start += length
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-4)
 
 

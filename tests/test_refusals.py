@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    DynamicCache,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     PreTrainedModel,
@@ -26,8 +27,9 @@ from transformers import (
 
 import pe_swap
 from pe_swap import errors
+from pe_swap.attention.cache import cache_argument
 from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions
-from tests.models import CASES, build, swapped, token_ids
+from tests.models import CASES, build, swapped, token_ids, with_cache
 
 SCHEME_LIST = ", ".join(pe_swap.list_schemes())
 FAMILY_LIST = ", ".join(pe_swap.list_adapters())
@@ -351,6 +353,26 @@ def test_more_layers_than_the_configuration_says() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("transformer.h.1.attn", "GPT2Attention"), ("transformer", "GPT2Model")],
+)
+def test_a_cache_by_a_name_that_nobody_knows(path: str, name: str) -> None:
+    model = build("gpt2")
+    model.get_submodule(path).forward = lambda hidden_states, kv_store=None: hidden_states
+    with unchanged(model, probe=None):
+        known = "'cache', 'past_key_values'"
+        known += "" if name == "GPT2Attention" else ", 'cache_length', 'past_key_values_length'"
+        refused(
+            errors.AdapterError,
+            f"{name}.forward takes none of {known}, by which pe_swap finds the cache of a call; it takes hidden_states, kv_store. "
+            "Nothing was patched. This transformers version may have renamed it: update pe_swap, or use a version it was tested with.",
+            pe_swap.swap_positional,
+            model,
+            "rope",
+        )
+
+
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
     folder: Path = tmp_path_factory.mktemp("swapped")
@@ -522,6 +544,35 @@ def test_an_attention_forward_called_around_its_hooks(backend: str, case: str) -
             model.transformer.h[1].attn.forward,
             torch.zeros(1, 3, 96),
         )
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", ["rope", "alibi", "shaw"])
+def test_a_cache_that_reaches_attention_around_the_hook(backend: str, case: str) -> None:
+    model = swapped("gpt2", case, backend)
+    attention, known = model.transformer.h[1].attn, cache_argument(model)
+    hidden: dict[str, Any] = {}
+
+    def hide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden["cache"] = kwargs.pop(known, None)
+        return args, kwargs
+
+    def bring_back(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, known: hidden["cache"]}
+
+    attention.register_forward_pre_hook(hide, with_kwargs=True, prepend=True)
+    attention.register_forward_pre_hook(bring_back, with_kwargs=True)
+    cache = DynamicCache(config=model.config)
+    model(token_ids(1, 5), **with_cache(model, cache))
+    refused(
+        errors.UnsupportedBackendError,
+        f"Layer 1 carries the scheme '{case}' and meets 6 keys with 1 queries, but its hook was handed no cache as '{known}': the "
+        "positions would be wrong. This transformers version may hand caches on in another way: use a version that pe_swap was tested "
+        "with, or use_cache=False.",
+        model,
+        token_ids(1, 1),
+        **with_cache(model, cache),
+    )
 
 
 # --- layers --------------------------------------------------------------------------------------------------------------------

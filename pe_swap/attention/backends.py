@@ -162,6 +162,37 @@ def refuse_unbound(module: nn.Module) -> None:
         )
 
 
+def refuse_unseen_cache(context: PositionalContext, q_len: int, kv_len: int) -> None:
+    """Refuse more keys than queries in a call whose hook saw no cache.
+
+    Raises:
+        UnsupportedBackendError: the cache reached the module by a way the hook does not know, so that new tokens were given the
+            positions of the first ones.
+    """
+    if not context.has_cache and kv_len != q_len:
+        raise UnsupportedBackendError(
+            f"Layer {context.binding.layer} carries the scheme '{context.binding.scheme.name}' and meets {kv_len} keys with {q_len} "
+            f"queries, but its hook was handed no cache as '{context.binding.cache_argument}': the positions would be wrong. This "
+            "transformers version may hand caches on in another way: use a version that pe_swap was tested with, or use_cache=False."
+        )
+
+
+def guarded(function: Callable[..., AttentionOutput]) -> Callable[..., AttentionOutput]:
+    """Return an attention function that refuses a call whose positions, or whose cache, got lost on the way to it."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, *args: Any, positional: PositionalContext | None = None, **kwargs: Any
+    ) -> AttentionOutput:
+        """Check, then attend; arguments and result as those of `function`."""
+        if positional is None:
+            refuse_unbound(module)
+        else:
+            refuse_unseen_cache(positional, query.shape[2], key.shape[2])
+        return function(module, query, key, *args, positional=positional, **kwargs)
+
+    return attention
+
+
 def eager(
     module: nn.Module,
     query: Tensor,
@@ -197,9 +228,7 @@ def eager(
     causal = is_causal_call(module, query, attention_mask, is_causal)
     score_bias: Tensor | None = None
     value_bias: Callable[[Tensor], Tensor] | None = None
-    if positional is None:
-        refuse_unbound(module)
-    else:
+    if positional is not None:
         key, carried = positional.split(key, query.shape[-1])
         query, key = rotated(positional, query, key)
         query = scaled(positional, query, key.shape[2], attention_mask, causal)
@@ -248,7 +277,6 @@ def sdpa(
     Arguments and result as `eager`; the probabilities are None, and `attention_mask` may be boolean, True where a query may look.
     """
     if positional is None:
-        refuse_unbound(module)
         return _library("sdpa")(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
         )
@@ -314,7 +342,6 @@ def flex(
         UnsupportedBackendError: dropout, which FlexAttention does not have; or a bias that needs a gradient, on a CPU.
     """
     if positional is None:
-        refuse_unbound(module)
         return _library("flex_attention")(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
         )
@@ -359,9 +386,7 @@ def rotating(name: str) -> Callable[..., AttentionOutput]:
         **kwargs: Any,
     ) -> AttentionOutput:
         """Rotate, then call transformers' function; arguments and result as there."""
-        if positional is None:
-            refuse_unbound(module)
-        else:
+        if positional is not None:
             query, key = rotated(positional, query, key)
         return _library(name)(module, query, key, value, attention_mask, **kwargs)
 
@@ -375,7 +400,7 @@ def register_backends() -> None:
     for library, ours in OUR_NAMES.items():
         if library != "eager" and library not in ALL_ATTENTION_FUNCTIONS:
             continue  # a kernel that this transformers version does not have yet
-        AttentionInterface.register(ours, functions.get(library) or rotating(library))
+        AttentionInterface.register(ours, guarded(functions.get(library) or rotating(library)))
         AttentionMaskInterface.register(ours, masks[library])
 
 

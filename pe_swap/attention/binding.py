@@ -41,12 +41,16 @@ class LayerBinding:
         place: where the model's schemes are.
         index: which of them serves the layer.
         layer: index of the layer.
+        parameters: names of the parameters of the attention module's `forward`, in order; read here, once, and not in every call.
+        cache_argument: which of them is the cache.
         hooks: the attention hooks the scheme overrides.
     """
 
     place: Place
     index: int
     layer: int
+    parameters: tuple[str, ...]
+    cache_argument: str
     hooks: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +72,7 @@ class PositionalContext:
         scheme: the layer's scheme, looked up once a call.
         query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
         query_ids: `[batch or 1, q_len]`, int64.
+        has_cache: the call has a cache, whose keys may be more than the queries.
         keys_are_rotated: the keys were rotated before they were cached.
         memo: what layers share.
         carried: what the scheme's `carry` gave, `[batch, heads, q_len, channels]`, in a call without a cache. None where it carries
@@ -78,6 +83,7 @@ class PositionalContext:
     scheme: Scheme
     query_slots: Tensor
     query_ids: Tensor
+    has_cache: bool
     keys_are_rotated: bool
     memo: CallMemo
     carried: Tensor | None = None

@@ -8,14 +8,46 @@ device) it does to them.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from pe_swap.attention.binding import PositionalContext
-from pe_swap.errors import SwapStateError
+from pe_swap.errors import AdapterError, SwapStateError
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What transformers calls the cache in a call of a model or of an attention module: from 5.24 on, and before."""
+
+CACHE_LENGTH_ARGUMENTS = ("cache_length", "past_key_values_length")
+"""What it calls the number of cached tokens where a module is handed that alone."""
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of a module's `forward`, in order."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def cache_argument(module: nn.Module, names: Sequence[str] = CACHE_ARGUMENTS) -> str:
+    """Return the name under which a module's `forward` takes its cache, one of `names`.
+
+    Raises:
+        AdapterError: it takes none by a name that pe_swap knows. Guessing would be worse than failing: a cache that goes by another
+            name is used by the module and never seen by the scheme, which then gives a new token the position of the first.
+    """
+    parameters = parameters_of(module)
+    for name in names:
+        if name in parameters:
+            return name
+    listed = ", ".join(f"'{name}'" for name in names)
+    raise AdapterError(
+        f"{type(module).__name__}.forward takes none of {listed}, by which pe_swap finds the cache of a call; it takes "
+        f"{', '.join(parameters)}. Nothing was patched. This transformers version may have renamed it: update pe_swap, or use a "
+        "version it was tested with."
+    )
 
 
 def self_attention_cache(cache: Cache) -> Cache:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pe_swap.attention.backends import is_ours
 from pe_swap.attention.binding import LayerBinding, PositionalContext
-from pe_swap.attention.cache import LayerCache, self_attention_cache
+from pe_swap.attention.cache import CACHE_ARGUMENTS, LayerCache, self_attention_cache
 from pe_swap.attention.memo import ARGUMENT, NO_MEMO, CallMemo
 from pe_swap.errors import UnsupportedBackendError
 from pe_swap.positions import slots_from
@@ -41,7 +41,10 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             "Set implementations with model.set_attn_implementation(...)."
         )
     hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
-    cache = kwargs.get("past_key_values")
+    if len(args) > 1:  # a caller's own; transformers names everything after the hidden states
+        kwargs, args = {**dict(zip(binding.parameters[1:], args[1:], strict=False)), **kwargs}, args[:1]
+    cache_argument = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), binding.cache_argument)
+    cache = kwargs.get(cache_argument)
     first_slot = 0 if cache is None else self_attention_cache(cache).get_seq_length(module.layer_idx)
     memo: CallMemo = kwargs.pop(ARGUMENT, NO_MEMO)
     q_len, device = hidden_states.shape[1], hidden_states.device
@@ -56,11 +59,11 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     rotates_into_cache = cache is not None and "rotate" in binding.hooks and scheme.caches_rotated_keys
     carried = scheme.carry(hidden_states, layer=binding.layer) if "carry" in binding.hooks else None
     context = PositionalContext(
-        binding, scheme, query_slots, query_ids, rotates_into_cache, memo, carried if cache is None else None
+        binding, scheme, query_slots, query_ids, cache is not None, rotates_into_cache, memo, carried if cache is None else None
     )
     kwargs["positional"] = context
     if rotates_into_cache or (carried is not None and cache is not None):
-        kwargs["past_key_values"] = LayerCache(self_attention_cache(cache), context, carried)
+        kwargs[cache_argument] = LayerCache(self_attention_cache(cache), context, carried)
     return args, kwargs
 
 

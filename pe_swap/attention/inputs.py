@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pe_swap.attention.cache import self_attention_cache
+from pe_swap.attention.cache import CACHE_ARGUMENTS, CACHE_LENGTH_ARGUMENTS, parameters_of, self_attention_cache
 from pe_swap.errors import UnsupportedModelError
 from pe_swap.positional import Place
 from pe_swap.positions import slots_from
@@ -28,7 +27,7 @@ class InputBinding:
     def __init__(self, place: Place, module: nn.Module, fills_token_type_ids: bool) -> None:
         self.place = place
         self.fills_token_type_ids = fills_token_type_ids
-        self.parameters = tuple(inspect.signature(module.forward).parameters)
+        self.parameters = parameters_of(module)
 
 
 def embed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -64,11 +63,12 @@ def embed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _first_position(kwargs: dict[str, Any]) -> int | Tensor:
     """Return the position id of the first new token: the number of cached ones."""
-    if (past := kwargs.get("past_key_values_length")) is not None:
-        length: int | Tensor = past
-        return length
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        return 0
-    cached: int | Tensor = self_attention_cache(cache).get_seq_length()
-    return cached
+    for name in CACHE_LENGTH_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            length: int | Tensor = kwargs[name]
+            return length
+    for name in CACHE_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            cached: int | Tensor = self_attention_cache(kwargs[name]).get_seq_length()
+            return cached
+    return 0

@@ -22,7 +22,7 @@ from pe_swap.errors import UnsupportedBackendError
 from pe_swap.schemes import SCHEMES, build_options
 from pe_swap.schemes.base import ATTENTION_HOOKS
 from tests.attention.calls import Call, calls, expected
-from tests.models import CASES, LENGTH_DEPENDENT, PAIRS, build, disturb, swapped, token_ids
+from tests.models import CASES, LENGTH_DEPENDENT, PAIRS, build, disturb, swapped, token_ids, with_cache
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder"),
@@ -123,7 +123,7 @@ def test_chunks_with_a_cache_equal_one_pass(case: str, family: str, static: bool
     whole = logits(model, ids)
     turned_to_flex(model)
     cache = StaticCache(config=model.config, max_cache_len=31) if static else DynamicCache(config=model.config)
-    parts = [logits(model, chunk, past_key_values=cache) for chunk in ids.split((9, 1, 8, 1, 3), dim=1)]
+    parts = [logits(model, chunk, **with_cache(model, cache)) for chunk in ids.split((9, 1, 8, 1, 3), dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, **ROUNDING)
     assert len(seen) == 2 * 5
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pe_swap.attention.memo import ARGUMENT, CallMemo
 from pe_swap.swap import positional_of
-from tests.models import swapped, token_ids
+from tests.models import swapped, token_ids, with_cache
 
 HOOK = {"rope": "rotation", "alibi": "relative_bias", "t5": "relative_bias", "kerple-power": "relative_bias"}
 SHARED = ["rope", "alibi", "t5"]
@@ -63,7 +63,7 @@ def test_what_is_shared_is_what_each_layer_would_have_worked_out(case: str) -> N
         torch.testing.assert_close(model(ids, use_cache=False).logits, alone, atol=1e-5, rtol=1e-4)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        parts = [model(part, past_key_values=cache).logits for part in ids.split((7, 1, 4), dim=1)]
+        parts = [model(part, **with_cache(model, cache)).logits for part in ids.split((7, 1, 4), dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), alone, atol=1e-5, rtol=1e-4)
 
 

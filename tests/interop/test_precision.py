@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 import pe_swap
 from pe_swap.schemes import Scheme
 from pe_swap.swap import positional_of, positional_parameters
-from tests.models import CASES, build, token_ids
+from tests.models import CASES, build, token_ids, with_cache
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -129,7 +129,7 @@ def logits_at(model: PreTrainedModel, start: int, dtype: torch.dtype) -> Tensor:
     model = copy.deepcopy(model).to(dtype)
     position_ids = torch.arange(start, start + QUERIES)[None]
     with torch.no_grad():
-        output = model(token_ids(1, QUERIES), past_key_values=random_cache(model, start, dtype), position_ids=position_ids)
+        output = model(token_ids(1, QUERIES), **with_cache(model, random_cache(model, start, dtype)), position_ids=position_ids)
     return output.logits.float()
 
 
