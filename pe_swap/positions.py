@@ -13,10 +13,20 @@ FIRE, log-length scaling) needs ids.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Once = Callable[[Hashable, Callable[[], Any]], Any]
+"""From a key and a function to what the function gives, or gave for that key at the same positions in another layer."""
+
+
+def unshared(key: Hashable, work_out: Callable[[], Any]) -> Any:
+    """Return what `work_out` gives: nothing is shared."""
+    return work_out()
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,8 @@ class Positions:
             queries'.
         carried: what the scheme's `carry` gave for every key, `[batch, heads, kv_len, channels]`, or None where it carries
             nothing.
+        once: what a scheme works out of these positions and its options alone goes through this, and is shared by the layers of a
+            call. It is kept until the call ends: use it for what is small, as in decoding.
     """
 
     query_slots: Tensor
@@ -38,6 +50,7 @@ class Positions:
     query_ids: Tensor
     key_ids: Tensor
     carried: Tensor | None = None
+    once: Once = unshared
 
     @property
     def distance(self) -> Tensor:
@@ -48,7 +61,11 @@ class Positions:
         """Return the positions of queries `start` to `stop` against the keys before `key_stop`."""
         ids = self.query_ids[:, start:stop] if self.query_ids.shape[1] > 1 else self.query_ids
         carried = None if self.carried is None else self.carried[:, :, :key_stop]
-        return Positions(self.query_slots[start:stop], self.key_slots[:key_stop], ids, self.key_ids[:, :key_stop], carried)
+
+        def once(key: Hashable, work_out: Callable[[], Any]) -> Any:
+            return self.once((start, stop, key_stop, key), work_out)
+
+        return Positions(self.query_slots[start:stop], self.key_slots[:key_stop], ids, self.key_ids[:, :key_stop], carried, once)
 
 
 def slots_from(first_slot: int | Tensor, length: int, device: torch.device) -> Tensor:

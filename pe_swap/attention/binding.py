@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,9 +95,12 @@ class PositionalContext:
         def work_out() -> Positions:
             query_slots, query_ids = self.query_slots.to(device), self.query_ids.to(device)  # a model may be spread over devices
             key_slots = slots_from(0, kv_len, device)
-            return Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids))
+            return Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids), once=once)
 
-        found = self.memo.once(("positions", kv_len, device), (self.query_slots, self.query_ids), work_out)
+        def once(key: Hashable, work_out: Callable[[], Any]) -> Any:
+            return self.memo.once((key, kv_len, device), (self.query_slots, self.query_ids), work_out)
+
+        found: Positions = once("positions", work_out)
         return found if carried is None else replace(found, carried=carried)
 
     def rotated(self, x: Tensor, position_ids: Tensor, role: Literal["query", "key"]) -> Tensor:
@@ -116,7 +120,8 @@ class PositionalContext:
 
         def work_out() -> Tensor:
             first_slot = self.query_slots[0].to(device)
-            return scheme.relative_bias(torch.arange(1 - q_len, kv_len, device=device) - first_slot, layer=layer)
+            bias = scheme.relative_bias(torch.arange(1 - q_len, kv_len, device=device) - first_slot, layer=layer)
+            return bias.contiguous()  # a transposed table's rows, a head apart, cost the kernel half of its speed
 
         served = None if scheme.bias_is_shared else layer
         return self.memo.once(("bias", self.binding.index, served, q_len, kv_len, device), (self.query_slots,), work_out)

@@ -141,30 +141,51 @@ class Deberta(Scheme):
         """Return the factor on queries; see `Scheme.query_scale`."""
         return super().query_scale(num_keys, layer=layer) * self.content_scale
 
+    @property
+    def first_row(self) -> int:
+        """The first row of the table in use: a decoder's keys, none of them after the query, never meet the half before it."""
+        return self.options.span if self.geometry.is_causal else 0
+
     def rows(self, distance: Tensor) -> Tensor:
-        """Return the row of each distance (key minus query), int64."""
+        """Return the row of each distance (key minus query), int64, counted from `first_row`."""
         span, looking_back = self.options.span, -distance
         if self.options.buckets == "log":
             looking_back = log_bucket(looking_back, span, self.options.max_distance)
-        return (looking_back + span).clamp(0, 2 * span - 1)
+        return (looking_back + span).clamp(self.first_row, 2 * span - 1) - self.first_row
 
-    def projected(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the projected table by head, `[heads, head_dim, 2 span]`."""
-        table = self.table if self.norm is None else self.norm(self.table)
-        return F.linear(table, weight, bias).T.view(self.geometry.num_heads, self.geometry.head_dim, -1)
+    def table_in_use(self) -> Tensor:
+        """Return the table from `first_row` on, `[rows, hidden_size]`, normalised where asked."""
+        table = self.table[self.first_row :]
+        return table if self.norm is None else self.norm(table)
 
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return the bias; see `Scheme.score_bias`. Queries and keys meet every row once, and pairs pick from that.
 
-        Queries come scaled, keys do not.
+        A single query, in decoding, is projected in place of every row, `(q W_K) . t` for `q . (W_K t)`, and a key then meets the one
+        row of its pair. Queries come scaled, keys do not.
         """
-        rows, name = self.rows(positions.distance), str(layer)
+        name, shape = str(layer), (self.geometry.num_heads, self.geometry.head_dim, -1)
+        is_single, table = query.shape[2] == 1, self.table_in_use()
+        rows = (
+            positions.once((self.options, "rows"), lambda: self.rows(positions.distance))
+            if is_single
+            else self.rows(positions.distance)
+        )
         bias = query.new_zeros(*query.shape[:3], key.shape[2])
         if self.key_weights is not None:
-            by_row = torch.matmul(query, self.projected(self.key_weights[name], None).to(query.dtype))
+            weight = self.key_weights[name]
+            if is_single:
+                by_row = torch.matmul(torch.matmul(query, weight.to(query.dtype).view(shape)), table.to(query.dtype).T)
+            else:
+                by_row = torch.matmul(query, F.linear(table, weight).T.view(shape).to(query.dtype))
             bias = bias + by_row.gather(-1, rows.expand(*by_row.shape[:2], *rows.shape))
         if self.query_weights is not None and self.query_biases is not None:
-            by_row = torch.matmul(key, self.projected(self.query_weights[name], self.query_biases[name]).to(key.dtype))
-            by_key = by_row.gather(-1, rows.T.expand(*by_row.shape[:2], *rows.T.shape)).transpose(-1, -2)
+            projected = F.linear(table, self.query_weights[name], self.query_biases[name]).to(key.dtype)
+            if is_single:
+                of_pair = projected[rows[0]].view(-1, *shape[:2]).transpose(0, 1)
+                by_key = (key * of_pair).sum(-1)[:, :, None]
+            else:
+                by_row = torch.matmul(key, projected.T.view(shape))
+                by_key = by_row.gather(-1, rows.T.expand(*by_row.shape[:2], *rows.T.shape)).transpose(-1, -2)
             bias = bias + by_key * self.content_scale
         return bias * scaling

@@ -78,27 +78,31 @@ class TransformerXL(Scheme):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
-    def distance_keys(self, distance: Tensor, *, layer: int) -> Tensor:
-        """Return `W_R r_{i-j}` for each distance (key minus query), `[heads, n, head_dim]`, in the dtype of `W_R`."""
+    def distance_vectors(self, distance: Tensor) -> Tensor:
+        """Return `r_{i-j}` for each distance (key minus query), `[n, hidden_size]`, in the dtype of `W_R`."""
         reach = self.options.max_distance
         looking_back = -distance if reach is None else -distance.clamp(-reach, reach)
-        weight = self.distance_weights[str(layer)]
-        vectors = sinusoids(looking_back, self.geometry.hidden_size, SINUSOID_BASE, "split").to(weight.dtype)
-        return F.linear(vectors, weight).view(-1, self.geometry.num_heads, self.geometry.head_dim).transpose(0, 1)
+        dtype = next(iter(self.distance_weights.values())).dtype
+        return sinusoids(looking_back, self.geometry.hidden_size, SINUSOID_BASE, "split").to(dtype)
 
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return the bias; see `Scheme.score_bias`.
 
-        A block of queries meets each of its `q_len + kv_len - 1` distances once, and pairs pick from that.
+        A block of queries meets each of its `q_len + kv_len - 1` distances once, and pairs pick from that. A single query, in
+        decoding, is projected by `W_R` in place of every distance: `(q W_R) . r` for `q . (W_R r)`.
         """
         name = "shared" if self.options.biases == "shared" else str(layer)
         content_bias = self.content_biases[name].to(query.dtype)
         distance_bias = self.distance_biases[name].to(query.dtype)
-        q_len, kv_len = query.shape[2], key.shape[2]
-        steps = torch.arange(q_len + kv_len - 1, device=query.device)
-        lowest = positions.key_slots[0] - positions.query_slots[-1]
-        keys = self.distance_keys(steps + lowest, layer=layer).to(query.dtype)
-        by_distance = torch.matmul(query + distance_bias[:, None], keys.transpose(-1, -2))
-        index = (positions.distance - lowest).expand(*query.shape[:2], q_len, kv_len)
         by_key = torch.matmul(key, content_bias[..., None]).transpose(-1, -2)
-        return (by_distance.gather(-1, index) + by_key) * scaling
+        q_len, kv_len, shape = query.shape[2], key.shape[2], (self.geometry.num_heads, self.geometry.head_dim, -1)
+        query, weight = query + distance_bias[:, None], self.distance_weights[str(layer)]
+        if q_len == 1:
+            vectors = positions.once((self.options, "vectors"), lambda: self.distance_vectors(positions.distance[0]))
+            projected = torch.matmul(query, weight.to(query.dtype).view(shape))
+            return (torch.matmul(projected, vectors.to(query.dtype).T) + by_key) * scaling
+        lowest = positions.key_slots[0] - positions.query_slots[-1]
+        vectors = self.distance_vectors(torch.arange(q_len + kv_len - 1, device=query.device) + lowest)
+        keys = F.linear(vectors, weight).T.view(shape).to(query.dtype)
+        index = (positions.distance - lowest).expand(*query.shape[:2], q_len, kv_len)
+        return (torch.matmul(query, keys).gather(-1, index) + by_key) * scaling

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+import pe_swap
+from pe_swap.attention import backends
 from pe_swap.attention.memo import ARGUMENT, CallMemo
+from pe_swap.attention.relative import relative_bias_attention
 from pe_swap.swap import positional_of
-from tests.models import swapped, token_ids, with_cache
+from tests.models import CASES, disturb, swapped, token_ids, with_cache
 
 HOOK = {"rope": "rotation", "alibi": "relative_bias", "t5": "relative_bias", "kerple-power": "relative_bias"}
 SHARED = ["rope", "alibi", "t5"]
@@ -53,6 +56,53 @@ def test_once_a_layer_with_gradients(case: str, monkeypatch: pytest.MonkeyPatch)
     calls = count_calls(model, case, monkeypatch)
     model(token_ids(2, 12), use_cache=False)
     assert calls.total() == 2 * (2 if case == "rope" else 1)  # rope's queries and keys
+
+
+@pytest.mark.parametrize(("case", "method"), [("transformer-xl", "distance_vectors"), ("deberta", "rows")])
+def test_a_decoded_token_has_its_distances_worked_out_once(case: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = swapped("gpt2", case), token_ids(2, 9)
+    cache = DynamicCache(config=model.config)
+    calls: Counter[str] = Counter()
+    scheme = positional_of(model).scheme_at(0)
+    function = getattr(scheme, method)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[method] += 1
+        return function(*args, **kwargs)
+
+    with torch.no_grad():
+        model(ids[:, :8], **with_cache(model, cache))
+        monkeypatch.setattr(scheme, method, counted)
+        model(ids[:, 8:], **with_cache(model, cache))
+    assert calls.total() == 1
+
+
+@pytest.mark.parametrize("case", ["transformer-xl", "deberta"])
+def test_two_schemes_of_one_name_share_nothing(case: str) -> None:
+    model, ids = swapped("gpt2", case), token_ids(2, 9)
+    name, options = CASES[case]
+    pe_swap.swap_positional(model, name, layers=[1], **{**options, "max_distance": 270 if name == "deberta" else 3})
+    disturb(model)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        parts = [model(part, **with_cache(model, cache)).logits for part in ids.split((7, 1, 1), dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids, use_cache=False).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize("case", ["alibi", "t5", "kerple", "sandwich"])
+def test_the_kernel_reads_a_bias_whose_distances_lie_side_by_side(
+    case: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, strides = swapped(family, case), []
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, **kwargs: Any) -> Tensor:
+        strides.append(bias.stride(-1))
+        return relative_bias_attention(query, key, value, bias, **kwargs)
+
+    monkeypatch.setattr(backends, "relative_bias_attention", attention)
+    model(token_ids(2, 12))
+    assert strides == [1, 1]
 
 
 @pytest.mark.parametrize("case", ["rope", "alibi", "fire", "xpos"])

@@ -1,5 +1,6 @@
 """DeBERTa's two terms: pair by pair, and against transformers' DeBERTa-v2 with the same weights."""
 
+import dataclasses
 import math
 
 import pytest
@@ -43,6 +44,20 @@ def test_scores_are_the_papers(options: dict[str, object], first_query: int, q_l
     reach = scheme.options.max_distance if scheme.options.buckets == "log" else None
     expected = 0.5 * reference.score_term(query, key, key_rows, query_rows, first_query, scheme.options.span, reach)
     torch.testing.assert_close(ours.double(), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"span": 6, "max_distance": 12}, {"buckets": "clip", "span": 3}, {"layer_norm": True}])
+@pytest.mark.parametrize(("first_query", "q_len", "kv_len"), [(0, 9, 9), (6, 3, 9), (8, 1, 9)])
+def test_a_decoder_gets_what_an_encoder_does_for_keys_it_may_see(
+    options: dict[str, object], first_query: int, q_len: int, kv_len: int
+) -> None:
+    encoder = random_scheme(**options)
+    decoder = build("deberta", sizes=dataclasses.replace(SMALL, is_causal=True), **options)
+    decoder.load_state_dict(encoder.state_dict())
+    query, key, where = torch.randn(2, 3, q_len, 8), torch.randn(2, 3, kv_len, 8), positions(first_query, q_len, kv_len)
+    expected, found = (scheme.score_bias(query, key, where, scaling=0.5, layer=1) for scheme in (encoder, decoder))
+    seen = where.distance <= 0
+    torch.testing.assert_close(found[:, :, seen], expected[:, :, seen], atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

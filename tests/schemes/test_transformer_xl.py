@@ -33,17 +33,16 @@ def test_scores_are_the_papers(biases: str, max_distance: int | None, first_quer
 
 def test_distance_is_query_minus_key() -> None:
     scheme = random_scheme()
-    keys = scheme.distance_keys(torch.tensor([-2, 2]), layer=0)
-    expected = scheme.distance_weights["0"].double() @ reference.sinusoid(2, 24)
-    torch.testing.assert_close(keys[:, 0].flatten().double(), expected, atol=1e-5, rtol=0)
-    assert (keys[:, 0] - keys[:, 1]).abs().max() > 0.1  # sines tell the sides apart
+    vectors = scheme.distance_vectors(torch.tensor([-2, 2]))
+    torch.testing.assert_close(vectors[0].double(), reference.sinusoid(2, 24), atol=1e-6, rtol=0)
+    assert (vectors[0] - vectors[1]).abs().max() > 0.1  # sines tell the sides apart
 
 
 def test_far_distances_are_exact_in_bf16() -> None:
     scheme = random_scheme().bfloat16()
-    far = scheme.distance_keys(torch.tensor([-4001]), layer=0)
-    expected = scheme.distance_weights["0"].double() @ reference.sinusoid(4001, 24)
-    torch.testing.assert_close(far.flatten().double(), expected, rtol=2**-7, atol=0.05)  # 24 terms of size 1, 8 bits each
+    far = scheme.distance_vectors(torch.tensor([-4001]))[0]
+    assert far.dtype == torch.bfloat16
+    torch.testing.assert_close(far.double(), reference.sinusoid(4001, 24), rtol=2**-8, atol=1e-6)
 
 
 def test_start_is_zero_and_the_first_gradient_reaches_what_moves_first() -> None:
