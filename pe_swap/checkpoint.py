@@ -51,13 +51,14 @@ class SwappedConfig:
     """What a swapped model's configuration does beyond its family's; mixed in before the family's class."""
 
     def describe(self: Any, positional: Positional, trained_length: int) -> None:
-        """Write what the model is swapped to, and the length it can take."""
+        """Write what the model is swapped to, the length it can take, and whether its attention is causal."""
         self.pe_swap = {
             "format": FORMAT,
             "version": __version__,
             "original_model_type": family_of(self.model_type),
             "trained_length": trained_length,
             "max_length": positional.max_length,
+            "is_causal": self.adapter.is_causal(self),
             **positional.specification(),
         }
         setattr(self, self.adapter.length_field, positional.max_length or NO_LIMIT)
@@ -133,9 +134,11 @@ class SwappedConfig:
             )
         _trained_length(saved)
         config_dict = {**config_dict, _saved_field(cls, adapter): limit or NO_LIMIT}
-        built = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
-        from_saved(saved, (built[0] if isinstance(built, tuple) else built).num_hidden_layers)
-        return built
+        result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        built = result[0] if isinstance(result, tuple) else result
+        from_saved(saved, built.num_hidden_layers)
+        _refuse_longer(adapter, built, limit)
+        return result
 
     def to_dict(self: Any) -> dict[str, Any]:
         """Return all fields; see the family's class. PEFT asks for them to learn the `model_type`."""
@@ -166,12 +169,20 @@ class SwappedConfig:
 class SwappedModel:
     """What the classes of loaded swapped models do beyond their family's; mixed in before the family's class."""
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        """Build the model around its schemes; the family's table is never built at its real size."""
+    def __init__(self: Any, config: Any, *args: Any, beside_old_table: bool = False, **kwargs: Any) -> None:
+        """Build the model around its schemes; the family's table is never built at its real size.
+
+        Args:
+            config: the swapped configuration.
+            args: as the family's class.
+            beside_old_table: the checkpoint still has the table's weight, so nothing may stand under its name (`pe_swap.legacy`).
+            kwargs: as the family's class.
+        """
         saved = getattr(config, "pe_swap", None)
         adapter = ADAPTERS[family_of(type(config).model_type)]
         specification = from_saved(saved, config.num_hidden_layers)
         geometry = adapter.geometry(config, _trained_length(saved))
+        _refuse_other_causality(saved, geometry.is_causal)
         length = getattr(config, adapter.length_field)
         setattr(config, adapter.length_field, 1)
         try:
@@ -181,6 +192,8 @@ class SwappedModel:
         schemes = specification.resolve(geometry, None).build(geometry)
         base_model = self.base_model
         positional = assemble(adapter, base_model, config, specification, schemes, original=None)
+        if beside_old_table:
+            positional.weight = None
         attach(adapter, base_model, positional.to(positional.tokens.weight.dtype))
         self.loss_type = known_loss_type(self)
 
@@ -237,6 +250,37 @@ def _refuse_wrong_weights(model_class: Any, what: str, keys: Iterable[str]) -> N
         raise CheckpointError(
             f"The checkpoint's positional weights do not fit the scheme in its config.json ({what}: {listed}). Loading it would give a "
             "model with wrong positions. Save the model again with save_pretrained, or load the folder it was made from."
+        )
+
+
+def _refuse_longer(adapter: Adapter, config: Any, limit: int | None) -> None:
+    """Refuse a length field, given beside a saved configuration, beyond where its positions end.
+
+    Raises:
+        CheckpointError: tools would read it, and send the model what it cannot take.
+    """
+    length = getattr(config, adapter.length_field)
+    if limit is not None and isinstance(length, int) and length > limit:
+        raise CheckpointError(
+            f"{adapter.length_field} is given as {length:,}, but the positions of this swapped model end at {limit:,}. Load it without "
+            f"the argument, and swap it to a scheme that goes on (learned with max_length={length}, rope, alibi, ...)."
+        )
+
+
+def _refuse_other_causality(saved: Any, is_causal: bool) -> None:
+    """Refuse a configuration whose attention looks where it did not at the swap: the same weights would mean other positions.
+
+    Raises:
+        CheckpointError: it does, or it is not said.
+    """
+    swapped_as = saved.get("is_causal")
+    if not isinstance(swapped_as, bool):
+        raise CheckpointError(f"config.json: 'pe_swap.is_causal' is {short(swapped_as)}; it must be true or false.")
+    if swapped_as != is_causal:
+        kinds = {True: "a decoder (causal attention)", False: "an encoder (two-sided attention)"}
+        raise CheckpointError(
+            f"This model was swapped as {kinds[swapped_as]} and is being built as {kinds[is_causal]}, where its positional weights would "
+            "mean something else. Load it as it was saved; or build the other kind from the unswapped model, and swap that."
         )
 
 

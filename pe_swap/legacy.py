@@ -16,6 +16,7 @@ from transformers import BertConfig, PreTrainedModel
 from pe_swap.adapters import ADAPTERS
 from pe_swap.checkpoint import swapped_config_class, swapped_model_class
 from pe_swap.errors import CheckpointError
+from pe_swap.positional import stand_in_weight
 from pe_swap.registry import did_you_mean
 from pe_swap.schemes import build_options
 from pe_swap.schemes.shaw import Shaw
@@ -93,6 +94,7 @@ def load_relative_key_bert(
         "original_model_type": "bert",
         "trained_length": rows,
         "max_length": None,
+        "is_causal": bool(content.get("is_decoder", False)),
         "schemes": [{"name": options.scheme, "options": options.to_dict()}],
         "layers": [0] * layers,
         "input": 0,
@@ -100,7 +102,7 @@ def load_relative_key_bert(
     config = swapped_config_class(adapter).from_dict(content)
     try:
         model: PreTrainedModel = swapped_model_class(adapter, chosen).from_pretrained(
-            path, config=config, key_mapping=_new_names(layers), **kwargs
+            path, config=config, key_mapping=_new_names(layers), beside_old_table=True, **kwargs
         )
     except OSError as error:
         raise CheckpointError(
@@ -110,6 +112,7 @@ def load_relative_key_bert(
     model._weight_conversions = None  # or transformers would save the turned tables under their old names
     positional = positional_of(model)
     assert positional is not None
+    positional.weight = stand_in_weight().to(positional.tokens.weight)
     with torch.no_grad():
         for table in positional.parameters():
             table.copy_(table.flip(0))

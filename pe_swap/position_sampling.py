@@ -61,10 +61,11 @@ def with_sampled_positions(batch: Mapping[str, Any], sampling: PositionSampling)
 
 
 def refuse_sampling(model: PreTrainedModel, sampling: PositionSampling, block_size: int, limit: int | None) -> None:
-    """Refuse positions that the model has none of, too few of, or never reads.
+    """Refuse positions that the model has none of, too few of, never reads, or reads in part.
 
     Raises:
-        ConfigError: they start below a block's length, end beyond the model's, or no scheme reads position ids.
+        ConfigError: they start below a block's length, end beyond the model's, no scheme reads position ids, or one measures distances
+            in slots beside them.
     """
     if sampling.max_length < block_size:
         raise ConfigError(
@@ -86,3 +87,10 @@ def refuse_sampling(model: PreTrainedModel, sampling: PositionSampling, block_si
             f"train.positions is '{sampling.name}', but the model has {names}, which counts keys and reads no position ids: nothing "
             "would change. Drop train.positions, or swap to a scheme that reads them, such as rope or sinusoidal."
         )
+    for scheme in schemes:
+        if scheme.reads_position_ids and scheme.counts_slots:
+            raise ConfigError(
+                f"train.positions is '{sampling.name}', but the scheme '{scheme.name}' reads position ids and measures distances in slots: "
+                "sampled ids would move the one and not the other. Drop train.positions, or swap to a scheme that reads ids alone, such "
+                "as rope or sinusoidal."
+            )

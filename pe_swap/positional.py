@@ -95,6 +95,15 @@ class Original:
         return self.table if like.dtype == self.dtype else self.table.to(dtype=like.dtype)
 
 
+def stand_in_weight() -> Tensor:
+    """Return what a swapped model saves under the name of the table's weight: no table, and of no table's shape.
+
+    An unswapped class that reads such a state, alone or as a part of another model, raises for the shape; without it, it would build a
+    random table and only report that.
+    """
+    return torch.zeros(1)
+
+
 class Positional(nn.Module):
     """Every scheme of one model, under one state-dict prefix.
 
@@ -107,6 +116,7 @@ class Positional(nn.Module):
         input_scheme: index of the scheme that acts on the input, or None.
         tokens: where the token embeddings are.
         original: what was replaced, or None in a model that was loaded already swapped.
+        weight: see `stand_in_weight`.
     """
 
     def __init__(
@@ -119,6 +129,8 @@ class Positional(nn.Module):
     ) -> None:
         super().__init__()
         self.schemes = nn.ModuleList(schemes)
+        self.weight: Tensor | None
+        self.register_buffer("weight", stand_in_weight())
         self.scheme_of_layer = scheme_of_layer
         self.input_scheme = input_scheme
         self.tokens = tokens

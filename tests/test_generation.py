@@ -253,7 +253,7 @@ def test_a_block_mask_keeps_packed_sequences_apart(case: str, family: str, backe
 # --- compilation ---------------------------------------------------------------------------------------------------------------
 
 
-COMPILED = ("rope", "alibi", "t5", "sinusoidal", "none", "shaw-all")
+COMPILED = ("rope", "alibi", "t5", "sinusoidal", "none", "shaw-all", "fox", "fire", "transformer-xl")
 
 
 @pytest.mark.parametrize(

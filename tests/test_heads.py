@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel, PreTrainedModel
+from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel, GPT2LMHeadModel, PreTrainedModel
 
 import pe_swap
 from pe_swap.adapters import ADAPTERS
@@ -222,9 +222,27 @@ def test_a_swapped_encoder_decoder_comes_back_once_its_configuration_holds_its_p
         assert torch.equal(EncoderDecoderModel.from_pretrained(tmp_path)(source, decoder_input_ids=target).logits, before)
 
 
+def test_a_swapped_part_whose_whole_does_not_know_is_not_loaded_with_a_random_table(tmp_path: Path) -> None:
+    whole = encoder_decoder("gpt2")
+    pe_swap.swap_positional(whole.encoder, "t5")
+    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        EncoderDecoderModel.from_pretrained(tmp_path / "whole")
+    head = build("gpt2")
+    pe_swap.swap_positional(head.transformer, "rope")
+    head.save_pretrained(tmp_path / "head")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        GPT2LMHeadModel.from_pretrained(tmp_path / "head")
+    with pytest.raises(RuntimeError, match=r"size mismatch for transformer.wpe.weight"):
+        build("gpt2").load_state_dict(head.state_dict())
+
+
 def test_the_encoder_decoder_itself_is_refused() -> None:
     model = encoder_decoder("gpt2")
-    with pytest.raises(pe_swap.errors.UnsupportedModelError, match=r"'encoder-decoder'.*swap its encoder and decoder separately"):
+    with pytest.raises(
+        pe_swap.errors.UnsupportedModelError,
+        match=r"'encoder-decoder'.*swap its encoder and its decoder, then set model.config.encoder",
+    ):
         pe_swap.swap_positional(model, "rope")
 
 

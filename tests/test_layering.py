@@ -19,6 +19,7 @@ ROOMS = (
     "schemes",
     "adapters",
     "positional",
+    "placement",
     "attention",
     "specification",
     "install",

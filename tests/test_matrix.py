@@ -179,6 +179,25 @@ def test_gradients_reach_every_parameter(case: str, family: str, backend: str) -
     assert {name for name, _ in positional_parameters(model)} <= {name for name, _ in model.named_parameters()}
 
 
+@pytest.mark.parametrize(("case", "family"), [(case, family) for case, family in PAIRS if family != "bert"])
+def test_labels_beside_left_padding_train_as_in_eager_attention(case: str, family: str) -> None:
+    """What padding gets is a mean of values in eager attention and zeros in a kernel; neither sends back more than real tokens do.
+
+    The last token of padding has the first real one for its label.
+    """
+    ids, mask = token_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :9] = 0
+    labels, position_ids = ids.masked_fill(mask == 0, -100), (mask.cumsum(-1) - 1).clamp(min=0)
+    norms = []
+    for backend in BACKENDS:
+        model = swapped(family, case, backend)
+        model.train()
+        model(ids, attention_mask=mask, position_ids=position_ids, labels=labels, use_cache=False).loss.backward()
+        gradients = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+        norms.append(float(torch.stack(gradients).norm()))
+    assert norms[1] == pytest.approx(norms[0], rel=0.3)
+
+
 @every_pair
 def test_gradients_are_the_same_under_both_backends_and_checkpointing(case: str, family: str) -> None:
     ids = token_ids(2, 30)

@@ -89,6 +89,10 @@ def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(
     ("scheme", "max_length", "text"),
     [
         ({"name": "t5"}, 100, r"train.positions is 'pose', but the model has 't5', which counts keys and reads no position ids"),
+        *(
+            ({"name": name}, 100, rf"the scheme '{name}' reads position ids and measures distances in slots")
+            for name in ("fire", "xpos", "rerope", "self_extend")
+        ),
         ({"name": "none", "qk_norm": True}, 100, r"the model has 'none', which counts keys"),
         ({"name": "rope"}, 15, r"train.positions.max_length is 15, below data.block_size 16"),
         ({"name": "learned", "max_length": 64}, 65, r"max_length is 65, but the model's positions end at 64. Use at most 64"),

@@ -261,7 +261,8 @@ def test_a_family_without_an_adapter(call: Callable[..., Any], make: Callable[[]
         refused(
             errors.UnsupportedModelError,
             f"No adapter for the model family '{family}' ({type(model).__name__}). Families: {FAMILY_LIST}. "
-            "A family is one file in pe_swap/adapters/; for an encoder-decoder model, swap its encoder and decoder separately.",
+            "A family is one file in pe_swap/adapters/; for an encoder-decoder model, swap its encoder and its decoder, then set "
+            "model.config.encoder = model.encoder.config and model.config.decoder = model.decoder.config.",
             call,
             *arguments,
         )

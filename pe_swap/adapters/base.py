@@ -121,7 +121,8 @@ def adapter_for(model: object) -> Adapter:
     if model_type not in ADAPTERS:
         raise UnsupportedModelError(
             f"No adapter for the model family '{model_type}' ({type(model).__name__}). Families: {', '.join(ADAPTERS.names())}. "
-            "A family is one file in pe_swap/adapters/; for an encoder-decoder model, swap its encoder and decoder separately."
+            "A family is one file in pe_swap/adapters/; for an encoder-decoder model, swap its encoder and its decoder, "
+            "then set model.config.encoder = model.encoder.config and model.config.decoder = model.decoder.config."
         )
     return ADAPTERS[model_type]
 

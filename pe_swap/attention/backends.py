@@ -7,6 +7,7 @@ a scheme (cross-attention shares the configuration) get exactly the implementati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -118,13 +119,13 @@ def scaled(context: PositionalContext, query: Tensor, kv_len: int, attention_mas
     if "query_scale" not in context.binding.hooks:
         return query
     num_keys = keys_seen(context, query, kv_len, attention_mask, is_causal)
-    factor = context.binding.scheme.query_scale(num_keys, layer=context.binding.layer)
+    factor = context.scheme.query_scale(num_keys, layer=context.binding.layer)
     return (query * factor[:, None, :, None]).to(query.dtype)
 
 
 def block_score_bias(context: PositionalContext, scaling: float) -> Callable[[Tensor, Tensor, Positions], Tensor] | None:
     """Return the function from a block of queries to all that is added to its scores, or None where nothing is."""
-    scheme, layer, hooks = context.binding.scheme, context.binding.layer, context.binding.hooks
+    scheme, layer, hooks = context.scheme, context.binding.layer, context.binding.hooks
     if not hooks & {"relative_bias", "score_bias"}:
         return None
 
@@ -177,8 +178,17 @@ def refuse_unseen_cache(context: PositionalContext, q_len: int, kv_len: int) -> 
         )
 
 
+def autocasts(x: Tensor) -> bool:
+    """Tell whether operations on a tensor's device run under autocast."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def guarded(function: Callable[..., AttentionOutput]) -> Callable[..., AttentionOutput]:
-    """Return an attention function that refuses a call whose positions, or whose cache, got lost on the way to it."""
+    """Return an attention function that refuses a call whose positions, or whose cache, got lost on the way to it.
+
+    It runs outside autocast: queries, keys and values come in the dtype that autocast chose, and what schemes compute in float32 (counts,
+    decays, biases) has to stay so.
+    """
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, *args: Any, positional: PositionalContext | None = None, **kwargs: Any
@@ -188,7 +198,8 @@ def guarded(function: Callable[..., AttentionOutput]) -> Callable[..., Attention
             refuse_unbound(module)
         else:
             refuse_unseen_cache(positional, query.shape[2], key.shape[2])
-        return function(module, query, key, *args, positional=positional, **kwargs)
+        with torch.autocast(query.device.type, enabled=False) if autocasts(query) else nullcontext():
+            return function(module, query, key, *args, positional=positional, **kwargs)
 
     return attention
 
@@ -257,7 +268,7 @@ def _value_bias(context: PositionalContext, positions: Positions) -> Callable[[T
     binding = context.binding
     if "value_bias" not in binding.hooks:
         return None
-    return lambda probabilities: binding.scheme.value_bias(probabilities, positions, layer=binding.layer)
+    return lambda probabilities: context.scheme.value_bias(probabilities, positions, layer=binding.layer)
 
 
 def sdpa(
@@ -302,10 +313,10 @@ def sdpa(
             dropout=dropout,
         )
     else:
-        binding = positional.binding
+        scheme, layer = positional.scheme, positional.binding.layer
 
         def value_bias(probabilities: Tensor, positions: Positions) -> Tensor:
-            return binding.scheme.value_bias(probabilities, positions, layer=binding.layer)
+            return scheme.value_bias(probabilities, positions, layer=layer)
 
         output = blockwise_attention(
             query,

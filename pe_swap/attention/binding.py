@@ -70,7 +70,7 @@ class PositionalContext:
 
     Attributes:
         binding: the layer's place and hooks.
-        scheme: the layer's scheme, looked up once a call.
+        scheme: the layer's scheme, looked up once a call, its weights on the layer's device.
         query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
         query_ids: `[batch or 1, q_len]`, int64.
         has_cache: the call has a cache, whose keys may be more than the queries.

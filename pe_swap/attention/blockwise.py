@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pe_swap.attention.fused import fused_attention
-from pe_swap.attention.plain import add_mask, causal_mask, plain_attention
+from pe_swap.attention.fused import fused_attention, kernel_mask
+from pe_swap.attention.plain import causal_mask, plain_attention
 from pe_swap.positions import Positions
 
 QUERY_BLOCK = 256
@@ -61,7 +61,7 @@ def blockwise_attention(
         mask = causal_mask(stop - start, kv_stop, query.device, start) if skips_future else _rows(attention_mask, start, stop)
         bias = None if score_bias is None else score_bias(block, block_key, block_positions)
         if value_bias is None and bias is not None:
-            return fused_attention(block, block_key, block_value, add_mask(bias, mask), scaling=scaling, dropout=dropout)
+            return fused_attention(block, block_key, block_value, kernel_mask(bias, mask), scaling=scaling, dropout=dropout)
         output, probabilities = plain_attention(
             block, block_key, block_value, bias, attention_mask=mask, is_causal=False, scaling=scaling, dropout=dropout
         )

@@ -1,10 +1,27 @@
-"""PyTorch's fused attention with an additive mask."""
+"""PyTorch's fused attention with an additive mask.
+
+What may not be looked at is minus infinity here, as it is where transformers' own sdpa hands the kernel a boolean mask: a row of padding
+that may look nowhere gets zeros. The lowest finite number would do for the forward pass, and ruin the backward: such a row's logsumexp
+rounds to that number, every probability recomputed from it is 1, and a loss on the row, as labels beside left padding have one,
+sends back a gradient hundreds of times too large.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pe_swap.attention.plain import add_mask
+
+FORBIDDEN = -math.inf
+
+
+def kernel_mask(bias: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return a bias and a mask in one additive tensor; the bias itself where there is no mask."""
+    return add_mask(bias, attention_mask, FORBIDDEN)
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, dropout: float) -> Tensor:

@@ -16,6 +16,7 @@ from pe_swap.attention.binding import LayerBinding, PositionalContext
 from pe_swap.attention.cache import CACHE_ARGUMENTS, LayerCache, self_attention_cache
 from pe_swap.attention.memo import ARGUMENT, NO_MEMO, CallMemo
 from pe_swap.errors import UnsupportedBackendError
+from pe_swap.placement import on_device
 from pe_swap.positions import slots_from
 
 BINDING_ATTRIBUTE = "pe_swap_binding"
@@ -55,7 +56,7 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     query_ids = kwargs.get("position_ids")
     if query_ids is None:
         query_ids = memo.once("ids", (query_slots,), lambda: query_slots[None, :])
-    scheme = binding.scheme
+    scheme = on_device(binding.scheme, device)
     rotates_into_cache = cache is not None and "rotate" in binding.hooks and scheme.caches_rotated_keys
     carried = scheme.carry(hidden_states, layer=binding.layer) if "carry" in binding.hooks else None
     context = PositionalContext(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pe_swap.attention.cache import CACHE_ARGUMENTS, CACHE_LENGTH_ARGUMENTS, parameters_of, self_attention_cache
 from pe_swap.errors import UnsupportedModelError
+from pe_swap.placement import bring_back_offloaded, on_device
 from pe_swap.positional import Place
 from pe_swap.positions import slots_from
 
@@ -34,6 +35,7 @@ def embed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """Fill in what the module would look up in buffers of a fixed length, and let a scheme's `embed` replace the embeddings."""
     binding: InputBinding = getattr(module, INPUT_ATTRIBUTE)
     positional = binding.place.positional
+    bring_back_offloaded(positional)
     scheme = positional.input_hook("embed")
     if scheme is None and not binding.fills_token_type_ids:
         return args, kwargs
@@ -57,7 +59,7 @@ def embed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
                 )
             embeddings = positional.tokens.module(tokens)
         kwargs["input_ids"] = None
-        kwargs["inputs_embeds"] = scheme.embed(embeddings, kwargs["position_ids"])
+        kwargs["inputs_embeds"] = on_device(scheme, embeddings.device).embed(embeddings, kwargs["position_ids"])
     return (), kwargs
 
 

@@ -54,18 +54,21 @@ def causal_mask(q_len: int, kv_len: int, device: torch.device, first_query: int 
     return torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(first_query)
 
 
-def add_mask(scores: Tensor, attention_mask: Tensor | None) -> Tensor:
+def add_mask(scores: Tensor, attention_mask: Tensor | None, forbidden: float | None = None) -> Tensor:
     """Return the scores with a mask applied.
 
-    What a boolean mask forbids becomes the lowest finite number, not minus infinity: a row of padding that may look nowhere then
-    has a mean of all values instead of not-a-number, as in transformers' eager attention. So does the lowest number of an additive mask
-    narrower than the scores: float16's, -65,504, could be outweighed by what a scheme adds to a key that may not be looked at.
+    Forbidden is what a boolean mask forbids, and where an additive mask has the lowest number of its dtype: float16's, -65,504, could
+    be outweighed by what a scheme adds to a key that may not be looked at.
+
+    Args:
+        scores: broadcastable with the mask, logits.
+        attention_mask: boolean (True: may look) or additive, or None.
+        forbidden: what a forbidden score becomes. None is the lowest finite number: a row of padding that may look nowhere then has a
+            mean of all values instead of not-a-number, as in transformers' eager attention.
     """
     if attention_mask is None:
         return scores
-    lowest = torch.finfo(scores.dtype).min
+    forbidden = torch.finfo(scores.dtype).min if forbidden is None else forbidden
     if attention_mask.dtype == torch.bool:
-        return scores.masked_fill(~attention_mask, lowest)
-    if attention_mask.dtype == scores.dtype:
-        return scores + attention_mask
-    return (scores + attention_mask).masked_fill(attention_mask <= torch.finfo(attention_mask.dtype).min, lowest)
+        return scores.masked_fill(~attention_mask, forbidden)
+    return (scores + attention_mask).masked_fill(attention_mask <= torch.finfo(attention_mask.dtype).min, forbidden)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from pe_swap.attention.fused import fused_attention
-from pe_swap.attention.plain import add_mask
+from pe_swap.attention.fused import FORBIDDEN, fused_attention, kernel_mask
 
 QUERY_BLOCK = 512
 """Queries a block: small enough to skip most of the masked half, large enough for the kernel to work at full speed."""
@@ -57,7 +57,7 @@ def relative_bias_attention(
     q_len = query.shape[2]
     if is_causal and attention_mask is None:
         key, value, bias = key[:, :, :q_len], value[:, :, :q_len], bias[:, : 2 * q_len - 1]
-        bias = bias.masked_fill(torch.arange(bias.shape[1], device=bias.device) >= q_len, float("-inf"))
+        bias = bias.masked_fill(torch.arange(bias.shape[1], device=bias.device) >= q_len, FORBIDDEN)
     needs_own_backward = bias.requires_grad and torch.is_grad_enabled() and dropout == 0.0 and query.device.type == "cpu"
     if needs_own_backward:
         output: Tensor = _RelativeBiasAttention.apply(  # type: ignore[no-untyped-call]  # torch's own decorator
@@ -65,12 +65,12 @@ def relative_bias_attention(
         )
         return output
     if q_len == 1:
-        mask = _masked(bias[None, :, None, :], attention_mask)
+        mask = kernel_mask(bias[None, :, None, :], attention_mask)
         return fused_attention(query, key, value, mask, scaling=scaling, dropout=dropout)
     reversed_query = query.flip(2)
     outputs = []
     for start, stop, kv_stop in reversed(query_blocks(q_len, key.shape[2], is_causal and attention_mask is None)):
-        mask = _masked(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
+        mask = kernel_mask(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
         block = reversed_query[:, :, q_len - stop : q_len - start]
         outputs.append(fused_attention(block, key[:, :, :kv_stop], value[:, :, :kv_stop], mask, scaling=scaling, dropout=dropout))
     return torch.cat(outputs, dim=2).flip(2)
@@ -110,11 +110,6 @@ def _reversed_rows(attention_mask: Tensor | None, start: int, stop: int) -> Tens
     return attention_mask[:, :, start:stop].flip(2)
 
 
-def _masked(bias: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return bias and mask in one additive tensor; a view of the bias where there is no mask."""
-    return bias if attention_mask is None else add_mask(bias, attention_mask)
-
-
 class _RelativeBiasAttention(torch.autograd.Function):
     """The fused forward, with a backward that also gives the gradient of the bias vector, in O(length x block) memory.
 
@@ -139,7 +134,7 @@ class _RelativeBiasAttention(torch.autograd.Function):
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         logsumexp = query.new_empty(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
         for start, stop, kv_stop in query_blocks(q_len, key.shape[2], skips_future and attention_mask is None):
-            mask = _masked(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
+            mask = kernel_mask(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
             mask = mask.to(query.dtype) if query.dtype == torch.float64 else mask
             block_output, block_logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, start:stop].flip(2),
@@ -157,11 +152,15 @@ class _RelativeBiasAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Recompute the probabilities block by block."""
         (grad_output,) = grad_outputs
         query, key, value, bias, attention_mask, output, logsumexp = ctx.saved_tensors
         scaling, q_len = ctx.scaling, query.shape[2]
+        logsumexp = torch.where(
+            logsumexp.isfinite(), logsumexp, 0.0
+        )  # a row that may look nowhere: its probabilities are exp(-inf)
         work = logsumexp.dtype
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
@@ -172,7 +171,7 @@ class _RelativeBiasAttention(torch.autograd.Function):
             block_query = query[:, :, rows].flip(2).to(work) * scaling
             block_grad = grad_output[:, :, rows].flip(2).to(work)
             block_logsumexp, block_delta = (numbers[:, :, rows].flip(2)[..., None] for numbers in (logsumexp, delta))
-            mask = _masked(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
+            mask = kernel_mask(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
             block_grad_query = torch.zeros_like(block_query)
             for key_start in range(0, kv_stop, KEY_BLOCK):
                 keys = slice(key_start, min(key_start + KEY_BLOCK, kv_stop))

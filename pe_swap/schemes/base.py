@@ -124,6 +124,11 @@ class Scheme(nn.Module):
         """Whether position ids move tokens: False for a scheme that tells positions by counting keys."""
         return bool(self.hooks & (INPUT_HOOKS | {"rotate"}))
 
+    @property
+    def counts_slots(self) -> bool:
+        """Whether distances are counted in slots, whatever the position ids say."""
+        return bool(self.hooks & {"relative_bias", "score_bias", "value_bias"})
+
     def reset_parameters(self) -> None:
         """Set every parameter to its start on a pretrained model: the one that disturbs the model least."""
 

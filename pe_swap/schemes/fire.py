@@ -3,7 +3,8 @@
 Li et al., "Functional Interpolation for Relative Positions Improves Long Context Transformers" (ICLR 2024, arXiv:2310.04418), section
 3: `b(i, j) = f(psi(i - j) / psi(max(L, i)))`, `psi(x) = log(|c| x + 1)`, f a network of one hidden layer of 32 rectified units and one
 output a head; c and the threshold `L = |multiplier * threshold|` are trained. Each layer has its own, or (FIRE-S) all share one. The
-argument lies between 0 and 1 at any length.
+argument lies between 0 and 1 at any length. (In a decoder the output layer's bias is the same for every key of a query, so that softmax
+removes it; it is kept as the paper has it.)
 
 Differs from the paper: the start of the output layer, random there. The paper defines decoders only. For encoders this scheme has a
 two-sided form of our own: `b(i, j) = f_side(psi(|i - j|) / psi(max(L, i, j)))`, with an output layer for keys before the query and at
@@ -109,6 +110,11 @@ class Fire(Scheme):
         self.hidden_weights, self.hidden_biases = one_each(width), one_each(width)
         self.output_weights, self.output_biases = one_each(outputs, width), one_each(outputs)
         self.reset_parameters()
+
+    @property
+    def reads_position_ids(self) -> bool:
+        """True: how far the query stands is its id."""
+        return True
 
     def reset_parameters(self) -> None:
         """Set the output layer to zeros and the rest to the paper's start, then, for recency, one unit to the argument itself."""

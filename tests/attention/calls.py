@@ -67,6 +67,25 @@ def calls(draw: st.DrawFn, longest: int = 40) -> Call:
     return Call(query, key, value, mask, is_causal=kind == "causal")
 
 
+def left_padded_call(additive: bool) -> Call:
+    """Return causal rows of which one begins with padding, whose own queries may look nowhere."""
+    generator = torch.Generator().manual_seed(4)
+    tensors = [torch.randn(2, 3, 12, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    mask[0, :, :, :5] = False
+    if additive:
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+    return Call(*tensors, mask, is_causal=False)
+
+
+def looks_somewhere(call: Call) -> Tensor:
+    """Return 1 for queries that may look at any key, 0 for others, `[batch, 1, q_len, 1]`."""
+    assert call.attention_mask is not None
+    mask = call.attention_mask
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    return allowed.any(-1, keepdim=True).double()
+
+
 def expected(call: Call, bias: Tensor, scaling: float) -> Tensor:
     """Return plain attention with a bias vector `[heads, q_len + kv_len - 1]` written out for every pair."""
     pairs = torch.arange(call.kv_len)[None, :] - torch.arange(call.q_len)[:, None] + call.q_len - 1

@@ -12,7 +12,7 @@ from pe_swap.attention import blockwise
 from pe_swap.attention.blockwise import blockwise_attention
 from pe_swap.attention.plain import plain_attention
 from pe_swap.positions import Positions, slots_from
-from tests.attention.calls import Call, calls
+from tests.attention.calls import Call, calls, left_padded_call, looks_somewhere
 from tests.attention.memory import Largest
 
 fast = settings(max_examples=50, deadline=None, derandomize=True)
@@ -64,6 +64,21 @@ def test_every_call_equals_the_plain_form_and_so_do_its_gradients(call: Call, bl
             torch.testing.assert_close(our_gradient, their_gradient, atol=1e-11, rtol=1e-9)
         with torch.no_grad():
             torch.testing.assert_close(both_forms(call, with_value)[0], theirs.detach(), atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("block", [4, 256])
+def test_a_query_that_may_look_nowhere_gets_zeros_and_sends_nothing_back(
+    additive: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "QUERY_BLOCK", block)
+    call = left_padded_call(additive)
+    ours, theirs = both_forms(call, with_value=False)
+    theirs = theirs * looks_somewhere(call)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
+    found = [torch.autograd.grad(output.sum(), [call.query, call.key, call.value]) for output in (ours, theirs)]
+    for our_gradient, their_gradient in zip(*found, strict=True):
+        torch.testing.assert_close(our_gradient, their_gradient, atol=1e-11, rtol=1e-9)
 
 
 def test_nothing_larger_than_a_block_of_scores_is_allocated() -> None:

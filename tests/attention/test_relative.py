@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pe_swap.attention import relative
 from pe_swap.attention.relative import relative_bias_attention, sum_of_antidiagonals
-from tests.attention.calls import Call, calls, expected
+from tests.attention.calls import Call, calls, expected, left_padded_call, looks_somewhere
 from tests.attention.memory import Largest
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)
@@ -56,6 +56,31 @@ def test_gradients_of_every_input_equal_the_plain_forms(call: Call, block: int) 
             found.append(torch.autograd.grad((output * weights).sum(), leaves))
         for ours, theirs in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("bias_trains", [True, False])
+@pytest.mark.parametrize("block", [4, 512])
+def test_a_query_that_may_look_nowhere_gets_zeros_and_sends_nothing_back(
+    additive: bool, bias_trains: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relative, "QUERY_BLOCK", block)
+    call = left_padded_call(additive)
+    bias = bias_for(call).requires_grad_(bias_trains)
+    leaves = [call.query, call.key, call.value, *([bias] if bias_trains else [])]
+    ours, theirs = attend(call, bias), expected(call, bias, 0.3) * looks_somewhere(call)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
+    found = [torch.autograd.grad(output.sum(), leaves) for output in (ours, theirs)]
+    for our_gradient, their_gradient in zip(*found, strict=True):
+        torch.testing.assert_close(our_gradient, their_gradient, atol=1e-11, rtol=1e-9)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    call = Call(*(torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3)), None, is_causal=True)
+    bias = torch.randn(2, 9, requires_grad=True)
+    (gradient,) = torch.autograd.grad(attend(call, bias).square().sum(), bias, create_graph=True)
+    with pytest.raises(RuntimeError, match="marked with @once_differentiable"):
+        gradient.square().sum().backward()
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

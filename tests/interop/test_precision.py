@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 import pe_swap
 from pe_swap.schemes import Scheme
 from pe_swap.swap import positional_of, positional_parameters
-from tests.models import CASES, build, token_ids, with_cache
+from tests.models import CASES, build, disturb, token_ids, with_cache
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -176,6 +176,22 @@ def test_position_ids_in_the_call_count_and_not_the_slots(case: str) -> None:
         return float((narrow - wide).norm() / wide.norm())
 
     assert error(model, FAR) < 1.5 * error(plain, NEAR)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", ["rope", "alibi-trained", "cope", "fire", "fox", "rerope", "shaw-all", "transformer-xl", "xpos"])
+def test_mixed_precision_is_as_close_as_a_narrow_model(case: str, backend: str) -> None:
+    """Autocast would run a scheme's own matrix products in bfloat16: cope's counts were off by positions."""
+    name, options = CASES[case]
+    model = pe_swap.swap_positional(build("gpt2", backend, n_positions=TRAINED), name, **options)
+    disturb(model)
+    ids = token_ids(1, 600)
+    with torch.no_grad():
+        wide = model(ids, use_cache=False).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = model(ids, use_cache=False).logits.float()
+        narrow = copy.deepcopy(model).bfloat16()(ids, use_cache=False).logits.float()
+    assert (mixed - wide).norm() < 1.5 * (narrow - wide).norm()
 
 
 @pytest.mark.parametrize("dtype", NARROW)

@@ -351,7 +351,7 @@ def test_a_folder_written_by_a_newer_pe_swap(tmp_path: Path) -> None:
         ),
         (
             lambda weights: weights.update({"transformer.wpe.weight": torch.zeros(32, 96)}),
-            r"not in the scheme: transformer.wpe.weight",
+            r"another shape: transformer.wpe.weight",
         ),
         (
             lambda weights: weights.update({"transformer.wpe.schemes.1.table": torch.zeros(2)}),
@@ -423,6 +423,29 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="use_safetensors is False, but swapped models are saved as safetensors only"):
         AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
+
+
+def test_a_length_beyond_the_schemes_end_is_refused(tmp_path: Path) -> None:
+    swapped("gpt2", "learned").save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, n_positions=48).config.n_positions == 48
+    with pytest.raises(CheckpointError) as caught:
+        AutoModelForCausalLM.from_pretrained(tmp_path, n_positions=65)
+    assert str(caught.value) == (
+        "max_position_embeddings is given as 65, but the positions of this swapped model end at 64. Load it without the argument, and "
+        "swap it to a scheme that goes on (learned with max_length=65, rope, alibi, ...)."
+    )
+
+
+@pytest.mark.parametrize(("family", "is_decoder"), [("bert", True), ("bert-decoder", False)])
+def test_a_model_swapped_as_the_other_kind_is_refused(family: str, is_decoder: bool, tmp_path: Path) -> None:
+    swapped(family, "t5").save_pretrained(tmp_path)
+    was, built = ("a decoder (causal attention)", "an encoder (two-sided attention)")[:: -1 if is_decoder else 1]
+    with pytest.raises(CheckpointError) as caught:
+        AutoModelForMaskedLM.from_pretrained(tmp_path, is_decoder=is_decoder)
+    assert str(caught.value) == (
+        f"This model was swapped as {was} and is being built as {built}, where its positional weights would mean something else. Load it "
+        "as it was saved; or build the other kind from the unswapped model, and swap that."
+    )
 
 
 def test_a_loaded_model_swaps_on_and_its_limits_follow(tmp_path: Path) -> None:
