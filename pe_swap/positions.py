@@ -68,6 +68,18 @@ class Positions:
         return Positions(self.query_slots[start:stop], self.key_slots[:key_stop], ids, self.key_ids[:, :key_stop], carried, once)
 
 
+def pairs_of(by_distance: Tensor, kv_len: int) -> Tensor:
+    """Return for every pair what a query has for its distance, `[..., q_len, kv_len]`, a view where `by_distance` is contiguous.
+
+    Args:
+        by_distance: `[..., q_len, q_len + kv_len - 1]`; entry `n` of query `i` is for the key `j` with `j - i = n - (q_len - 1)`.
+        kv_len: number of keys.
+    """
+    q_len, distances = by_distance.shape[-2:]
+    rows = by_distance.flatten(-2)[..., q_len - 1 : q_len - 1 + q_len * (distances - 1)]  # one entry fewer a row shifts it by one
+    return rows.reshape(*rows.shape[:-1], q_len, distances - 1)[..., :kv_len]
+
+
 def slots_from(first_slot: int | Tensor, length: int, device: torch.device) -> Tensor:
     """Return `first_slot + [0, ..., length - 1]`, `[length]`, int64; a tensor `first_slot` keeps a compiled graph whole."""
     return torch.arange(length, device=device) + first_slot

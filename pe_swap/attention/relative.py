@@ -2,8 +2,8 @@
 
 Such a bias is one vector a head. With the queries in reversed order, the matrix of all pairs is a Hankel matrix, entry `(r, j)`
 depending on `r + j`, and a strided view of that vector: `scaled_dot_product_attention` reads it as a mask on the CPU without a
-copy. Causality is minus infinity in the vector. Queries go in blocks, each against the keys up to its end, so the masked half is
-never computed. Masks that vary by row (padding, packing) are added block by block.
+copy. Causality is minus infinity in the vector. Causal queries go in blocks, each against the keys up to its end, so the masked
+half is hardly computed. Masks that vary by row (padding, packing) are added block by block.
 
 A bias that needs a gradient would send PyTorch to its unfused path, so it has a backward of its own, block by block
 (`_RelativeBiasAttention`).
@@ -20,11 +20,15 @@ from torch.autograd.function import once_differentiable
 
 from pe_swap.attention.fused import FORBIDDEN, fused_attention, kernel_mask
 
-QUERY_BLOCK = 512
-"""Queries a block: small enough to skip most of the masked half, large enough for the kernel to work at full speed."""
+CAUSAL_BLOCK = 1024
+"""Queries a block where each block meets the keys up to its end: small enough to skip most of the masked half, large enough for
+PyTorch's kernel to take its large tiles, which it does from 768 queries on."""
 
-KEY_BLOCK = 512
-"""Keys a block of the backward pass: its scores are read and written a dozen times, so they should stay in the cache."""
+MASKED_BLOCK = 512
+"""Queries a block where bias and mask are added up, which takes `batch x heads x 512 x kv_len` numbers."""
+
+BACKWARD_BLOCK = 512
+"""Queries, and keys, a block of the backward pass: its scores are read and written a dozen times, so they should stay in the cache."""
 
 
 def relative_bias_attention(
@@ -69,17 +73,24 @@ def relative_bias_attention(
         return fused_attention(query, key, value, mask, scaling=scaling, dropout=dropout)
     reversed_query = query.flip(2)
     outputs = []
-    for start, stop, kv_stop in reversed(query_blocks(q_len, key.shape[2], is_causal and attention_mask is None)):
+    for start, stop, kv_stop in reversed(forward_blocks(q_len, key.shape[2], is_causal, attention_mask)):
         mask = kernel_mask(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
         block = reversed_query[:, :, q_len - stop : q_len - start]
         outputs.append(fused_attention(block, key[:, :, :kv_stop], value[:, :, :kv_stop], mask, scaling=scaling, dropout=dropout))
     return torch.cat(outputs, dim=2).flip(2)
 
 
-def query_blocks(q_len: int, kv_len: int, skips_future: bool) -> list[tuple[int, int, int]]:
+def query_blocks(q_len: int, kv_len: int, skips_future: bool, size: int) -> list[tuple[int, int, int]]:
     """Return `(start, stop, kv_stop)` for each block of queries: the block meets the keys before `kv_stop`."""
-    bounds = [(start, min(start + QUERY_BLOCK, q_len)) for start in range(0, q_len, QUERY_BLOCK)]
+    bounds = [(start, min(start + size, q_len)) for start in range(0, q_len, size)]
     return [(start, stop, stop if skips_future else kv_len) for start, stop in bounds]
+
+
+def forward_blocks(q_len: int, kv_len: int, is_causal: bool, attention_mask: Tensor | None) -> list[tuple[int, int, int]]:
+    """Return the blocks of the forward pass; all queries together where there is neither a half to skip nor a mask to write out."""
+    if attention_mask is not None:
+        return query_blocks(q_len, kv_len, False, MASKED_BLOCK)
+    return query_blocks(q_len, kv_len, is_causal, CAUSAL_BLOCK if is_causal else q_len)
 
 
 def hankel(bias: Tensor, q_len: int, start: int, stop: int, kv_stop: int) -> Tensor:
@@ -133,7 +144,7 @@ class _RelativeBiasAttention(torch.autograd.Function):
         q_len = query.shape[2]
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         logsumexp = query.new_empty(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
-        for start, stop, kv_stop in query_blocks(q_len, key.shape[2], skips_future and attention_mask is None):
+        for start, stop, kv_stop in forward_blocks(q_len, key.shape[2], skips_future, attention_mask):
             mask = kernel_mask(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
             mask = mask.to(query.dtype) if query.dtype == torch.float64 else mask
             block_output, block_logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -166,15 +177,15 @@ class _RelativeBiasAttention(torch.autograd.Function):
         grad_key, grad_value = torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
         grad_bias = torch.zeros_like(bias, dtype=work)
         delta = (grad_output.to(work) * output.to(work)).sum(-1)
-        for start, stop, kv_stop in query_blocks(q_len, key.shape[2], ctx.skips_future):
+        for start, stop, kv_stop in query_blocks(q_len, key.shape[2], ctx.skips_future, BACKWARD_BLOCK):
             rows = slice(start, stop)
             block_query = query[:, :, rows].flip(2).to(work) * scaling
             block_grad = grad_output[:, :, rows].flip(2).to(work)
             block_logsumexp, block_delta = (numbers[:, :, rows].flip(2)[..., None] for numbers in (logsumexp, delta))
             mask = kernel_mask(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
             block_grad_query = torch.zeros_like(block_query)
-            for key_start in range(0, kv_stop, KEY_BLOCK):
-                keys = slice(key_start, min(key_start + KEY_BLOCK, kv_stop))
+            for key_start in range(0, kv_stop, BACKWARD_BLOCK):
+                keys = slice(key_start, min(key_start + BACKWARD_BLOCK, kv_stop))
                 block_key, block_value = key[:, :, keys].to(work), value[:, :, keys].to(work)
                 scores = torch.matmul(block_query, block_key.transpose(-1, -2)).add_(mask[..., keys])
                 probabilities = scores.sub_(block_logsumexp).exp_()

@@ -145,9 +145,10 @@ class Fire(Scheme):
         steps = distance.clamp(max=0).neg() if self.geometry.is_causal else distance.abs()
         place = relative_place(steps.float(), reach, self.scales[name].float())
         hidden_weight, hidden_bias = (group[name].float()[:, None, None] for group in (self.hidden_weights, self.hidden_biases))
-        hidden = torch.relu(place[:, None] * hidden_weight + hidden_bias)
+        hidden = torch.addcmul(hidden_bias, place[:, None], hidden_weight).relu_().flatten(2)
         output_weight, output_bias = self.output_weights[name].float(), self.output_biases[name].float()
-        bias: Tensor = torch.einsum("oh,bhqk->boqk", output_weight, hidden) + output_bias[:, None, None]
+        bias: Tensor = torch.baddbmm(output_bias[:, None], output_weight.expand(len(hidden), -1, -1), hidden)
+        bias = bias.reshape(*bias.shape[:2], *place.shape[1:])
         if self.geometry.is_causal:
             return bias
         before, after = bias.chunk(2, dim=1)

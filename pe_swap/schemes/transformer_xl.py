@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe_swap.positions import Positions
+from pe_swap.positions import Positions, pairs_of
 from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
 from pe_swap.schemes.sinusoidal import sinusoids
@@ -104,5 +104,4 @@ class TransformerXL(Scheme):
         lowest = positions.key_slots[0] - positions.query_slots[-1]
         vectors = self.distance_vectors(torch.arange(q_len + kv_len - 1, device=query.device) + lowest)
         keys = F.linear(vectors, weight).T.view(shape).to(query.dtype)
-        index = (positions.distance - lowest).expand(*query.shape[:2], q_len, kv_len)
-        return (torch.matmul(query, keys).gather(-1, index) + by_key) * scaling
+        return (pairs_of(torch.matmul(query, keys), kv_len) + by_key) * scaling

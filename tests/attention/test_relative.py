@@ -29,6 +29,11 @@ def attend(call: Call, bias: Tensor, scaling: float = 0.3) -> Tensor:
     )
 
 
+def in_blocks_of(size: int, patch: pytest.MonkeyPatch) -> None:
+    for name in ("CAUSAL_BLOCK", "MASKED_BLOCK", "BACKWARD_BLOCK"):
+        patch.setattr(relative, name, size)
+
+
 def bias_for(call: Call, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(call.query.shape[1], call.q_len + call.kv_len - 1, generator=generator, dtype=torch.float64) * 2
@@ -38,7 +43,7 @@ def bias_for(call: Call, seed: int = 0) -> Tensor:
 @given(calls(), st.sampled_from((4, 16, 512)))
 def test_every_call_equals_the_plain_form(call: Call, block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relative, "QUERY_BLOCK", block)
+        in_blocks_of(block, patch)
         bias = bias_for(call)
         torch.testing.assert_close(attend(call, bias), expected(call, bias, 0.3), atol=1e-12, rtol=1e-10)
 
@@ -47,7 +52,7 @@ def test_every_call_equals_the_plain_form(call: Call, block: int) -> None:
 @given(calls(), st.sampled_from((4, 16, 512)))
 def test_gradients_of_every_input_equal_the_plain_forms(call: Call, block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relative, "QUERY_BLOCK", block)
+        in_blocks_of(block, patch)
         found = []
         for form in (attend, lambda call, bias: expected(call, bias, 0.3)):
             leaves = [tensor.clone().requires_grad_() for tensor in (call.query, call.key, call.value, bias_for(call))]
@@ -64,7 +69,7 @@ def test_gradients_of_every_input_equal_the_plain_forms(call: Call, block: int) 
 def test_a_query_that_may_look_nowhere_gets_zeros_and_sends_nothing_back(
     additive: bool, bias_trains: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relative, "QUERY_BLOCK", block)
+    in_blocks_of(block, monkeypatch)
     call = left_padded_call(additive)
     bias = bias_for(call).requires_grad_(bias_trains)
     leaves = [call.query, call.key, call.value, *([bias] if bias_trains else [])]
@@ -86,7 +91,7 @@ def test_a_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("bias_trains", [True, False])
 def test_gradcheck(is_causal: bool, bias_trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relative, "QUERY_BLOCK", 4)
+    in_blocks_of(4, monkeypatch)
     query, key, value = (torch.randn(2, 2, 7, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
     bias = torch.randn(2, 13, dtype=torch.float64, requires_grad=bias_trains)
     assert torch.autograd.gradcheck(
@@ -144,7 +149,7 @@ def test_nothing_of_heads_by_length_by_length_is_allocated(bias_trains: bool, is
     with Largest() as largest:
         attend(Call(*leaves, None, is_causal), bias).sum().backward()
     if bias_trains:  # the backward pass holds one block of scores, and once shifted along its diagonals
-        assert largest.numbers <= heads * relative.QUERY_BLOCK * (length + 2 * relative.QUERY_BLOCK)
+        assert largest.numbers <= heads * relative.BACKWARD_BLOCK * (length + 2 * relative.BACKWARD_BLOCK)
     else:
         assert largest.numbers <= heads * length * max(head_dim, 8) * 3
     assert largest.numbers < heads * length * length
