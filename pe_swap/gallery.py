@@ -36,7 +36,8 @@ def describe(name: str) -> str:
     scheme = SCHEMES[name]
     lines = [f"{name}: {scheme.summary}"]
     lines += [f"    {field.name}: {field.type} = {field.default!r}" for field in dataclasses.fields(scheme.Options)]
-    return "\n".join([*lines, f"    [with its defaults: {'; '.join(claims(scheme))}]"])
+    built = build(name, {}, heads=12, length=32, is_causal=True)
+    return "\n".join([*lines, f"    [with its defaults: {'; '.join(claims(built))}]"])
 
 
 def markdown_table() -> str:
@@ -52,12 +53,19 @@ def markdown_table() -> str:
     return "\n".join(lines)
 
 
-def claims(scheme: type[Scheme]) -> list[str]:
-    """Return what a scheme says of itself with its default options, in words."""
-    hooks = ", ".join(sorted(scheme.hooks_for(scheme.Options()))) or "nothing"
-    found = [f"acts through {hooks}", "decoders only" if scheme.causal_only else "decoders and encoders"]
+def claims(scheme: Scheme) -> list[str]:
+    """Return what a scheme says of itself, in words."""
+    found = [
+        f"acts through {', '.join(sorted(scheme.hooks)) or 'nothing'}",
+        "decoders only" if scheme.causal_only else "decoders and encoders",
+        "any length" if scheme.max_length is None else "as long as its table",
+        "a cached pass equals an uncached one" if scheme.cached_equals_uncached else "a cached pass differs from an uncached one",
+        "trained" if next(scheme.parameters(), None) is not None else "nothing to train",
+    ]
     if scheme.shift_invariant:
         found.append("only differences of positions matter")
+    if scheme.needs_table:
+        found.append("starts from the model's own table")
     return found
 
 

@@ -102,7 +102,12 @@ def test_the_list_names_every_scheme_and_option(capsys: pytest.CaptureFixture[st
         assert f"{name}: {SCHEMES[name].summary}" in text
         for field in dataclasses.fields(SCHEMES[name].Options):
             assert f"    {field.name}: {field.type} = {field.default!r}" in describe(name)
-    assert "only differences of positions matter" in describe("alibi")
+    assert (
+        "any length; a cached pass equals an uncached one; nothing to train; only differences of positions matter]"
+        in describe("alibi")
+    )
+    learned = "as long as its table; a cached pass equals an uncached one; trained; starts from the model's own table]"
+    assert learned in describe("learned")
     assert Alibi.summary in text
 
 
