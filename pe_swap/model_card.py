@@ -21,9 +21,18 @@ FILE = "README.md"
 TAG = "pe_swap"
 BEGIN, END = "<!-- pe_swap: begin -->", "<!-- pe_swap: end -->"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+FINE_TUNED = re.compile(r"^- Fine-tuned after the swap at: ([\d,]+) tokens\.$", re.MULTILINE)
 
 
-def update_model_card(folder: Path, saved: Mapping[str, Any], auto_class: str, perplexities: Mapping[int, float]) -> None:
+def update_model_card(
+    folder: Path,
+    saved: Mapping[str, Any],
+    auto_class: str,
+    perplexities: Mapping[int, float],
+    *,
+    measured_on: str = "",
+    fine_tuned_length: int | None = None,
+) -> None:
     """Write or bring up to date the model card of a folder.
 
     Args:
@@ -31,6 +40,8 @@ def update_model_card(folder: Path, saved: Mapping[str, Any], auto_class: str, p
         saved: what its `config.json` holds under `pe_swap`.
         auto_class: name of the Auto class that loads it.
         perplexities: what was measured, by length in tokens; empty where nothing was.
+        measured_on: how and on what it was measured, in a few words.
+        fine_tuned_length: tokens in a block of fine-tuning after the swap; None where there was none.
     """
     path = folder / FILE
     try:
@@ -42,7 +53,8 @@ def update_model_card(folder: Path, saved: Mapping[str, Any], auto_class: str, p
             stacklevel=2,
         )
         return
-    section = f"{BEGIN}\n{section_text(saved, auto_class, perplexities)}\n{END}"
+    lines = section_text(saved, auto_class, perplexities, measured_on=measured_on, fine_tuned_length=fine_tuned_length)
+    section = f"{BEGIN}\n{lines}\n{END}"
     text = card.text
     card.text = SECTION.sub(lambda _: section, text, count=1) if SECTION.search(text) else f"{text.rstrip()}\n\n{section}\n"
     card.data["library_name"] = card.data.get("library_name") or "transformers"
@@ -55,7 +67,14 @@ def _empty_card() -> ModelCard:
     return ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
 
 
-def section_text(saved: Mapping[str, Any], auto_class: str, perplexities: Mapping[int, float]) -> str:
+def section_text(
+    saved: Mapping[str, Any],
+    auto_class: str,
+    perplexities: Mapping[int, float],
+    *,
+    measured_on: str = "",
+    fine_tuned_length: int | None = None,
+) -> str:
     """Return the section: schemes, options, lengths, how to load."""
     layers = saved["layers"]
     rows = [
@@ -64,7 +83,9 @@ def section_text(saved: Mapping[str, Any], auto_class: str, perplexities: Mappin
     ]
     limit = saved["max_length"]
     measured = [f"| {length:,} | {value:.4g} |" for length, value in sorted(perplexities.items())]
-    evaluated = ["", "| evaluated length, tokens | perplexity |", "|---:|---:|", *measured] if measured else ["none recorded."]
+    table = [measured_on, "", "| evaluated length, tokens | perplexity |", "|---:|---:|", *measured]
+    evaluated = table if measured else ["none recorded."]
+    fine_tuned = [] if fine_tuned_length is None else [f"- Fine-tuned after the swap at: {fine_tuned_length:,} tokens."]
     lines = [
         "## Positions",
         "",
@@ -75,6 +96,7 @@ def section_text(saved: Mapping[str, Any], auto_class: str, perplexities: Mappin
         *rows,
         "",
         f"- Trained length before the swap: {saved['trained_length']:,} positions.",
+        *fine_tuned,
         f"- Longest input: {'no limit of the scheme' if limit is None else f'{limit:,} positions'}.",
         f"- Evaluated lengths: {evaluated[0]}".rstrip(),
         *evaluated[1:],
@@ -106,7 +128,7 @@ def _where(index: int, layers: list[int | None], acting_on_input: int | None) ->
     return f"layers {', '.join(map(str, served))}" + (", and the input" if index == acting_on_input else "")
 
 
-def record_evaluation(folder: str | Path, perplexities: Mapping[int, float]) -> None:
+def record_evaluation(folder: str | Path, perplexities: Mapping[int, float], *, measured_on: str = "") -> None:
     """Write measured perplexities into the model card of a saved folder, in place of any that it held.
 
     Saving the model again drops them: its weights may have changed since.
@@ -114,11 +136,38 @@ def record_evaluation(folder: str | Path, perplexities: Mapping[int, float]) -> 
     Args:
         folder: a folder that `save_pretrained` wrote.
         perplexities: perplexity by length in tokens.
+        measured_on: how and on what, in a few words.
+
+    Raises:
+        CheckpointError: the folder holds no swapped model.
+        OSError: the card cannot be written.
+    """
+    saved, auto_class = _saved(Path(folder))
+    card = Path(folder) / FILE
+    said = FINE_TUNED.search(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    length = int(said[1].replace(",", "")) if said else None
+    update_model_card(Path(folder), saved, auto_class, perplexities, measured_on=measured_on, fine_tuned_length=length)
+
+
+def record_fine_tuning(folder: str | Path, length: int) -> None:
+    """Write into the model card of a saved folder at how many tokens it was fine-tuned after the swap.
+
+    Saving the model again drops it, as it drops what was measured.
+
+    Args:
+        folder: a folder that `save_pretrained` wrote.
+        length: tokens in a block of training text.
 
     Raises:
         CheckpointError: the folder holds no swapped model.
     """
-    path = Path(folder) / "config.json"
+    saved, auto_class = _saved(Path(folder))
+    update_model_card(Path(folder), saved, auto_class, {}, fine_tuned_length=length)
+
+
+def _saved(folder: Path) -> tuple[Mapping[str, Any], str]:
+    """Return what a folder's `config.json` holds under `pe_swap`, and the Auto class that loads the model."""
+    path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         saved, auto_map = content["pe_swap"], content["auto_map"]
@@ -126,7 +175,7 @@ def record_evaluation(folder: str | Path, perplexities: Mapping[int, float]) -> 
         raise CheckpointError(
             f"'{path}' is not the configuration of a swapped model ({error}). Name a folder that save_pretrained wrote."
         ) from error
-    update_model_card(Path(folder), saved, auto_class_of(content.get("architectures"), auto_map), perplexities)
+    return saved, auto_class_of(content.get("architectures"), auto_map)
 
 
 def auto_class_of(architectures: object, auto_map: Mapping[str, str]) -> str:

@@ -12,7 +12,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from pe_swap.adapters import ADAPTERS, family_of
 from pe_swap.config import ORIGINAL, SchemeSection, read_yaml
 from pe_swap.errors import CheckpointError, ConfigError, PESwapError
+from pe_swap.records import file_hash
 from pe_swap.swap import positional_of, swap_positional
+
+CONTENT = (
+    "*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json", "tokenizer*", "vocab*", "merges.txt", "*.model",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+"""Files that make a model's folder what it is; not the model card, which an evaluation writes to, nor a record."""
+
+
+def content_hashes(name: str | dict[str, Any] | None) -> dict[str, str]:
+    """Return the SHA-256 of every file that decides what a local model, tokenizer or configuration is; none for what is not local."""
+    path = Path(name) if isinstance(name, str) else None
+    if path is None or not path.exists():
+        return {}
+    files = [path] if path.is_file() else {file for pattern in CONTENT for file in path.glob(pattern) if file.is_file()}
+    return {file.name: file_hash(file) for file in sorted(files)}
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -55,9 +71,9 @@ def start_model(model: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **settings})
+        built: PreTrainedModel = language_model_class(config).from_config(config)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"transformers refuses the model configuration {settings}: {error}") from error
-    built: PreTrainedModel = language_model_class(config).from_config(config)
     return built
 
 

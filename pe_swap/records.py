@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -48,20 +49,32 @@ def _git(*arguments: str) -> str | None:
 
 
 def write_record(folder: Path, content: dict[str, Any]) -> None:
-    """Write `record.json`; a reader sees the old file or the whole new one."""
+    """Write `record.json`; a reader sees the old file or the whole new one.
+
+    NaN and infinities are no JSON, and few readers know them: they are written as null.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{RECORD}.{os.getpid()}"
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(_plain(content), indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(folder / RECORD)
+
+
+def _plain(value: Any) -> Any:
+    """Return plain values with None in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Return a folder's record, or None where there is none that can be read."""
     try:
-        content: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return content
+    return content if isinstance(content, dict) else None
 
 
 def fingerprint(content: Any) -> str:

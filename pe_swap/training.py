@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from pe_swap import data as text
-from pe_swap.config import FinetuneConfig, MeasureSection, PositionSampling, TrainSection, resolved
-from pe_swap.errors import CheckpointError, ConfigError, DataError
+from pe_swap.config import DataSection, FinetuneConfig, MeasureSection, PositionSampling, TrainSection, resolved
+from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError
 from pe_swap.evaluation.runner import Evaluator, is_causal, longest_input
-from pe_swap.models import apply_scheme, is_configuration, load_model, scheme_name, start_model
+from pe_swap.model_card import record_fine_tuning
+from pe_swap.models import apply_scheme, content_hashes, is_configuration, load_model, scheme_name, start_model
 from pe_swap.position_sampling import refuse_sampling, with_sampled_positions
-from pe_swap.records import Stopwatch, environment, file_hash, fingerprint, read_record, write_record
+from pe_swap.records import Stopwatch, environment, fingerprint, read_record, write_record
 from pe_swap.swap import positional_parameters
 from pe_swap.training_loss import loss_in_chunks
 
@@ -79,6 +80,7 @@ def train(
     seed: int,
     out: Path,
     resume: bool = False,
+    on_start: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train a model in place and save it, with its tokenizer, in `out`.
 
@@ -91,6 +93,7 @@ def train(
         seed: of data order, masks and dropout.
         out: output folder; checkpoints go below it.
         resume: continue from the last checkpoint there. On the same machine the numbers are those of a run never interrupted.
+        on_start: called once nothing of the input can be refused any more, before the first step and before anything is written.
 
     Returns:
         Steps, final training loss, and the loss log. With no steps to train the model is saved as it is.
@@ -101,6 +104,7 @@ def train(
         DataError: not enough text for one block.
     """
     if section.max_steps == 0:
+        on_start()
         if _is_main_process():
             model.save_pretrained(out)
             _save_tokenizer(tokenizer, model, out)
@@ -131,6 +135,7 @@ def train(
         positions=section.positions,
     )
     checkpoint = last_checkpoint(out) if resume else None
+    on_start()
     try:
         with loss_in_chunks(model):
             result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -144,6 +149,8 @@ def train(
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         _save_tokenizer(tokenizer, model, out)
+        if getattr(model.config, "pe_swap", None):
+            record_fine_tuning(out, block_size)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": result.global_step,
@@ -220,6 +227,7 @@ def _arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments
             save_steps=section.save_steps,
             save_total_limit=2,
             logging_steps=section.logging_steps,
+            logging_nan_inf_filter=False,  # it would log the loss before in place of one that is not finite
             report_to=section.report_to,
             seed=seed,
             data_seed=seed,
@@ -258,20 +266,54 @@ def last_checkpoint(out: Path) -> str:
     return str(found[-1])
 
 
-def _make_room(out: Path, previous: dict[str, Any] | None) -> None:
-    """Drop the checkpoints of a finished run before another starts in its folder, or a later resume would take them for its own.
+def _refuse_stopped(out: Path, previous: dict[str, Any] | None) -> None:
+    """Refuse to start in the folder of a run that was stopped before its end: its checkpoints are all there is of it.
 
     Raises:
-        CheckpointError: the run in the folder was stopped before its end; its checkpoints are all there is of it.
+        CheckpointError: it is one.
     """
-    if not whole_checkpoints(out):
-        return
-    if previous is None or previous.get("status") == "running":
+    if whole_checkpoints(out) and (previous is None or previous.get("status") == "running"):
         raise CheckpointError(
             f"'{out}' holds checkpoints of a run that was stopped. Continue it with --resume, or start anew in another --out."
         )
-    if _is_main_process():
-        shutil.rmtree(out / CHECKPOINTS)
+
+
+def _refuse_another(out: Path, previous: dict[str, Any], key: str, settings: dict[str, Any], text_key: str) -> None:
+    """Refuse to resume a run with anything that would change its numbers.
+
+    Raises:
+        ConfigError: the configuration, or a file of the model, is not what it was.
+        DataError: the text is not what it was.
+    """
+    if previous.get("fingerprint") in (None, key):
+        return
+    changed = _changed_keys(_deciding(previous.get("config") or {}), _deciding(settings))
+    if changed:
+        raise ConfigError(
+            f"'{out}' holds a run with another configuration (another {', '.join(changed)}); resuming would mix the two. Use the same "
+            "options, or another --out."
+        )
+    if (previous.get("data") or {}).get("sha256") != text_key:
+        raise DataError(
+            f"'{out}' holds a run on another text: what 'data' names has changed since; resuming would mix the two. Bring the text back, "
+            "or start anew in another --out."
+        )
+    raise ConfigError(
+        f"'{out}' holds a run from another model or tokenizer: their files have changed since; resuming would mix the two. Bring them "
+        "back, or start anew in another --out."
+    )
+
+
+def _changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted keys whose values differ."""
+    found = []
+    for name in dict.fromkeys([*before, *after]):
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _changed_keys(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name}")
+    return found
 
 
 def perplexity(model: PreTrainedModel, evaluator: Evaluator) -> float | None:
@@ -285,33 +327,52 @@ def perplexity(model: PreTrainedModel, evaluator: Evaluator) -> float | None:
     return found
 
 
-def run_fingerprint(config: FinetuneConfig) -> str:
-    """Return a short hash of all that decides a run's numbers: its configuration, and the weights of a local model."""
-    settings = {name: value for name, value in resolved(config).items() if name not in ("out", "resume")}
-    folder = None if is_configuration(config.model) else Path(str(config.model))
-    weights = {} if folder is None else {path.name: file_hash(path) for path in sorted(folder.glob("*.safetensors"))}
-    return fingerprint([settings, weights])
+def text_digest(data: DataSection) -> str:
+    """Return a hash of the text that a section names, of both parts: the text itself, wherever it lies."""
+    return _joint_digest(text.texts(data, "train"), text.texts(data, "eval"))
+
+
+def _joint_digest(train_texts: Sequence[str], eval_texts: Sequence[str]) -> str:
+    """Return one hash of a text's two parts."""
+    return fingerprint([text.digest(train_texts), text.digest(eval_texts)])
+
+
+def run_fingerprint(config: FinetuneConfig, text_key: str) -> str:
+    """Return a short hash of all that decides a run's numbers.
+
+    Args:
+        config: the run's.
+        text_key: `text_digest` of its text. Of local models, tokenizers and configurations the content counts too.
+    """
+    return fingerprint([_deciding(resolved(config)), text_key, content_hashes(config.model), content_hashes(config.tokenizer)])
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a run's numbers depend on."""
+    return {name: value for name, value in settings.items() if name not in ("out", "resume")}
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Swap, fine-tune and save; return the record, which is also written to the output folder.
 
+    Whatever the output folder holds of a run before stays as it is until all input has been checked.
+
     Raises:
+        DivergedError: the training ended with losses or weights that are not finite; the record says so too.
         PESwapError: the configuration, the text, the model or the scheme cannot be used.
     """
     watch, out = Stopwatch(), Path(config.out)
     settings = resolved(config)
-    key = run_fingerprint(config)
-    previous = read_record(out)
-    if config.resume and previous is not None and previous.get("fingerprint") not in (None, key):
-        raise ConfigError(
-            f"'{out}' holds a run with another configuration; resuming would mix the two. Use the same options, or another --out."
-        )
-    if not config.resume:
-        _make_room(out, previous)
-    set_seed(config.seed)
     train_texts, eval_texts = text.texts(config.data, "train"), text.texts(config.data, "eval")
-    tokenizer = _tokenizer(config, train_texts, out)
+    text_key = _joint_digest(train_texts, eval_texts)
+    key = run_fingerprint(config, text_key)
+    previous = read_record(out)
+    if not config.resume:
+        _refuse_stopped(out, previous)
+    elif previous is not None:
+        _refuse_another(out, previous, key, settings, text_key)
+    set_seed(config.seed)
+    tokenizer = _tokenizer(config, train_texts)
     train_documents, eval_documents = (text.tokenized(part, tokenizer) for part in (train_texts, eval_texts))
     length = min(config.data.block_size, max(len(document) for document in eval_documents))
     measure = MeasureSection(lengths=[length], max_document_tokens=16 * length, max_documents=20)
@@ -326,15 +387,21 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         **environment(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "seed": config.seed,
-        "data": {"train": text.describe(train_documents), "eval": text.describe(eval_documents)},
+        "data": {"train": text.describe(train_documents), "eval": text.describe(eval_documents), "sha256": text_key},
         "perplexity": {"length": length, "before_swap": perplexity(model, evaluator)},
     }
     apply_scheme(model, config.scheme)
     record["scheme"] = scheme_name(model)
     record["perplexity"]["after_swap"] = perplexity(model, evaluator)
     is_main = _is_main_process()
-    if is_main:
-        write_record(out, record)
+
+    def make_room() -> None:
+        """Let go of the run before: of its checkpoints, which a later resume would take for this run's own, and its record."""
+        if is_main:
+            if not config.resume and (out / CHECKPOINTS).exists():
+                shutil.rmtree(out / CHECKPOINTS)
+            write_record(out, record)
+
     record["training"] = train(
         model,
         tokenizer,
@@ -344,15 +411,28 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         seed=config.seed,
         out=out,
         resume=config.resume,
+        on_start=make_room,
     )
     trained = config.train.max_steps > 0
     record["perplexity"]["after_training"] = perplexity(model, evaluator) if trained else None
-    record |= {"status": "done", "seconds": watch.seconds}
-    if trained and not math.isfinite(record["training"]["train_loss"]):
-        record["status"] = "diverged"
+    diverged = trained and has_diverged(model, record)
+    record |= {"status": "diverged" if diverged else "done", "seconds": watch.seconds}
     if is_main:
         write_record(out, record)
+    if diverged:
+        raise DivergedError(
+            f"The training in '{out}' diverged: its losses or weights are not finite, and the model saved there is of no use "
+            f"(train.learning_rate {config.train.learning_rate:g}). Train again with a lower --train.learning_rate, or more "
+            "--train.warmup_steps."
+        )
     return record
+
+
+def has_diverged(model: PreTrainedModel, record: dict[str, Any]) -> bool:
+    """Tell whether training left a loss, a weight or a perplexity that is not finite."""
+    lost = record["perplexity"]["after_training"] is None and record["perplexity"]["after_swap"] is not None
+    finite = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+    return lost or not finite or not math.isfinite(record["training"]["train_loss"])
 
 
 def _is_main_process() -> bool:
@@ -363,10 +443,10 @@ def _is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _tokenizer(config: FinetuneConfig, documents: Sequence[str], out: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(config: FinetuneConfig, documents: Sequence[str]) -> PreTrainedTokenizerBase:
     """Return the tokenizer a configuration asks for."""
     if config.vocab_size is not None:
-        return text.train_tokenizer(documents, config.vocab_size, out / "tokenizer")
+        return text.train_tokenizer(documents, config.vocab_size)
     if config.tokenizer is not None:
         return text.load_tokenizer(config.tokenizer)
     if is_configuration(config.model):

@@ -68,7 +68,7 @@ def test_contestants_are_one_model_with_and_without_the_swap() -> None:
     assert positional_of(plain) is None
     assert positional_of(swapped).scheme_at(0).name == "rope"
     own = plain.state_dict()
-    assert all(torch.equal(value, own[name]) for name, value in swapped.state_dict().items())
+    assert all(torch.equal(value, own[name]) for name, value in swapped.state_dict().items() if not name.startswith("wpe."))
 
 
 def test_options_of_a_scheme(tmp_path: Path) -> None:

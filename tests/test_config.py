@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pe_swap.config import CompareConfig, EvalConfig, FinetuneConfig, parse, resolved, run
+from pe_swap.config import CompareConfig, EvalConfig, FinetuneConfig, Section, parse, resolved, run
 from pe_swap.errors import ConfigError
 
 
@@ -118,3 +118,61 @@ def test_an_error_of_ours_is_a_message_and_status_two(capsys: pytest.CaptureFixt
 
     assert run(main, []) == 2
     assert capsys.readouterr().err == "error: It is wrong.\n"
+
+
+@pytest.mark.parametrize("word", ["a #1.txt", "2024", "null", "yes", "1e3", "{a}.txt", "a: b.txt", "[x]"])
+def test_words_are_taken_as_they_are_where_text_is_expected(word: str) -> None:
+    config = finetune("--data.text_files", word, "b.txt", "--out", word, "--tokenizer", word, "--train.schedule", word)
+    assert config.data.text_files == [word, "b.txt"]
+    assert [config.out, config.tokenizer, config.train.schedule] == [word] * 3
+    assert finetune("--out", word, "--scheme.name", word).scheme.name == word
+
+
+def test_a_model_is_a_name_or_a_configuration_in_braces() -> None:
+    assert finetune("--model", "2024").model == "2024"
+    assert finetune("--model", "{model_type: gpt2, n_layer: 1}").model == {"model_type": "gpt2", "n_layer": 1}
+
+
+@pytest.mark.parametrize("config", [[], ["--config", str(Path(__file__).parents[1] / "configs" / "gpt2_rope.yaml")]])
+@pytest.mark.parametrize("key", ["scheme.name", "out", "train.max_steps", "data.dataset"])
+def test_a_key_without_its_value_is_named(key: str, config: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        finetune(*config, f"--{key}")
+    assert str(caught.value) == f"--{key} has no value. Write one behind it (--{key} VALUE), or leave it out; see --help."
+
+
+@pytest.mark.parametrize(
+    ("key", "config_class"),
+    [
+        ("lengths.0", EvalConfig),
+        ("stride", EvalConfig),
+        ("seed", EvalConfig),
+        ("data.eval_years.0", EvalConfig),
+        ("train.max_steps", FinetuneConfig),
+        ("train.batch_size", FinetuneConfig),
+        ("train.positions.max_length", FinetuneConfig),
+        ("data.block_size", FinetuneConfig),
+        ("vocab_size", FinetuneConfig),
+        ("scheme.layers.0", FinetuneConfig),
+        ("seed", CompareConfig),
+    ],
+)
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("512.0", 512.0), ("1e3", 1e3)])
+def test_integers_are_integers_alone(key: str, config_class: type[Section], word: str, value: object) -> None:
+    argument = key.removesuffix(".0")
+    extra = ["--models", "x"] if config_class is EvalConfig else []
+    extra += ["--schemes", "{a: {name: rope}}"] if config_class is CompareConfig else []
+    extra += ["--train.positions.name", "pose"] if "positions" in key else []
+    words = [word, "2000"] if "years" in key else [word]
+    with pytest.raises(ConfigError) as caught:
+        parse(config_class, [*extra, f"--{argument}", *words], description="")
+    expected = f"'{key}' is {value!r}: input should be a valid integer. Correct it in the YAML file or as --{argument}."
+    assert str(caught.value) == expected
+
+
+def test_the_schemes_of_a_comparison_are_one_mapping(capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse(CompareConfig, ["--schemes", "{a: {name: rope, base: 3}}", "--schemes.a.base", "4"], description="")
+    assert (list(config.schemes), config.schemes["a"].options) == (["a"], {"base": 4})
+    with pytest.raises(SystemExit):
+        parse(CompareConfig, ["--help"], description="")
+    assert "--schemes.name" not in capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pe_swap.config import DataSection
-from pe_swap.data import blocks, document_start, sotu_texts, texts, tokenized, train_tokenizer
+from pe_swap.data import blocks, digest, document_start, sotu_texts, texts, tokenized, train_tokenizer
 from pe_swap.errors import DataError
 from tests.evaluation.test_runner import tokenizer
 
@@ -86,9 +86,48 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         texts(DataSection(text_files=[str(tmp_path / "latin.txt")]), "train")
 
 
-def test_a_trained_tokenizer_is_the_same_each_time_and_gives_the_text_back(tmp_path: Path) -> None:
+def test_a_trained_tokenizer_is_the_same_each_time_and_gives_the_text_back() -> None:
     text = ["the union of the states, the state of the union \u2014 \u00e9"] * 3
-    first, second = (train_tokenizer(text, 300, tmp_path / name) for name in ("a", "b"))
+    first, second = (train_tokenizer(text, 300) for _ in range(2))
     assert first.get_vocab() == second.get_vocab()
     assert first.decode(tokenized(text, first)[0]) == text[0]
     assert document_start(first) == [first.eos_token_id]
+
+
+def rows_of(folder: Path, *lines: str) -> str:
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("_own_cache")
+@pytest.mark.parametrize(("row", "shown"), [('{"text": null}', "None"), ('{"text": 3}', "3"), ('{"other": "c"}', "None")])
+def test_a_row_without_a_text_is_named(row: str, shown: str, tmp_path: Path) -> None:
+    name = rows_of(tmp_path / "set", '{"text": "a"}', row)
+    with pytest.raises(DataError) as caught:
+        texts(DataSection(dataset=name), "train")
+    assert str(caught.value) == (
+        f"Row 1 of the data set '{name}' (split 'train') has {shown} in the column 'text'; every row needs a text there. Drop or correct "
+        "such rows, or name another column with --data.text_column."
+    )
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_a_malformed_file_of_a_data_set_is_named(tmp_path: Path) -> None:
+    name = rows_of(tmp_path / "set", '{"text": "a"}', '{"text": broken')
+    with pytest.raises(DataError) as caught:
+        texts(DataSection(dataset=name), "train")
+    assert str(caught.value) == (
+        f"Cannot read the data set '{name}' (split 'train'), column 'text': JSON parse error: Invalid value. in row 1. Correct the file "
+        "that datasets names above, or name another data set with --data.dataset."
+    )
+
+
+def test_a_digest_is_of_the_documents_and_of_where_they_part() -> None:
+    assert digest(["ab", "c"]) == digest(iter(["ab", "c"]))
+    assert len({digest(found) for found in (["ab", "c"], ["a", "bc"], ["abc"], ["ab", "c", ""], ["ab", "d"])}) == 5

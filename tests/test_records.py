@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
 
 from pe_swap.records import RECORD, environment, fingerprint, read_record, write_record
 
@@ -29,3 +32,19 @@ def test_the_environment_names_versions_commit_and_device() -> None:
     found = environment()
     assert {"python", "torch", "transformers", "pe-swap"} <= found["versions"].keys()
     assert {"commit", "uncommitted_changes", "device"} <= found.keys()
+
+
+def test_a_record_is_json_whatever_its_numbers(tmp_path: Path) -> None:
+    def refused(name: str) -> None:
+        raise AssertionError(name)
+
+    numbers = {"loss": float("nan"), "log": [{"loss": float("inf")}], "pair": (-float("inf"), 1.5)}
+    write_record(tmp_path, numbers)
+    found = json.loads((tmp_path / RECORD).read_text(), parse_constant=refused)
+    assert found == {"loss": None, "log": [{"loss": None}], "pair": [None, 1.5]}
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe"])
+def test_a_record_that_is_no_mapping_is_none(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_bytes(content)
+    assert read_record(tmp_path) is None

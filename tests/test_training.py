@@ -14,9 +14,18 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer
 
 from pe_swap import training
 from pe_swap.config import FinetuneConfig, SchemeSection
-from pe_swap.errors import CheckpointError, ConfigError, DataError
+from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError, PESwapError
 from pe_swap.swap import positional_parameters
-from pe_swap.training import CHECKPOINTS, PositionalTrainer, causal_batch, finetune, last_checkpoint, train, whole_checkpoints
+from pe_swap.training import (
+    CHECKPOINTS,
+    PositionalTrainer,
+    causal_batch,
+    finetune,
+    last_checkpoint,
+    run_fingerprint,
+    train,
+    whole_checkpoints,
+)
 from tests.evaluation.test_runner import tokenizer
 from tests.models import TRAINED_LENGTH, build, swapped
 
@@ -194,6 +203,120 @@ def test_a_stopped_run_is_not_overwritten_and_another_is_not_mixed_in(tmp_path: 
         finetune(config(tmp_path))
     with pytest.raises(ConfigError, match="holds a run with another configuration"):
         finetune(config(tmp_path, resume=True, seed=1))
+
+
+def test_resuming_with_another_configuration_names_what_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(config(tmp_path))
+    longer = config(tmp_path).train.model_copy(update={"max_steps": 7})
+    with pytest.raises(ConfigError) as caught:
+        finetune(config(tmp_path, resume=True, seed=1, train=longer))
+    assert str(caught.value) == (
+        f"'{tmp_path / 'run'}' holds a run with another configuration (another train.max_steps, seed); resuming would mix the two. Use "
+        "the same options, or another --out."
+    )
+
+
+def test_resuming_on_a_text_that_has_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(settings)
+    (tmp_path / "a.txt").write_text(WORDS * 21, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        finetune(settings.model_copy(update={"resume": True}))
+    assert str(caught.value) == (
+        f"'{tmp_path / 'run'}' holds a run on another text: what 'data' names has changed since; resuming would mix the two. Bring the "
+        "text back, or start anew in another --out."
+    )
+    config(tmp_path)  # writes the text as it was
+    assert finetune(settings.model_copy(update={"resume": True}))["status"] == "done"
+
+
+def test_resuming_from_a_model_whose_files_have_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(GPT2))
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(config(tmp_path, model=str(model)))
+    model.write_text(json.dumps({**GPT2, "n_inner": 8}))
+    with pytest.raises(ConfigError) as caught:
+        finetune(config(tmp_path, model=str(model), resume=True))
+    assert str(caught.value) == (
+        f"'{tmp_path / 'run'}' holds a run from another model or tokenizer: their files have changed since; resuming would mix the two. "
+        "Bring them back, or start anew in another --out."
+    )
+
+
+def test_a_fingerprint_is_of_content_and_not_of_the_model_card(tmp_path: Path) -> None:
+    finetune(config(tmp_path))
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    again = config(tmp_path, model=str(tmp_path / "run"), vocab_size=None, tokenizer=str(tmp_path / "other"))
+    found = [run_fingerprint(again, "text")]
+    (tmp_path / "run" / "README.md").write_text("another card")
+    (tmp_path / "run" / "record.json").write_text("{}")
+    found.append(run_fingerprint(again, "text"))
+    assert found[0] == found[1]
+    for changed in ("run/config.json", "run/model.safetensors", "run/tokenizer.json", "other/tokenizer.json"):
+        (tmp_path / changed).write_bytes(b"other")
+        found.append(run_fingerprint(again, "text"))
+    assert len({*found, run_fingerprint(again, "other text")}) == 6
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"data": {"text_files": ["nothere.txt"]}},
+        {"data": {"block_size": 10**6}},
+        {"data": {"block_size": 17}, "scheme": {"name": "original"}},
+        {"scheme": {"name": "t6"}},
+        {"scheme": {"name": "t5", "buckets": 8}},
+        {"model": "nowhere", "tokenizer": "nowhere", "vocab_size": None},
+        {"model": {**GPT2, "n_head": 3}},
+        {"train": {"schedule": "linaer"}},
+        {"train": {"positions": {"name": "pose", "max_length": 8}}},
+    ],
+    ids=str,
+)
+def test_what_cannot_run_leaves_a_finished_run_as_it_is(mistake: dict[str, Any], tmp_path: Path) -> None:
+    finetune(config(tmp_path))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert any(CHECKPOINTS in path.parts for path in before)
+    settings = config(tmp_path).model_dump()
+    wrong = {key: {**settings[key], **value} if key in ("data", "train") else value for key, value in mistake.items()}
+    with pytest.raises(PESwapError):
+        finetune(config(tmp_path, **wrong))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_diverges_says_so_and_leaves_a_record_that_is_json(tmp_path: Path) -> None:
+    section = config(tmp_path).train.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(DivergedError) as caught:
+        finetune(config(tmp_path, train=section))
+    assert str(caught.value) == (
+        f"The training in '{tmp_path / 'run'}' diverged: its losses or weights are not finite, and the model saved there is of no use "
+        "(train.learning_rate 1e+30). Train again with a lower --train.learning_rate, or more --train.warmup_steps."
+    )
+    content = (tmp_path / "run" / "record.json").read_text()
+    assert "NaN" not in content
+    assert "Infinity" not in content
+    record = json.loads(content)
+    assert (record["status"], record["perplexity"]["after_training"]) == ("diverged", None)
+    assert record["training"]["log"][0]["loss"] is not None
+    assert record["training"]["log"][-1]["loss"] is None
+
+
+def test_the_card_says_at_which_length_a_model_was_fine_tuned(tmp_path: Path) -> None:
+    finetune(config(tmp_path, data={**config(tmp_path).data.model_dump(), "block_size": 24}))
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- Trained length before the swap: 16 positions.\n- Fine-tuned after the swap at: 24 tokens.\n" in card
+    kept = config(tmp_path).train.model_copy(update={"max_steps": 0})
+    finetune(config(tmp_path, train=kept, out=str(tmp_path / "kept")))
+    assert "Fine-tuned" not in (tmp_path / "kept" / "README.md").read_text()
 
 
 def test_a_finished_run_may_be_done_again_and_leaves_no_old_checkpoint(tmp_path: Path) -> None:

@@ -25,5 +25,6 @@ def perplexity_interval(
     """
     drawn = np.random.default_rng(seed).integers(0, len(losses), size=(samples, len(losses)))
     means = losses[drawn].sum(axis=1) / np.maximum(tokens[drawn].sum(axis=1), 1)
-    low, high = np.exp(np.quantile(means, [0.025, 0.975]))
-    return float(np.exp(losses.sum() / tokens.sum())), float(low), float(high)
+    with np.errstate(over="ignore"):  # infinite where a mean loss is beyond what a float can be the exponential of
+        low, high = np.exp(np.quantile(means, [0.025, 0.975]))
+        return float(np.exp(losses.sum() / tokens.sum())), float(low), float(high)

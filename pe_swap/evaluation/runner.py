@@ -25,6 +25,14 @@ Example = tuple[list[int], list[int], list[bool]]
 """Inputs, targets, and which targets are scored; of one length."""
 
 
+NOTHING: dict[str, Any] = {"perplexity": None, "ci_low": None, "ci_high": None, "tokens": 0, "loss_by_position": []}
+"""What a row says where nothing was measured, beside its `error`."""
+
+DIVERGED = (
+    "the model's losses are not finite, or too large for a perplexity: it diverged. Train it again at a lower learning rate"
+)
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Documents and the way to measure on them.
@@ -44,7 +52,7 @@ class Evaluator:
     def rows(
         self, model: PreTrainedModel, label: str, scheme: str, *, progress: Callable[[str], None] = lambda text: None
     ) -> list[dict[str, Any]]:
-        """Return one row a protocol and length; a length the model cannot take is a row with `error`.
+        """Return one row a protocol and length; a length the model cannot take, or a loss that is not finite, is a row with `error`.
 
         Raises:
             DataError: no document is long enough for any of the lengths.
@@ -74,26 +82,29 @@ class Evaluator:
 
     def measured(self, model: PreTrainedModel, protocol: str, length: int) -> dict[str, Any]:
         """Return perplexity, interval, tokens and loss by position at one length, or why there are none."""
-        nothing: dict[str, Any] = {"perplexity": None, "ci_low": None, "ci_high": None, "tokens": 0, "loss_by_position": []}
         limit = longest_input(model)
         if limit is not None and length > limit:
             return {
-                **nothing,
+                **NOTHING,
                 "error": f"{length:,} tokens are more than the {limit:,} positions this model has; swap it to go on",
             }
         try:
             examples, owners = self.examples(protocol, length)
             losses, positions = self.losses(model, examples)
         except (PositionRangeError, DataError) as error:
-            return {**nothing, "error": str(error)}
+            return {**NOTHING, "error": str(error)}
         sums, counts = np.zeros(len(self.documents)), np.zeros(len(self.documents))
         for owner, loss in zip(owners, losses, strict=True):
             sums[owner] += float(loss.sum())
             counts[owner] += len(loss)
+        if not np.isfinite(sums).all():
+            return {**NOTHING, "error": DIVERGED}
         used = counts > 0
         perplexity, low, high = perplexity_interval(
             sums[used], counts[used], samples=self.measure.bootstrap_samples, seed=self.seed
         )
+        if not np.isfinite([perplexity, low, high]).all():
+            return {**NOTHING, "error": DIVERGED}
         return {
             "perplexity": perplexity,
             "ci_low": low,

@@ -81,3 +81,9 @@ def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
     model = Capped(LlamaConfig(**settings, initializer_range=1.0)).eval()
     with pytest.raises(UnsupportedModelError, match="Capped does more to its logits than its vocabulary head does"):
         check_head(model)
+
+
+def test_logits_that_are_not_finite_are_no_fault_of_the_head() -> None:
+    model = build("gpt2")
+    torch.nn.init.constant_(model.transformer.ln_f.weight, float("nan"))
+    check_head(model)

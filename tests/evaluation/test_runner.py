@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pe_swap.config import MeasureSection
 from pe_swap.errors import DataError
-from pe_swap.evaluation.runner import Evaluator, by_position
+from pe_swap.evaluation.runner import DIVERGED, Evaluator, by_position
 from pe_swap.evaluation.suite import short_labels
 from tests.models import TRAINED_LENGTH, VOCABULARY, build, swapped
 
@@ -108,3 +108,25 @@ def test_loss_by_position_in_powers_of_two() -> None:
 def test_labels_are_short_but_never_shared() -> None:
     assert short_labels(["a/rope", "b/alibi"]) == {"a/rope": "rope", "b/alibi": "alibi"}
     assert short_labels(["a/final", "b/final"]) == {"a/final": "a/final", "b/final": "b/final"}
+
+
+def test_a_single_infinite_loss_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def infinite(model: object, inputs: object, targets: object, scored: torch.Tensor) -> torch.Tensor:
+        found = torch.ones(int(scored.sum()), dtype=torch.float64)
+        found[0] = float("inf")
+        return found
+
+    monkeypatch.setattr("pe_swap.evaluation.runner.target_losses", infinite)
+    assert evaluator().measured(swapped("gpt2", "alibi"), "nonoverlapping", 16)["error"] == DIVERGED
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_a_model_that_diverged_is_rows_that_say_so(value: float) -> None:
+    model = swapped("gpt2", "alibi")
+    torch.nn.init.constant_(model.transformer.ln_f.weight, value)
+    rows = evaluator().rows(model, "a", "alibi")
+    assert len(rows) == 9
+    assert {row["error"] for row in rows} == {
+        "the model's losses are not finite, or too large for a perplexity: it diverged. Train it again at a lower learning rate"
+    }
+    assert {row["perplexity"] for row in rows} == {None}

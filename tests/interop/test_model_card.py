@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import pe_swap
 from pe_swap.errors import CheckpointError
-from pe_swap.model_card import BEGIN, END, record_evaluation
+from pe_swap.model_card import BEGIN, END, record_evaluation, record_fine_tuning
 from tests.models import CASES, PAIRS, build, swapped, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
@@ -109,3 +109,17 @@ def test_a_folder_that_holds_no_swapped_model(tmp_path: Path) -> None:
             CheckpointError, match=r"is not the configuration of a swapped model .*Name a folder that save_pretrained wrote"
         ):
             record_evaluation(folder, {512: 24.0})
+
+
+def test_the_length_of_fine_tuning_stays_beside_what_is_measured(tmp_path: Path) -> None:
+    model = swapped("gpt2", "rope")
+    model.save_pretrained(tmp_path)
+    record_fine_tuning(tmp_path, 2048)
+    lengths = "- Trained length before the swap: 32 positions.\n- Fine-tuned after the swap at: 2,048 tokens.\n"
+    assert lengths in text_of(tmp_path)
+    record_evaluation(tmp_path, {4096: 31.25}, measured_on="sliding, 99 tokens scored.")
+    assert lengths in text_of(tmp_path)
+    assert "- Evaluated lengths: sliding, 99 tokens scored.\n\n| evaluated length" in text_of(tmp_path)
+    assert "| 4,096 | 31.25 |" in text_of(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert "Fine-tuned" not in text_of(tmp_path)
