@@ -21,7 +21,7 @@ PACKAGES = ("pe-swap", "transformers", "torch", "accelerate", "datasets", "token
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, commit and device."""
+    """Return versions, commit, device, and how it computes."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -34,7 +34,13 @@ def environment() -> dict[str, Any]:
         "uncommitted_changes": bool(_git("status", "--porcelain")),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " cpu",
         "threads": torch.get_num_threads(),
+        "flushes_denormals": flushes_denormals(),
     }
+
+
+def flushes_denormals() -> bool:
+    """Tell whether this thread rounds denormal numbers to zero (`torch.set_flush_denormal`)."""
+    return bool(torch.full((1,), 1e-38).mul(0.01) == 0)
 
 
 def _git(*arguments: str) -> str | None:

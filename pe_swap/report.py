@@ -212,7 +212,8 @@ def benchmark_table(record: dict[str, Any]) -> str:
         f"{config['layers']} layers, {config['hidden_size']} wide, {config['heads']} heads, vocabulary {config['vocab_size']:,}"
     )
     lines = ["# What a scheme costs", "", f"{config['family']}, {shape}, float32, batch 1; {record['processor']},"]
-    lines += [f"{config['threads']} threads, torch {record['versions']['torch']}, commit {record['commit']}.", ""]
+    flushed = ", denormal numbers flushed" if record.get("flushes_denormals") else ""
+    lines += [f"{config['threads']} threads, torch {record['versions']['torch']}, commit {record['commit']}{flushed}.", ""]
     for task, title in TASK_TITLES.items():
         chosen = [row for row in rows if _benchmark_group(row) == task]
         if chosen:

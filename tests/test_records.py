@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pe_swap.records import RECORD, environment, fingerprint, read_record, write_record
 
@@ -32,6 +33,12 @@ def test_the_environment_names_versions_commit_and_device() -> None:
     found = environment()
     assert {"python", "torch", "transformers", "pe-swap"} <= found["versions"].keys()
     assert {"commit", "uncommitted_changes", "device"} <= found.keys()
+    assert found["flushes_denormals"] is False
+    torch.set_flush_denormal(True)
+    try:
+        assert environment()["flushes_denormals"] is True
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_a_record_is_json_whatever_its_numbers(tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ PyTorch's kernel to take its large tiles, which it does from 768 queries on."""
 MASKED_BLOCK = 512
 """Queries a block where bias and mask are added up, which takes `batch x heads x 512 x kv_len` numbers."""
 
+SMALLEST_LOGARITHM = -75.0
+"""Probabilities below exp of this, 3e-33, are zero in the backward pass: no float32 sum with one of 1 in it can tell, and times a
+gradient they would be denormal numbers, on which some processors spend a hundred cycles each."""
+
 BACKWARD_BLOCK = 512
 """Queries, and keys, a block of the backward pass: its scores are read and written a dozen times, so they should stay in the cache."""
 
@@ -188,7 +192,7 @@ class _RelativeBiasAttention(torch.autograd.Function):
                 keys = slice(key_start, min(key_start + BACKWARD_BLOCK, kv_stop))
                 block_key, block_value = key[:, :, keys].to(work), value[:, :, keys].to(work)
                 scores = torch.matmul(block_query, block_key.transpose(-1, -2)).add_(mask[..., keys])
-                probabilities = scores.sub_(block_logsumexp).exp_()
+                probabilities = F.threshold_(scores.sub_(block_logsumexp), SMALLEST_LOGARITHM, FORBIDDEN).exp_()
                 grad_value[:, :, keys] += torch.matmul(probabilities.transpose(-1, -2), block_grad)
                 grad_scores = torch.matmul(block_grad, block_value.transpose(-1, -2)).sub_(block_delta).mul_(probabilities)
                 block_grad_query += torch.matmul(grad_scores, block_key)
