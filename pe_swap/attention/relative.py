@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from pe_swap.attention.fused import FORBIDDEN, fused_attention, kernel_mask
 
-CAUSAL_BLOCK = 1024
-"""Queries a block where each block meets the keys up to its end: small enough to skip most of the masked half, large enough for
-PyTorch's kernel to take its large tiles, which it does from 768 queries on."""
+CAUSAL_BLOCK = 768
+"""Queries a block where each block meets the keys up to its end: small enough to skip most of the masked half, and the fewest for which
+PyTorch's kernel takes its large tiles."""
 
 MASKED_BLOCK = 512
 """Queries a block where bias and mask are added up, which takes `batch x heads x 512 x kv_len` numbers."""
@@ -192,7 +192,7 @@ class _RelativeBiasAttention(torch.autograd.Function):
                 keys = slice(key_start, min(key_start + BACKWARD_BLOCK, kv_stop))
                 block_key, block_value = key[:, :, keys].to(work), value[:, :, keys].to(work)
                 scores = torch.matmul(block_query, block_key.transpose(-1, -2)).add_(mask[..., keys])
-                probabilities = F.threshold_(scores.sub_(block_logsumexp), SMALLEST_LOGARITHM, FORBIDDEN).exp_()
+                probabilities = torch.threshold_(scores.sub_(block_logsumexp), SMALLEST_LOGARITHM, FORBIDDEN).exp_()
                 grad_value[:, :, keys] += torch.matmul(probabilities.transpose(-1, -2), block_grad)
                 grad_scores = torch.matmul(block_grad, block_value.transpose(-1, -2)).sub_(block_delta).mul_(probabilities)
                 block_grad_query += torch.matmul(grad_scores, block_key)
