@@ -5,10 +5,9 @@ Usage: python scripts/benchmark.py [--key value ...]; --help lists the keys.
 
 from collections.abc import Sequence
 
-import torch
-
 from pe_swap.benchmark import benchmark
 from pe_swap.config import BenchmarkConfig, parse, run
+from pe_swap.records import flush_denormals
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -17,5 +16,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)  # alibi's far keys get denormal probabilities; some processors spend a hundred cycles on each
+    flush_denormals()
     raise SystemExit(run(main))

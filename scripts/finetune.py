@@ -5,9 +5,8 @@ Usage: python scripts/finetune.py --config configs/... [--key value ...]; --help
 
 from collections.abc import Sequence
 
-import torch
-
 from pe_swap.config import FinetuneConfig, parse, run
+from pe_swap.records import flush_denormals
 from pe_swap.training import finetune
 
 
@@ -17,5 +16,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)  # alibi's far keys get denormal probabilities; some processors spend a hundred cycles on each
+    flush_denormals()
     raise SystemExit(run(main))

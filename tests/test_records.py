@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pe_swap.records import RECORD, environment, fingerprint, read_record, write_record
+from pe_swap.records import RECORD, environment, fingerprint, flush_denormals, read_record, write_record
 
 
 def test_a_record_comes_back_and_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_the_environment_names_versions_commit_and_device() -> None:
     assert {"python", "torch", "transformers", "pe-swap"} <= found["versions"].keys()
     assert {"commit", "uncommitted_changes", "device"} <= found.keys()
     assert found["flushes_denormals"] is False
-    torch.set_flush_denormal(True)
+    flush_denormals()
     try:
         assert environment()["flushes_denormals"] is True
     finally:
