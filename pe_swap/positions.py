@@ -41,6 +41,8 @@ class Positions:
             queries'.
         carried: what the scheme's `carry` gave for every key, `[batch, heads, kv_len, channels]`, or None where it carries
             nothing.
+        prepared: what the scheme's `prepare` gave for the whole call, or None where nobody asked it yet.
+        queries_after: queries of the call after this block's last.
         once: what a scheme works out of these positions and its options alone goes through this, and is shared by the layers of a
             call. It is kept until the call ends: use it for what is small, as in decoding.
     """
@@ -50,7 +52,20 @@ class Positions:
     query_ids: Tensor
     key_ids: Tensor
     carried: Tensor | None = None
+    prepared: Any = None
+    queries_after: int = 0
     once: Once = unshared
+
+    def by_distance(self, of_call: Tensor) -> Tensor:
+        """Return a block's part of what the whole call has for each distance.
+
+        Args:
+            of_call: `[..., n]`, entry `n` for the pairs of the call whose key index minus query index is `n - (q_len - 1)`.
+
+        Returns:
+            `[..., q_block + kv_block - 1]`, a view; entry `n` is for the same difference within the block.
+        """
+        return of_call[..., self.queries_after :][..., : len(self.query_slots) + len(self.key_slots) - 1]
 
     @property
     def distance(self) -> Tensor:
@@ -65,7 +80,16 @@ class Positions:
         def once(key: Hashable, work_out: Callable[[], Any]) -> Any:
             return self.once((start, stop, key_stop, key), work_out)
 
-        return Positions(self.query_slots[start:stop], self.key_slots[:key_stop], ids, self.key_ids[:, :key_stop], carried, once)
+        return Positions(
+            self.query_slots[start:stop],
+            self.key_slots[:key_stop],
+            ids,
+            self.key_ids[:, :key_stop],
+            carried,
+            self.prepared,
+            self.queries_after + len(self.query_slots) - min(stop, len(self.query_slots)),
+            once,
+        )
 
 
 def pairs_of(by_distance: Tensor, kv_len: int) -> Tensor:

@@ -318,6 +318,9 @@ def sdpa(
         def value_bias(probabilities: Tensor, positions: Positions) -> Tensor:
             return scheme.value_bias(probabilities, positions, layer=layer)
 
+        def paired(query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor] | None:
+            return scheme.paired(query, key, positions, layer=layer)
+
         output = blockwise_attention(
             query,
             key,
@@ -329,6 +332,7 @@ def sdpa(
             is_causal=causal,
             scaling=scaling,
             dropout=dropout,
+            paired=None if hooks & {"relative_bias", "value_bias"} else paired,
         )
     return output.transpose(1, 2).contiguous(), None
 

@@ -90,7 +90,7 @@ class PositionalContext:
     carried: Tensor | None = None
 
     def positions(self, kv_len: int, device: torch.device, carried: Tensor | None = None) -> Positions:
-        """Return where the queries and all `kv_len` keys stand, on the device of the scores."""
+        """Return where the queries and all `kv_len` keys stand, on the device of the scores, with what the scheme makes of it."""
 
         def work_out() -> Positions:
             query_slots, query_ids = self.query_slots.to(device), self.query_ids.to(device)  # a model may be spread over devices
@@ -101,7 +101,9 @@ class PositionalContext:
             return self.memo.once((key, kv_len, device), (self.query_slots, self.query_ids), work_out)
 
         found: Positions = once("positions", work_out)
-        return found if carried is None else replace(found, carried=carried)
+        found = found if carried is None else replace(found, carried=carried)
+        prepared = self.scheme.prepare(found, layer=self.binding.layer)
+        return found if prepared is None else replace(found, prepared=prepared)
 
     def rotated(self, x: Tensor, position_ids: Tensor, role: Literal["query", "key"]) -> Tensor:
         """Return queries or keys, `[batch, heads, length, head_dim]`, turned by their positions."""

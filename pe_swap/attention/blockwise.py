@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pe_swap.attention.fused import fused_attention, kernel_mask
+from pe_swap.attention.fused import FORBIDDEN, bare_mask, fused_attention, kernel_mask
 from pe_swap.attention.plain import causal_mask, plain_attention
 from pe_swap.positions import Positions
 
@@ -16,6 +16,7 @@ QUERY_BLOCK = 256
 """Queries a block. A block's scores take `batch x heads x 256 x kv_len` numbers."""
 
 ScoreBias = Callable[[Tensor, Tensor, Positions], Tensor]
+Paired = Callable[[Tensor, Tensor, Positions], tuple[Tensor, Tensor] | None]
 ValueBias = Callable[[Tensor, Positions], Tensor]
 
 
@@ -31,6 +32,7 @@ def blockwise_attention(
     is_causal: bool,
     scaling: float,
     dropout: float,
+    paired: Paired | None = None,
 ) -> Tensor:
     """Return `softmax(scaling * query . key + score_bias + mask) . value + value_bias`, query block by query block.
 
@@ -41,12 +43,15 @@ def blockwise_attention(
         key: `[batch, heads, kv_len, head_dim]`.
         value: `[batch, heads, kv_len, head_dim]`.
         positions: where queries and keys stand.
-        score_bias: from a block's queries, its keys and their positions to logits, `[batch or 1, heads, q_block, kv_block]`.
+        score_bias: from a block's queries, its keys and their positions to logits, `[batch or 1, heads, q_block, kv_block]`: a new
+            tensor, which is written to here.
         value_bias: from a block's probabilities and positions to what is added to its output, `[batch, heads, q_block, head_dim]`.
         attention_mask: boolean (True: may look) or additive, `[batch or 1, heads or 1, q_len, kv_len]`, or None.
         is_causal: with no mask, key index at most query index; a block then meets the keys up to its end only.
         scaling: factor on `query . key`.
         dropout: probability, on the attention probabilities.
+        paired: from a block's queries, its keys and their positions to others whose products have the bias in them, or to None where
+            there are none; only without `value_bias`.
 
     Returns:
         `[batch, heads, q_len, head_dim]`, in the dtype of `query`.
@@ -59,16 +64,25 @@ def blockwise_attention(
         block, block_key, block_value = query[:, :, start:stop], key[:, :, :kv_stop], value[:, :, :kv_stop]
         block_positions = positions.block(start, stop, kv_stop)
         mask = causal_mask(stop - start, kv_stop, query.device, start) if skips_future else _rows(attention_mask, start, stop)
+        with_bias = None if paired is None else paired(block, block_key, block_positions)
+        if with_bias is not None:
+            return fused_attention(*with_bias, block_value, bare_mask(mask), scaling=scaling, dropout=dropout)
         bias = None if score_bias is None else score_bias(block, block_key, block_positions)
         if value_bias is None and bias is not None:
-            return fused_attention(block, block_key, block_value, kernel_mask(bias, mask), scaling=scaling, dropout=dropout)
+            if skips_future:  # only keys within the block can lie after a query; the others, most of them, are left alone
+                bias[..., start:].masked_fill_(~causal_mask(stop - start, stop - start, query.device), FORBIDDEN)
+            else:
+                bias = kernel_mask(bias, mask)
+            return fused_attention(block, block_key, block_value, bias, scaling=scaling, dropout=dropout)
         output, probabilities = plain_attention(
             block, block_key, block_value, bias, attention_mask=mask, is_causal=False, scaling=scaling, dropout=dropout
         )
         return output if value_bias is None else output + value_bias(probabilities, block_positions).to(output.dtype)
 
     blocks = [(start, min(start + QUERY_BLOCK, q_len)) for start in range(0, q_len, QUERY_BLOCK)]
-    if len(blocks) == 1 or not torch.is_grad_enabled():
+    if len(blocks) == 1:
+        return attend(0, q_len, query, key, value)
+    if not torch.is_grad_enabled():
         return torch.cat([attend(start, stop, query, key, value) for start, stop in blocks], dim=2)
     return torch.cat([checkpoint(attend, start, stop, query, key, value, use_reentrant=False) for start, stop in blocks], dim=2)
 

@@ -24,7 +24,14 @@ def kernel_mask(bias: Tensor, attention_mask: Tensor | None) -> Tensor:
     return add_mask(bias, attention_mask, FORBIDDEN)
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, dropout: float) -> Tensor:
+def bare_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """Return a mask as the kernel takes it where there is no bias: boolean as it is, additive with `FORBIDDEN` in it."""
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return attention_mask
+    return attention_mask.masked_fill(attention_mask <= torch.finfo(attention_mask.dtype).min, FORBIDDEN)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, dropout: float) -> Tensor:
     """Return `softmax(scaling * query . key + mask) . value`, `[batch, heads, q_len, head_dim]`, in the dtype of `query`.
 
     The mask stays float32 where the kernel takes it beside a narrower query: what a scheme adds to a score may nearly cancel it.
@@ -33,11 +40,13 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, 
         query: `[batch, heads, q_len, head_dim]`.
         key: `[batch, heads, kv_len, head_dim]`.
         value: `[batch, heads, kv_len, head_dim]`.
-        mask: logits, broadcastable to `[batch, heads, q_len, kv_len]`.
+        mask: logits, or boolean (True: may look), broadcastable to `[batch, heads, q_len, kv_len]`; None where all may be looked at.
         scaling: factor on `query . key`.
         dropout: probability, on the attention probabilities.
     """
-    if query.device.type != "cpu":
+    if mask is None or mask.dtype == torch.bool:
+        pass
+    elif query.device.type != "cpu":
         mask = mask.to(query.dtype).contiguous()  # CUDA kernels read masks of their own dtype and an aligned layout only
     elif query.dtype == torch.float64:
         mask = mask.to(query.dtype)

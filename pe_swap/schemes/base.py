@@ -233,6 +233,20 @@ class Scheme(nn.Module):
         """
         raise NotImplementedError
 
+    def prepare(self, positions: Positions, *, layer: int) -> Any:
+        """Return what `score_bias` needs that depends on no query and no key: all blocks of a call find it in `positions.prepared`.
+
+        No hook, but where work goes that would be the same in every block.
+
+        Args:
+            positions: where all the call's queries and keys stand.
+            layer: index of the layer.
+
+        Returns:
+            Whatever `score_bias` takes; None where there is nothing.
+        """
+        return None
+
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return what is added to the scaled scores, for any block of queries, where it depends on more than a distance.
 
@@ -244,9 +258,25 @@ class Scheme(nn.Module):
             layer: index of the layer.
 
         Returns:
-            `[batch or 1, heads, q_len, kv_len]`, logits.
+            `[batch or 1, heads, q_len, kv_len]`, logits; a new tensor, which attention may write to.
         """
         raise NotImplementedError
+
+    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Return queries and keys whose products, scaled, are all of a block's scores, what `score_bias` adds included.
+
+        No hook, but a shorter way to the result of one, for a scheme that has it: attention then needs no second product.
+
+        Args:
+            query: as in `score_bias`.
+            key: as in `score_bias`.
+            positions: as in `score_bias`.
+            layer: index of the layer.
+
+        Returns:
+            Both in the shapes and the dtype they came in, or None where only `score_bias` will do.
+        """
+        return None
 
     def value_bias(self, probabilities: Tensor, positions: Positions, *, layer: int) -> Tensor:
         """Return what is added to the attention output, for a block of queries.

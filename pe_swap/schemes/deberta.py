@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,20 @@ class DebertaOptions(SchemeOptions):
             raise self.refuse(
                 "max_distance", f"above span / 2 + 1 = {self.span // 2 + 1}: nearer distances have a bucket each already"
             )
+
+
+class Prepared(NamedTuple):
+    """What the blocks of a call share.
+
+    Attributes:
+        rows: `[q_len + kv_len - 1]`, int64, the row of each distance.
+        keys: `Kr`, `[heads, head_dim, rows]`, or None.
+        queries: `Qr`, `[rows, heads * head_dim]`, or None.
+    """
+
+    rows: Tensor
+    keys: Tensor | None
+    queries: Tensor | None
 
 
 def log_bucket(distance: Tensor, span: int, max_distance: int) -> Tensor:
@@ -158,34 +172,50 @@ class Deberta(Scheme):
         table = self.table[self.first_row :]
         return table if self.norm is None else self.norm(table)
 
+    def prepare(self, positions: Positions, *, layer: int) -> Prepared:
+        """Return rows of distances and the table's projections; see `Scheme.prepare`.
+
+        For a single query, in decoding, `Kr` is left out: the query is projected in place of every row, `(q W_K) . t` for `q . (W_K t)`.
+        """
+        q_len, name = len(positions.query_slots), str(layer)
+        table, shape = self.table_in_use(), (self.geometry.num_heads, self.geometry.head_dim, -1)
+
+        def rows() -> Tensor:
+            lowest = positions.key_slots[0] - positions.query_slots[-1]
+            return self.rows(torch.arange(q_len + len(positions.key_slots) - 1, device=lowest.device) + lowest)
+
+        keys = queries = None
+        if self.key_weights is not None and q_len > 1:
+            keys = F.linear(table, self.key_weights[name]).T.view(shape)
+        if self.query_weights is not None and self.query_biases is not None:
+            queries = F.linear(table, self.query_weights[name], self.query_biases[name])
+        return Prepared(positions.once((self.options, "rows"), rows), keys, queries)
+
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return the bias; see `Scheme.score_bias`. Queries and keys meet every row once, and pairs pick from that.
 
-        A single query, in decoding, is projected in place of every row, `(q W_K) . t` for `q . (W_K t)`, and a key then meets the one
-        row of its pair. Queries come scaled, keys do not.
+        Beside a single query, in decoding, a key meets the one row of its pair. Queries come scaled, keys do not.
         """
-        name, shape = str(layer), (self.geometry.num_heads, self.geometry.head_dim, -1)
-        is_single, table = query.shape[2] == 1, self.table_in_use()
-        rows = (
-            positions.once((self.options, "rows"), lambda: self.rows(positions.distance))
-            if is_single
-            else self.rows(positions.distance)
-        )
-        bias = query.new_zeros(*query.shape[:3], key.shape[2])
+        prepared: Prepared = self.prepare(positions, layer=layer) if positions.prepared is None else positions.prepared
+        is_single, kv_len = query.shape[2] == 1, key.shape[2]
+        by_distance = positions.by_distance(prepared.rows)
+        rows = by_distance[None] if is_single else by_distance.unfold(0, kv_len, 1).flip(0)  # windows, the last query's first
+        terms = []
         if self.key_weights is not None:
-            weight = self.key_weights[name]
+            query = query * scaling
             if is_single:
-                by_row = torch.matmul(torch.matmul(query, weight.to(query.dtype).view(shape)), table.to(query.dtype).T)
+                weight = self.key_weights[str(layer)].to(query.dtype).view(*query.shape[1::2], -1)
+                by_row = torch.matmul(torch.matmul(query, weight), self.table_in_use().to(query.dtype).T)
             else:
-                by_row = torch.matmul(query, F.linear(table, weight).T.view(shape).to(query.dtype))
-            bias = bias + by_row.gather(-1, rows.expand(*by_row.shape[:2], *rows.shape))
-        if self.query_weights is not None and self.query_biases is not None:
-            projected = F.linear(table, self.query_weights[name], self.query_biases[name]).to(key.dtype)
+                assert prepared.keys is not None
+                by_row = torch.matmul(query, prepared.keys.to(query.dtype))
+            terms.append(by_row.gather(-1, rows.expand(*by_row.shape[:2], *rows.shape)))
+        if prepared.queries is not None:
+            queries = prepared.queries.to(key.dtype) * (scaling * self.content_scale)
             if is_single:
-                of_pair = projected[rows[0]].view(-1, *shape[:2]).transpose(0, 1)
-                by_key = (key * of_pair).sum(-1)[:, :, None]
+                of_pair = queries.index_select(0, rows[0]).view(kv_len, *key.shape[1::2]).transpose(0, 1)
+                terms.append((key * of_pair).sum(-1)[:, :, None])
             else:
-                by_row = torch.matmul(key, projected.T.view(shape))
-                by_key = by_row.gather(-1, rows.T.expand(*by_row.shape[:2], *rows.T.shape)).transpose(-1, -2)
-            bias = bias + by_key * self.content_scale
-        return bias * scaling
+                by_row = torch.matmul(key, queries.T.view(*key.shape[1::2], -1))
+                terms.append(by_row.gather(-1, rows.T.expand(*by_row.shape[:2], *rows.T.shape)).transpose(-1, -2))
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]

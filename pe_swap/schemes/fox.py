@@ -56,8 +56,8 @@ def initial_bias(reach: float) -> float:
 class Fox(Scheme):
     """`bias_ij = c_i - c_j` with `c` the running sum of `log sigmoid(w . x + b)`, in logits; one gate a head, for every layer.
 
-    The gate's logit is carried beside each key, in the model's dtype; its logarithm and the running sum are taken in float64 when
-    scores are computed, so that a cached sum can neither round nor go stale. Only tokens between key and query count: padding on the
+    The gate's logarithm is carried beside each key, in the model's dtype; the running sum is taken in float64 when scores are
+    computed, so that a cached sum can neither round nor go stale. Only tokens between key and query count: padding on the
     left does not, padding inside a row (a padded prompt that is decoded further) does.
 
     Start on a pretrained model: `w = 0` and a `b` that lets older tokens fade evenly (`initial_reach`), as a bias against distance
@@ -88,9 +88,19 @@ class Fox(Scheme):
             nn.init.constant_(bias, initial_bias(self.options.initial_reach))
 
     def carry(self, hidden_states: Tensor, *, layer: int) -> Tensor:
-        """Return the gate logits, `[batch, heads, length, 1]`; see `Scheme.carry`."""
+        """Return `log f`, `[batch, heads, length, 1]`; see `Scheme.carry`."""
         weight, bias = self.gate_weights[str(layer)], self.gate_biases[str(layer)]
-        return F.linear(hidden_states, weight, bias).transpose(1, 2)[..., None]
+        logits = F.linear(hidden_states, weight, bias)
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return F.logsigmoid(logits.to(wide)).to(logits.dtype).transpose(1, 2)[..., None]
+
+    def prepare(self, positions: Positions, *, layer: int) -> Tensor:
+        """Return the running sum over all keys, `[batch, heads, kv_len]`, float64; see `Scheme.prepare`.
+
+        A float32 sum over 100,000 tokens would be off by hundredths of a logit.
+        """
+        assert positions.carried is not None
+        return positions.carried[..., 0].double().cumsum(dim=-1)
 
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return `c_i - c_j`, `[batch, heads, q_len, kv_len]`, float32; see `Scheme.score_bias`.
@@ -98,10 +108,9 @@ class Fox(Scheme):
         Keys after the query get positive numbers, which the causal mask removes.
         """
         assert positions.carried is not None
-        logits = positions.carried[..., 0]
-        # Summed in float64, and from the block's last query on: a float32 sum over 100,000 tokens is off by hundredths of a logit.
-        running = F.logsigmoid(logits.double()).cumsum(dim=-1)
+        running: Tensor = self.prepare(positions, layer=layer) if positions.prepared is None else positions.prepared
         at_query = running.index_select(-1, positions.query_slots)
-        last = at_query[..., -1:]
-        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return (at_query - last).to(wide)[..., None] - (running - last).to(wide)[..., None, :]
+        last = at_query[..., -1:]  # both are counted from here, and are then small wherever it matters
+        wide = torch.float64 if positions.carried.dtype == torch.float64 else torch.float32
+        by_key = (running[..., : key.shape[2]] - last).to(wide)[..., None, :]
+        return -by_key if query.shape[2] == 1 else (at_query - last).to(wide)[..., None] - by_key

@@ -10,7 +10,7 @@ Differs from the paper: none. Defined for causal attention.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ class WindowedRope(Scheme):
 
     Queries and keys are turned by their own positions, and so cached. The remapped score of a distant pair comes from the same
     vectors, each turned on from where it stands to where the remapping puts it, in float32; the bias is what that changes. Pairs
-    within the window get exactly zero.
+    within the window get exactly zero. Beside a single query, in decoding, distant keys are turned to where it should see them, and no
+    bias is left.
     """
 
     causal_only = True
@@ -88,15 +89,44 @@ class WindowedRope(Scheme):
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return what remapping changes, zero within the window; see `Scheme.score_bias`."""
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        if key.shape[2] <= self.window:  # no pair is that far apart
-            return torch.zeros((), dtype=wide, device=query.device).expand(1, query.shape[1], query.shape[2], key.shape[2])
-        query, key = query.to(wide), key.to(wide)
+        bias = torch.zeros(*query.shape[:3], key.shape[2], dtype=wide, device=query.device)
+        distant = self.reach(key)
+        if not distant:
+            return bias
+        query, key, key_ids = query.to(wide), key[:, :, :distant].to(wide), positions.key_ids[:, :distant]
         query_turn = self.rope.rotation(self.remapped(positions.query_ids, "query") - positions.query_ids)
-        key_turn = self.rope.rotation(self.remapped(positions.key_ids, "key") - positions.key_ids)
+        key_turn = self.rope.rotation(self.remapped(key_ids, "key") - key_ids)
         far_query = self.rope.rotate(query, query_turn, role="query", layer=layer)
         far_key = self.rope.rotate(key, key_turn, role="key", layer=layer)
         change = torch.matmul(far_query, far_key.transpose(-1, -2)) - torch.matmul(query, key.transpose(-1, -2))
-        return change.masked_fill(positions.distance > -self.window, 0.0) * scaling
+        is_near = positions.distance[:, :distant] > -self.window
+        return torch.cat((change.masked_fill(is_near, 0.0) * scaling, bias[..., distant:]), dim=-1)
+
+    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Return both as they are where no pair is distant, and distant keys turned on beside one query; see `Scheme.paired`."""
+        distant = self.reach(key)
+        if not distant:
+            return query, key
+        if query.shape[2] > 1:
+            return None
+
+        def rotation() -> Any:
+            key_ids, query_ids = positions.key_ids[:, :distant], positions.query_ids
+            seen_from = query_ids - self.remapped(query_ids, "query") + self.remapped(key_ids, "key")
+            turn = (seen_from - key_ids).masked_fill(positions.distance[:, :distant] > -self.window, 0)
+            return self.rope.rotation(turn)
+
+        turn = positions.once((self.options, "turn"), rotation)
+        return query, torch.cat(
+            (self.rope.rotate(key[:, :, :distant], turn, role="key", layer=layer), key[:, :, distant:]), dim=2
+        )
+
+    def reach(self, key: Tensor) -> int:
+        """Return how many keys, from the first, can be distant from a query that may look at them: all but those within the window.
+
+        No query stands after the last slot.
+        """
+        return max(0, key.shape[2] - self.window)
 
 
 @dataclass(frozen=True)

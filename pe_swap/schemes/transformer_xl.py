@@ -85,23 +85,45 @@ class TransformerXL(Scheme):
         dtype = next(iter(self.distance_weights.values())).dtype
         return sinusoids(looking_back, self.geometry.hidden_size, SINUSOID_BASE, "split").to(dtype)
 
+    def prepare(self, positions: Positions, *, layer: int) -> Tensor:
+        """Return `W_R r` for each distance of the call, `[heads, head_dim, q_len + kv_len - 1]`; see `Scheme.prepare`.
+
+        For a single query, in decoding, r itself, `[kv_len, hidden_size]`: the query is then projected in place of every distance.
+        """
+        q_len, kv_len = len(positions.query_slots), len(positions.key_slots)
+        if q_len == 1:
+            vectors: Tensor = positions.once((self.options, "vectors"), lambda: self.distance_vectors(positions.distance[0]))
+            return vectors
+        # Of a decoder's, those that look ahead are left out: at least the last q_len - 1, as no query stands after the last slot.
+        ahead = q_len - 1 if self.geometry.is_causal else 0
+
+        def of_distances() -> Tensor:
+            lowest = positions.key_slots[0] - positions.query_slots[-1]
+            return self.distance_vectors(torch.arange(q_len + kv_len - 1 - ahead, device=lowest.device) + lowest)
+
+        vectors = positions.once((self.options, "vectors"), of_distances)
+        projected = F.linear(vectors, self.distance_weights[str(layer)]).T.reshape(*self._shape, -1)
+        return F.pad(projected, (0, ahead)) if ahead else projected
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.geometry.num_heads, self.geometry.head_dim
+
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return the bias; see `Scheme.score_bias`.
 
         A block of queries meets each of its `q_len + kv_len - 1` distances once, and pairs pick from that. A single query, in
         decoding, is projected by `W_R` in place of every distance: `(q W_R) . r` for `q . (W_R r)`.
         """
+        prepared: Tensor = self.prepare(positions, layer=layer) if positions.prepared is None else positions.prepared
         name = "shared" if self.options.biases == "shared" else str(layer)
-        content_bias = self.content_biases[name].to(query.dtype)
-        distance_bias = self.distance_biases[name].to(query.dtype)
-        by_key = torch.matmul(key, content_bias[..., None]).transpose(-1, -2)
-        q_len, kv_len, shape = query.shape[2], key.shape[2], (self.geometry.num_heads, self.geometry.head_dim, -1)
-        query, weight = query + distance_bias[:, None], self.distance_weights[str(layer)]
-        if q_len == 1:
-            vectors = positions.once((self.options, "vectors"), lambda: self.distance_vectors(positions.distance[0]))
-            projected = torch.matmul(query, weight.to(query.dtype).view(shape))
-            return (torch.matmul(projected, vectors.to(query.dtype).T) + by_key) * scaling
-        lowest = positions.key_slots[0] - positions.query_slots[-1]
-        vectors = self.distance_vectors(torch.arange(q_len + kv_len - 1, device=query.device) + lowest)
-        keys = F.linear(vectors, weight).T.view(shape).to(query.dtype)
-        return (pairs_of(torch.matmul(query, keys), kv_len) + by_key) * scaling
+        content_bias, distance_bias = (
+            scaling * group[name].to(query.dtype)[..., None] for group in (self.content_biases, self.distance_biases)
+        )
+        by_key = torch.matmul(key, content_bias).transpose(-1, -2)
+        query = torch.add(distance_bias.transpose(-1, -2), query, alpha=scaling)  # scaled before it meets so many
+        if query.shape[2] == 1:
+            projected = torch.matmul(query, self.distance_weights[str(layer)].to(query.dtype).view(*self._shape, -1))
+            return torch.matmul(projected, prepared.to(query.dtype).T) + by_key
+        by_distance = torch.matmul(query, positions.by_distance(prepared).to(query.dtype))
+        return pairs_of(by_distance, key.shape[2]) + by_key

@@ -30,6 +30,9 @@ from pe_swap.schemes.sinusoidal import inverse_frequencies
 LARGEST_EXPONENT = 40.0
 """Natural logarithm of the largest factor on a query: with a key's underflow at exp(-87) it leaves the range of float32 room."""
 
+LARGEST_PAIRED_EXPONENT = 4.0
+"""The same for queries that go into the kernel in the model's dtype: it leaves that of float16 room."""
+
 
 @dataclass(frozen=True)
 class XposOptions(SchemeOptions):
@@ -116,12 +119,28 @@ class Xpos(Scheme):
         return torch.cat(changes, dim=2) * scaling
 
     def change(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor:
-        """Return decayed minus plain products for queries near each other, `[batch, heads, q_len, kv_len]`.
-
-        Keys after the last of these queries, which none of them may look at, count as if they stood there: nothing overflows.
-        """
-        last, log_decay = positions.query_slots[-1], self.log_decay(query.device).to(query.dtype)
-        query_factor = ((positions.query_slots - last)[:, None] * log_decay).exp()
-        key_factor = ((last - positions.key_slots).clamp(min=0)[:, None] * log_decay).exp()
+        """Return decayed minus plain products for queries near each other, `[batch, heads, q_len, kv_len]`."""
+        query_factor, key_factor = self.factors(positions, query.dtype)
         decayed = torch.matmul(query * query_factor, (key * key_factor).transpose(-1, -2))
         return decayed - torch.matmul(query, key.transpose(-1, -2))
+
+    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Return queries and keys with their decay from the last query, where it is small; see `Scheme.paired`."""
+        if -self._log_decay[0] * (query.shape[2] - 1) > LARGEST_PAIRED_EXPONENT:
+            return None
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        if query.shape[2] > 1:
+            query_factor, key_factor = self.factors(positions, wide)
+            return (query * query_factor).to(query.dtype), (key * key_factor).to(key.dtype)
+        _, key_factor = positions.once((self.options, "factors", wide), lambda: self.factors(positions, wide))
+        return query, (key * key_factor).to(key.dtype)
+
+    def factors(self, positions: Positions, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return what queries, `[q_len, head_dim]`, and keys, `[kv_len, head_dim]`, are multiplied by, counted from the last query.
+
+        Keys after it, which no query may look at, count as if they stood there: nothing overflows.
+        """
+        last, log_decay = positions.query_slots[-1], self.log_decay(positions.query_slots.device).to(dtype)
+        query_factor = ((positions.query_slots - last)[:, None] * log_decay).exp()
+        key_factor = ((last - positions.key_slots).clamp(min=0)[:, None] * log_decay).exp()
+        return query_factor, key_factor

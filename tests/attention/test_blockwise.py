@@ -66,6 +66,34 @@ def test_every_call_equals_the_plain_form_and_so_do_its_gradients(call: Call, bl
             torch.testing.assert_close(both_forms(call, with_value)[0], theirs.detach(), atol=1e-12, rtol=1e-10)
 
 
+@fast
+@given(calls(), st.sampled_from((4, 16, 256)))
+def test_pairs_that_have_their_bias_in_them_equal_the_plain_form_of_it(call: Call, block: int) -> None:
+    """Keys are scaled by their slot, in some blocks beforehand and in the others by a bias."""
+
+    def scaled(key: Tensor, positions: Positions) -> Tensor:
+        return key * (1 + 0.1 * positions.key_slots.to(key.dtype))[:, None]
+
+    def bias(query: Tensor, key: Tensor, positions: Positions) -> Tensor:
+        return 0.4 * query @ (scaled(key, positions) - key).transpose(-1, -2)
+
+    def paired(query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor] | None:
+        return None if int(positions.query_slots[0]) // block % 2 else (query, scaled(key, positions))
+
+    positions = positions_of(call)
+    options = {"attention_mask": call.attention_mask, "is_causal": call.is_causal, "scaling": 0.4, "dropout": 0.0}
+    leaves = [tensor.clone().requires_grad_() for tensor in (call.query, call.key, call.value)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "QUERY_BLOCK", block)
+        ours = blockwise_attention(*leaves, positions, bias, None, paired=paired, **options)
+    theirs, _ = plain_attention(*leaves, bias(leaves[0], leaves[1], positions), **options)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
+    weights = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).reshape(ours.shape)
+    found = [torch.autograd.grad((output * weights).sum(), leaves) for output in (ours, theirs)]
+    for our_gradient, their_gradient in zip(*found, strict=True):
+        torch.testing.assert_close(our_gradient, their_gradient, atol=1e-11, rtol=1e-9)
+
+
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("block", [4, 256])
 def test_a_query_that_may_look_nowhere_gets_zeros_and_sends_nothing_back(

@@ -17,7 +17,7 @@ SMALL = geometry(hidden_size=24, num_heads=3, head_dim=8)
 def with_gates(gate_logits: torch.Tensor, first_query: int) -> Positions:
     kv_len = gate_logits.shape[-1]
     here = positions(first_query, kv_len - first_query, kv_len)
-    return replace(here, carried=gate_logits[..., None])
+    return replace(here, carried=torch.nn.functional.logsigmoid(gate_logits)[..., None])
 
 
 @pytest.mark.parametrize("first_query", [0, 6, 8])
@@ -32,7 +32,7 @@ def test_scores_are_the_papers(first_query: int) -> None:
 
 
 def test_a_blocks_positions_keep_what_it_may_look_at() -> None:
-    here = with_gates(torch.arange(7.0).expand(1, 3, 7), 0)
+    here = replace(positions(0, 7, 7), carried=torch.arange(7.0).expand(1, 3, 7)[..., None])
     assert here.block(2, 4, 4).carried[0, 0, :, 0].tolist() == [0, 1, 2, 3]
     assert positions(0, 3, 3).block(0, 2, 2).carried is None
 
@@ -56,17 +56,18 @@ def test_gates_read_the_hidden_state() -> None:
     hidden = torch.randn(2, 5, 24)
     start = scheme.carry(hidden, layer=1)
     assert start.shape == (2, 3, 5, 1)
-    torch.testing.assert_close(torch.nn.functional.logsigmoid(start), torch.full_like(start, -1 / 320))
+    torch.testing.assert_close(start, torch.full_like(start, -1 / 320))
     torch.nn.init.normal_(scheme.gate_weights["1"])
-    expected = hidden @ scheme.gate_weights["1"].T + scheme.gate_biases["1"]
+    expected = (hidden @ scheme.gate_weights["1"].T + scheme.gate_biases["1"]).sigmoid().log()
     torch.testing.assert_close(scheme.carry(hidden, layer=1)[..., 0].transpose(1, 2), expected)
 
 
 def test_far_back_in_bf16_nothing_is_lost_but_the_gates_rounding() -> None:
-    gate_logits = (torch.randn(1, 3, 4096) + 6).bfloat16()
+    gates = torch.nn.functional.logsigmoid(torch.randn(1, 3, 4096) + 6).bfloat16()
     x = torch.zeros(1, 3, 4096, 8).bfloat16()
-    ours = build("fox", sizes=SMALL).score_bias(x[:, :, -1:], x, with_gates(gate_logits, 4095), scaling=1.0, layer=0)
-    exact = torch.nn.functional.logsigmoid(gate_logits.double()).cumsum(-1)
+    here = replace(positions(4095, 1, 4096), carried=gates[..., None])
+    ours = build("fox", sizes=SMALL).score_bias(x[:, :, -1:], x, here, scaling=1.0, layer=0)
+    exact = gates.double().cumsum(-1)
     expected = exact[..., -1:, None] - exact[..., None, :]
     torch.testing.assert_close(ours.double(), expected, atol=1e-4, rtol=1e-5)  # sums near 16, float32
 

@@ -5,6 +5,7 @@ import torch
 
 from pe_swap.attention.binding import key_ids
 from pe_swap.errors import OptionError
+from pe_swap.positions import Positions
 from tests.references import windowed_rope as reference
 from tests.schemes.building import at_positions, build, geometry, positions
 
@@ -46,6 +47,33 @@ def test_groups_of_one_are_rope() -> None:
     x = torch.randn(1, 12, 9, 64)
     bias = scheme.score_bias(x, x, positions(0, 9, 9), scaling=1.0, layer=0)
     torch.testing.assert_close(bias, torch.zeros_like(bias), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "options"), [case[:2] for case in CASES])
+@pytest.mark.parametrize("tail", [0, 4])
+def test_beside_one_query_turned_keys_say_what_the_bias_says(name: str, options: dict[str, int], tail: int) -> None:
+    scheme = build(name, sizes=SMALL, **options).double()
+    query_slots, key_slots = torch.tensor([18]), torch.arange(19 + tail)  # a static cache has an empty tail
+    query_ids = torch.tensor([[18], [11]])
+    here = Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids))
+    query, key = torch.randn(2, 3, 1, 8, dtype=torch.float64), torch.randn(2, 3, 19 + tail, 8, dtype=torch.float64)
+    expected = query @ key.transpose(-1, -2) + scheme.score_bias(query, key, here, scaling=1.0, layer=0)
+    pair = scheme.paired(query, key, here, layer=0)
+    assert pair is not None
+    found = pair[0] @ pair[1].transpose(-1, -2)
+    torch.testing.assert_close(found[..., :19], expected[..., :19], atol=2e-6, rtol=1e-6)  # angles are float32
+    assert (expected - query @ key.transpose(-1, -2)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("name", "options"), [case[:2] for case in CASES])
+def test_queries_and_keys_stay_as_they_are_where_no_pair_is_distant(name: str, options: dict[str, int]) -> None:
+    scheme, window = build(name, sizes=SMALL, **options), options["window"]
+    query, key = torch.randn(1, 3, window, 8), torch.randn(1, 3, window, 8)
+    pair = scheme.paired(query, key, positions(0, window, window), layer=0)
+    assert pair is not None
+    assert pair[0] is query
+    assert pair[1] is key
+    assert scheme.paired(query.repeat(1, 1, 2, 1), key.repeat(1, 1, 2, 1), positions(0, 2 * window, 2 * window), layer=0) is None
 
 
 def test_keys_ids_are_counted_back_from_a_real_token_under_padding_on_either_side() -> None:

@@ -1,5 +1,7 @@
 """Transformer-XL's relative positions, pair by pair."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,8 +13,8 @@ from tests.schemes.building import build, geometry, positions
 SMALL = geometry(hidden_size=24, num_heads=3, head_dim=8)
 
 
-def random_scheme(**options: object) -> Scheme:
-    scheme = build("transformer_xl", sizes=SMALL, **options)
+def random_scheme(is_causal: bool = True, **options: object) -> Scheme:
+    scheme = build("transformer_xl", sizes=replace(SMALL, is_causal=is_causal), **options)
     for parameter in scheme.parameters():
         torch.nn.init.normal_(parameter)
     return scheme
@@ -20,15 +22,19 @@ def random_scheme(**options: object) -> Scheme:
 
 @pytest.mark.parametrize("biases", ["shared", "per_layer"])
 @pytest.mark.parametrize("max_distance", [None, 3])
-@pytest.mark.parametrize(("first_query", "q_len", "kv_len"), [(0, 7, 7), (5, 3, 8), (7, 1, 8)])
-def test_scores_are_the_papers(biases: str, max_distance: int | None, first_query: int, q_len: int, kv_len: int) -> None:
-    scheme = random_scheme(biases=biases, max_distance=max_distance)
+@pytest.mark.parametrize(("first_query", "q_len", "kv_len"), [(0, 7, 7), (5, 3, 8), (5, 2, 12), (7, 1, 8)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_scores_are_the_papers(
+    biases: str, max_distance: int | None, first_query: int, q_len: int, kv_len: int, is_causal: bool
+) -> None:
+    scheme = random_scheme(is_causal, biases=biases, max_distance=max_distance)
     query, key = torch.randn(2, 3, q_len, 8), torch.randn(2, 3, kv_len, 8)
     ours = scheme.score_bias(query, key, positions(first_query, q_len, kv_len), scaling=0.25, layer=1)
     name = "shared" if biases == "shared" else "1"
     weight, u, v = scheme.distance_weights["1"], scheme.content_biases[name], scheme.distance_biases[name]
     expected = reference.score_term(query, key, weight.detach(), u.detach(), v.detach(), first_query, 0.25, max_distance)
-    torch.testing.assert_close(ours.double(), expected, atol=3e-5, rtol=0)
+    seen = positions(first_query, q_len, kv_len).distance <= (0 if is_causal else kv_len)
+    torch.testing.assert_close(ours.double()[..., seen], expected[..., seen], atol=3e-5, rtol=0)
 
 
 def test_distance_is_query_minus_key() -> None:

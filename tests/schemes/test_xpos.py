@@ -11,7 +11,7 @@ from pe_swap.errors import OptionError
 from pe_swap.positions import Positions
 from pe_swap.schemes.xpos import Xpos
 from tests.references import xpos as reference
-from tests.schemes.building import at_positions, build, geometry
+from tests.schemes.building import at_positions, build, geometry, positions
 
 
 def scores(scheme: Xpos, query: Tensor, key: Tensor, query_ids: Tensor, key_ids: Tensor) -> Tensor:
@@ -109,6 +109,30 @@ def test_a_chunk_of_a_cache_is_a_part_of_the_whole() -> None:
         part = scores(scheme, query[:, :, start:stop], key, ids[start:stop], ids)
         seen = ids[None] <= ids[start:stop, None]
         torch.testing.assert_close(part[0][:, seen], whole[0, :, start:stop][:, seen], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
+)
+@pytest.mark.parametrize(("first", "q_len"), [(0, 256), (5000, 256), (30_000, 1)])
+def test_decayed_queries_and_keys_say_what_the_bias_says(dtype: torch.dtype, tolerance: float, first: int, q_len: int) -> None:
+    scheme, kv_len = xpos(8), first + q_len
+    query, key = torch.randn(1, 2, q_len, 8).to(dtype), torch.randn(1, 2, kv_len, 8).to(dtype)
+    here = positions(first, q_len, kv_len)
+    plain = query.double() @ key.double().transpose(-1, -2)
+    expected = (plain + scheme.score_bias(query, key, here, scaling=1.0, layer=0)).tril(first)
+    pair = scheme.paired(query, key, here, layer=0)
+    assert pair is not None
+    found = (pair[0].double() @ pair[1].double().transpose(-1, -2)).tril(first)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    assert (expected - plain.tril(first)).abs().max() > 1
+
+
+def test_a_steep_decay_is_left_to_the_bias() -> None:
+    scheme = xpos(8, gamma=0.01, scale_base=1)
+    query, key = torch.randn(1, 2, 300, 8), torch.randn(1, 2, 300, 8)
+    assert scheme.paired(query, key, positions(0, 300, 300), layer=0) is None
+    assert scheme.paired(query[:, :, -1:], key, positions(299, 1, 300), layer=0) is not None
 
 
 def test_keys_that_nobody_sees_stay_finite_and_have_no_gradient_of_their_own() -> None:
