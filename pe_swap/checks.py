@@ -295,20 +295,27 @@ def _disturbed(positional: Positional) -> Iterator[None]:
 
 @contextmanager
 def _calls(schemes: list[Scheme]) -> Iterator[Counter[tuple[int, str, int | None]]]:
-    """Count the calls of every scheme's hooks, as `(index of the scheme, hook, layer)`."""
+    """Count the calls of every scheme's hooks, as `(index of the scheme, hook, layer)`.
+
+    A pair that `paired` gives has `score_bias` in it, and counts as its call.
+    """
     seen: Counter[tuple[int, str, int | None]] = Counter()
 
     def counted(index: int, hook: str, method: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            seen[(index, hook, kwargs.get("layer"))] += 1
-            return method(*args, **kwargs)
+            found = method(*args, **kwargs)
+            if hook != "paired":
+                seen[(index, hook, kwargs.get("layer"))] += 1
+            elif found is not None:
+                seen[(index, "score_bias", kwargs.get("layer"))] += 1
+            return found
 
         return call
 
     before = [dict(vars(scheme)) for scheme in schemes]
     try:
         for index, scheme in enumerate(schemes):
-            for hook in scheme.hooks:
+            for hook in (*scheme.hooks, "paired"):
                 vars(scheme)[hook] = counted(index, hook, getattr(scheme, hook))
         yield seen
     finally:
