@@ -100,7 +100,7 @@ def checked_layers(layers: object, num_layers: int) -> tuple[int, ...]:
     Raises:
         LayerError: not integers, none at all, or out of range.
     """
-    indices = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes)) else None
+    indices = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping)) else None
     if not indices or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in indices):
         raise LayerError(
             f"layers is {layers!r}; it must be a non-empty list of layer indices (integers), or None for every layer."

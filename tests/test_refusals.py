@@ -585,7 +585,10 @@ NOT_LAYERS = "it must be a non-empty list of layer indices (integers), or None f
 @pytest.mark.parametrize(
     ("layers", "text"),
     [
-        *((layers, f"layers is {layers!r}; {NOT_LAYERS}") for layers in ([], 1, "01", [True], [0.5], [0, None], range(0))),
+        *(
+            (layers, f"layers is {layers!r}; {NOT_LAYERS}")
+            for layers in ([], 1, "01", [True], [0.5], [0, None], range(0), {0: "fox"})
+        ),
         *(
             (layers, f"layers names layer {wrong}, but the model has 2; it must be from 0 to 1 (or -2 to -1, from the end).")
             for layers, wrong in (([2], 2), ([0, -3], -3), (range(5), 2))

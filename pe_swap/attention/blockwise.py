@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pe_swap.attention.fused import FORBIDDEN, bare_mask, fused_attention, kernel_mask
+from pe_swap.attention.fused import bare_mask, fused_attention, kernel_mask
 from pe_swap.attention.plain import causal_mask, plain_attention
 from pe_swap.positions import Positions
 
@@ -43,8 +43,7 @@ def blockwise_attention(
         key: `[batch, heads, kv_len, head_dim]`.
         value: `[batch, heads, kv_len, head_dim]`.
         positions: where queries and keys stand.
-        score_bias: from a block's queries, its keys and their positions to logits, `[batch or 1, heads, q_block, kv_block]`: a new
-            tensor, which is written to here.
+        score_bias: from a block's queries, its keys and their positions to logits, `[batch or 1, heads, q_block, kv_block]`.
         value_bias: from a block's probabilities and positions to what is added to its output, `[batch, heads, q_block, head_dim]`.
         attention_mask: boolean (True: may look) or additive, `[batch or 1, heads or 1, q_len, kv_len]`, or None.
         is_causal: with no mask, key index at most query index; a block then meets the keys up to its end only.
@@ -69,11 +68,7 @@ def blockwise_attention(
             return fused_attention(*with_bias, block_value, bare_mask(mask), scaling=scaling, dropout=dropout)
         bias = None if score_bias is None else score_bias(block, block_key, block_positions)
         if value_bias is None and bias is not None:
-            if skips_future:  # only keys within the block can lie after a query; the others, most of them, are left alone
-                bias[..., start:].masked_fill_(~causal_mask(stop - start, stop - start, query.device), FORBIDDEN)
-            else:
-                bias = kernel_mask(bias, mask)
-            return fused_attention(block, block_key, block_value, bias, scaling=scaling, dropout=dropout)
+            return fused_attention(block, block_key, block_value, kernel_mask(bias, mask), scaling=scaling, dropout=dropout)
         output, probabilities = plain_attention(
             block, block_key, block_value, bias, attention_mask=mask, is_causal=False, scaling=scaling, dropout=dropout
         )

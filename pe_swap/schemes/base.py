@@ -258,7 +258,7 @@ class Scheme(nn.Module):
             layer: index of the layer.
 
         Returns:
-            `[batch or 1, heads, q_len, kv_len]`, logits; a new tensor, which attention may write to.
+            `[batch or 1, heads, q_len, kv_len]`, logits.
         """
         raise NotImplementedError
 

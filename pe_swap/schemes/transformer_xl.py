@@ -52,6 +52,9 @@ class TransformerXLOptions(SchemeOptions):
 class TransformerXL(Scheme):
     """`bias_ij = scaling * (u . k_j + (q_i + v) . W_R r_{i-j})`, in logits.
 
+    In a decoder a key after its query, which the causal mask removes, has no term of its distance: a mask of your own that lets queries
+    look ahead is for encoders.
+
     Start on a pretrained model: `W_R`, `u` and `v` zero, which is the model without its table.
     """
 

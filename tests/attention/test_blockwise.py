@@ -109,6 +109,27 @@ def test_a_query_that_may_look_nowhere_gets_zeros_and_sends_nothing_back(
         torch.testing.assert_close(our_gradient, their_gradient, atol=1e-11, rtol=1e-9)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_a_scheme_returned_stays_as_it_was(masked: bool) -> None:
+    """It may be a parameter, or shared by layers."""
+    query, key, value = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    bias, ids = torch.randn(1, 2, 6, 6), torch.arange(6)
+    before, mask = bias.clone(), torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    blockwise_attention(
+        query,
+        key,
+        value,
+        Positions(ids, ids, ids[None], ids[None]),
+        lambda query, key, positions: bias,
+        None,
+        attention_mask=mask if masked else None,
+        is_causal=not masked,
+        scaling=1.0,
+        dropout=0.0,
+    )
+    assert torch.equal(bias, before)
+
+
 def test_nothing_larger_than_a_block_of_scores_is_allocated() -> None:
     heads, length = 3, 1536
     leaves = [torch.randn(1, heads, length, 8, requires_grad=True) for _ in range(3)]
