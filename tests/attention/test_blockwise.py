@@ -109,6 +109,19 @@ def test_a_query_that_may_look_nowhere_gets_zeros_and_sends_nothing_back(
         torch.testing.assert_close(our_gradient, their_gradient, atol=1e-11, rtol=1e-9)
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_pair_that_may_look_nowhere_gets_zeros_and_sends_nothing_back(additive: bool) -> None:
+    call = left_padded_call(additive)
+    options = {"attention_mask": call.attention_mask, "is_causal": call.is_causal, "scaling": 0.4, "dropout": 0.0}
+    tensors, positions = (call.query, call.key, call.value), positions_of(call)
+    ours = blockwise_attention(*tensors, positions, None, None, paired=lambda query, key, positions: (query, key), **options)
+    theirs = plain_attention(*tensors, None, **options)[0] * looks_somewhere(call)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
+    found = [torch.autograd.grad(output.sum(), tensors) for output in (ours, theirs)]
+    for our_gradient, their_gradient in zip(*found, strict=True):
+        torch.testing.assert_close(our_gradient, their_gradient, atol=1e-11, rtol=1e-9)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_what_a_scheme_returned_stays_as_it_was(masked: bool) -> None:
     """It may be a parameter, or shared by layers."""
