@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -31,8 +30,8 @@ SMALLEST_LOGARITHM = -75.0
 """Probabilities below exp of this, 3e-33, are zero in the backward pass: no float32 sum with one of 1 in it can tell, and times a
 gradient they would be denormal numbers, on which some processors spend a hundred cycles each."""
 
-BACKWARD_BLOCK = 512
-"""Queries, and keys, a block of the backward pass: its scores are read and written a dozen times, so they should stay in the cache."""
+BACKWARD_BLOCK = 256
+"""Queries, and keys, a block of the backward pass: its scores are read and written eight times, so they should stay in the cache."""
 
 
 def relative_bias_attention(
@@ -107,15 +106,16 @@ def hankel(bias: Tensor, q_len: int, start: int, stop: int, kv_stop: int) -> Ten
     return vector.unfold(-1, kv_stop, 1)[None]
 
 
-def sum_of_antidiagonals(matrix: Tensor) -> Tensor:
-    """Return `out[n] = sum of matrix[r, j] with r + j = n`, `[..., rows, columns]` to `[..., rows + columns - 1]`.
+def sum_of_antidiagonals(padded: Tensor) -> Tensor:
+    """Return `out[n] = sum of matrix[r, j] with r + j = n`, `[..., rows + columns - 1]`.
 
-    Rows are written one column wider than the result and read back at the result's width, which shifts row `r` by `r`.
+    Rows are read one shorter than they were written, which shifts row `r` by `r`.
+
+    Args:
+        padded: the matrix with as many columns of zeros at its right as it has rows, `[..., rows, columns + rows]`.
     """
-    rows, columns = matrix.shape[-2:]
-    width = rows + columns - 1
-    shifted = F.pad(matrix, (0, rows)).flatten(-2)[..., : rows * width]
-    return shifted.reshape(*matrix.shape[:-2], rows, width).sum(-2)
+    rows, width = padded.shape[-2], padded.shape[-1] - 1
+    return padded.flatten(-2)[..., : rows * width].reshape(*padded.shape[:-2], rows, width).sum(-2)
 
 
 def _reversed_rows(attention_mask: Tensor | None, start: int, stop: int) -> Tensor | None:
@@ -172,33 +172,49 @@ class _RelativeBiasAttention(torch.autograd.Function):
         """Recompute the probabilities block by block."""
         (grad_output,) = grad_outputs
         query, key, value, bias, attention_mask, output, logsumexp = ctx.saved_tensors
-        scaling, q_len = ctx.scaling, query.shape[2]
-        logsumexp = torch.where(
-            logsumexp.isfinite(), logsumexp, 0.0
-        )  # a row that may look nowhere: its probabilities are exp(-inf)
-        work = logsumexp.dtype
-        grad_query = torch.empty_like(query)
-        grad_key, grad_value = torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
-        grad_bias = torch.zeros_like(bias, dtype=work)
-        delta = (grad_output.to(work) * output.to(work)).sum(-1)
-        for start, stop, kv_stop in query_blocks(q_len, key.shape[2], ctx.skips_future, BACKWARD_BLOCK):
-            rows = slice(start, stop)
-            block_query = query[:, :, rows].flip(2).to(work) * scaling
-            block_grad = grad_output[:, :, rows].flip(2).to(work)
-            block_logsumexp, block_delta = (numbers[:, :, rows].flip(2)[..., None] for numbers in (logsumexp, delta))
+        scaling, work, leading = ctx.scaling, logsumexp.dtype, query.shape[:2]
+        q_len, kv_len = query.shape[2], key.shape[2]
+        # A row that may look nowhere has none that is finite; its probabilities are exp(-inf), whatever stands here.
+        logsumexp = torch.where(logsumexp.isfinite(), logsumexp, 0.0).flip(2)[..., None]
+        # Backwards, as the rows of `hankel`.
+        queries, grads, outputs = (x.to(work).flip(2).flatten(0, 1) for x in (query, grad_output, output))
+        all_keys, all_values = (x.to(work).flatten(0, 1) for x in (key, value))
+        queries = queries * scaling
+        delta = (grads * outputs).sum(-1, keepdim=True)
+        grad_query, grad_key, grad_value, grad_bias = (
+            torch.zeros_like(x, dtype=work, memory_format=torch.contiguous_format) for x in (queries, all_keys, all_values, bias)
+        )
+        buffers: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        for start, stop, kv_stop in query_blocks(q_len, kv_len, ctx.skips_future, BACKWARD_BLOCK):
+            rows = slice(q_len - stop, q_len - start)
+            block_query, block_grad = queries[:, rows], grads[:, rows]
             mask = kernel_mask(hankel(bias, q_len, start, stop, kv_stop), _reversed_rows(attention_mask, start, stop))
-            block_grad_query = torch.zeros_like(block_query)
             for key_start in range(0, kv_stop, BACKWARD_BLOCK):
                 keys = slice(key_start, min(key_start + BACKWARD_BLOCK, kv_stop))
-                block_key, block_value = key[:, :, keys].to(work), value[:, :, keys].to(work)
-                scores = torch.matmul(block_query, block_key.transpose(-1, -2)).add_(mask[..., keys])
-                probabilities = torch.threshold_(scores.sub_(block_logsumexp), SMALLEST_LOGARITHM, FORBIDDEN).exp_()
-                grad_value[:, :, keys] += torch.matmul(probabilities.transpose(-1, -2), block_grad)
-                grad_scores = torch.matmul(block_grad, block_value.transpose(-1, -2)).sub_(block_delta).mul_(probabilities)
-                block_grad_query += torch.matmul(grad_scores, block_key)
-                grad_key[:, :, keys] += torch.matmul(grad_scores.transpose(-1, -2), block_query)
+                shape = (stop - start, keys.stop - key_start)
+                if shape not in buffers:
+                    buffers[shape] = _backward_buffers(queries, *shape)
+                scores, grad_probabilities, padded = buffers[shape]
+                torch.sub(mask[..., keys], logsumexp[:, :, rows], out=scores.view(*leading, *shape))
+                scores.baddbmm_(block_query, all_keys[:, keys].transpose(1, 2))
+                probabilities = torch.threshold_(scores, SMALLEST_LOGARITHM, FORBIDDEN).exp_()
+                grad_value[:, keys].baddbmm_(probabilities.transpose(1, 2), block_grad)
+                torch.bmm(block_grad, all_values[:, keys].transpose(1, 2), out=grad_probabilities).sub_(delta[:, rows])
+                grad_scores = torch.mul(grad_probabilities, probabilities, out=padded[..., : shape[1]])
+                grad_query[:, rows].baddbmm_(grad_scores, all_keys[:, keys])
+                grad_key[:, keys].baddbmm_(grad_scores.transpose(1, 2), block_query)
                 first = q_len - stop + key_start
-                summed = sum_of_antidiagonals(grad_scores.sum(0) if grad_scores.shape[0] > 1 else grad_scores[0])
+                summed = sum_of_antidiagonals(padded).view(*leading, -1).sum(0)
                 grad_bias[:, first : first + summed.shape[-1]] += summed
-            grad_query[:, :, rows] = (block_grad_query * scaling).flip(2).to(query.dtype)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias.to(bias.dtype), None, None, None
+        grad_query = (grad_query * scaling).view(query.shape).flip(2).to(query.dtype)
+        grad_key, grad_value = grad_key.view(key.shape).to(key.dtype), grad_value.view(value.shape).to(value.dtype)
+        return grad_query, grad_key, grad_value, grad_bias.to(bias.dtype), None, None, None
+
+
+def _backward_buffers(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for a block's scores, what comes back to its probabilities, and what comes back to its scores beside zeros.
+
+    Blocks share them: for a new tensor a block, the system would have to find and clear pages each time.
+    """
+    scores, grad_probabilities = (like.new_empty(len(like), rows, columns) for _ in range(2))
+    return scores, grad_probabilities, like.new_zeros(len(like), rows, columns + rows)
