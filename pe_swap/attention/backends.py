@@ -7,7 +7,6 @@ a scheme (cross-attention shares the configuration) get exactly the implementati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -47,6 +46,13 @@ HOOKS_OF: dict[str, frozenset[str]] = {
     "flex_attention": frozenset({"rotate", "relative_bias"}),
 }
 """The hooks that each implementation can honour."""
+
+
+BARE_HOOKS = frozenset({"rotate", "query_scale"})
+"""Hooks that leave scores as queries and keys make them."""
+
+RELATIVE_HOOKS = BARE_HOOKS | {"relative_bias"}
+"""Hooks that add what depends on a distance alone."""
 
 
 def is_ours(implementation: str | None) -> bool:
@@ -96,7 +102,7 @@ def rotated(context: PositionalContext, query: Tensor, key: Tensor) -> tuple[Ten
     """
     if "rotate" not in context.binding.hooks:
         return query, key
-    query = context.rotated(query, context.query_ids, "query")
+    query = context.rotated(query, context.call.query_ids, "query")
     if not context.keys_are_rotated:
         key = context.rotated(key, context.positions(key.shape[2], key.device).key_ids, "key")
     return query, key
@@ -109,7 +115,7 @@ def keys_seen(context: PositionalContext, query: Tensor, kv_len: int, attention_
     """
     if attention_mask is None:
         every = torch.full((1, query.shape[2]), kv_len, device=query.device)
-        return context.query_slots.to(query.device)[None] + 1 if is_causal else every
+        return context.call.query_slots.to(query.device)[None] + 1 if is_causal else every
     allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask > torch.finfo(attention_mask.dtype).min / 2
     return allowed[:, 0].sum(-1)
 
@@ -198,8 +204,10 @@ def guarded(function: Callable[..., AttentionOutput]) -> Callable[..., Attention
             refuse_unbound(module)
         else:
             refuse_unseen_cache(positional, query.shape[2], key.shape[2])
-        with torch.autocast(query.device.type, enabled=False) if autocasts(query) else nullcontext():
-            return function(module, query, key, *args, positional=positional, **kwargs)
+        if autocasts(query):
+            with torch.autocast(query.device.type, enabled=False):
+                return function(module, query, key, *args, positional=positional, **kwargs)
+        return function(module, query, key, *args, positional=positional, **kwargs)
 
     return attention
 
@@ -296,12 +304,12 @@ def sdpa(
     query, key = rotated(positional, query, key)
     causal = is_causal_call(module, query, attention_mask, is_causal)
     query = scaled(positional, query, key.shape[2], attention_mask, causal)
-    if hooks <= {"rotate", "query_scale"}:
+    if hooks <= BARE_HOOKS:
         return _library("sdpa")(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if hooks <= {"rotate", "query_scale", "relative_bias"}:
+    if hooks <= RELATIVE_HOOKS:
         output = relative_bias_attention(
             query,
             key,

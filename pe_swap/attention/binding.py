@@ -65,40 +65,59 @@ class LayerBinding:
 
 
 @dataclass(frozen=True)
+class SchemeCall:
+    """What the layers that a scheme serves share in one call of the model.
+
+    Attributes:
+        scheme: the scheme, its weights on the layers' device.
+        query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
+        query_ids: `[batch or 1, q_len]`, int64.
+        memo: what layers share.
+    """
+
+    scheme: Scheme
+    query_slots: Tensor
+    query_ids: Tensor
+    memo: CallMemo
+
+
+@dataclass(frozen=True)
 class PositionalContext:
     """What travels with one attention call, as its keyword argument `positional`.
 
     Attributes:
         binding: the layer's place and hooks.
-        scheme: the layer's scheme, looked up once a call, its weights on the layer's device.
-        query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
-        query_ids: `[batch or 1, q_len]`, int64.
+        call: what it shares with other layers.
         has_cache: the call has a cache, whose keys may be more than the queries.
         keys_are_rotated: the keys were rotated before they were cached.
-        memo: what layers share.
         carried: what the scheme's `carry` gave, `[batch, heads, q_len, channels]`, in a call without a cache. None where it carries
             nothing, and in a call with a cache, whose keys then have these channels after their own.
     """
 
     binding: LayerBinding
-    scheme: Scheme
-    query_slots: Tensor
-    query_ids: Tensor
+    call: SchemeCall
     has_cache: bool
     keys_are_rotated: bool
-    memo: CallMemo
     carried: Tensor | None = None
+
+    @property
+    def scheme(self) -> Scheme:
+        """The layer's scheme, looked up once a call."""
+        return self.call.scheme
 
     def positions(self, kv_len: int, device: torch.device, carried: Tensor | None = None) -> Positions:
         """Return where the queries and all `kv_len` keys stand, on the device of the scores, with what the scheme makes of it."""
 
         def work_out() -> Positions:
-            query_slots, query_ids = self.query_slots.to(device), self.query_ids.to(device)  # a model may be spread over devices
+            query_slots, query_ids = (
+                self.call.query_slots.to(device),
+                self.call.query_ids.to(device),
+            )  # a model may be spread over devices
             key_slots = slots_from(0, kv_len, device)
             return Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids), once=once)
 
         def once(key: Hashable, work_out: Callable[[], Any]) -> Any:
-            return self.memo.once((key, kv_len, device), (self.query_slots, self.query_ids), work_out)
+            return self.call.memo.once((key, kv_len, device), (self.call.query_slots, self.call.query_ids), work_out)
 
         found: Positions = once("positions", work_out)
         found = found if carried is None else replace(found, carried=carried)
@@ -108,7 +127,7 @@ class PositionalContext:
     def rotated(self, x: Tensor, position_ids: Tensor, role: Literal["query", "key"]) -> Tensor:
         """Return queries or keys, `[batch, heads, length, head_dim]`, turned by their positions."""
         scheme = self.scheme
-        rotation = self.memo.once(
+        rotation = self.call.memo.once(
             ("rotation", self.binding.index, x.device), (position_ids,), lambda: scheme.rotation(position_ids.to(x.device))
         )
         return scheme.rotate(x, rotation, role=role, layer=self.binding.layer)
@@ -121,12 +140,14 @@ class PositionalContext:
         scheme, layer = self.scheme, self.binding.layer
 
         def work_out() -> Tensor:
-            first_slot = self.query_slots[0].to(device)
+            first_slot = self.call.query_slots[0].to(device)
             bias = scheme.relative_bias(torch.arange(1 - q_len, kv_len, device=device) - first_slot, layer=layer)
             return bias.contiguous()  # a transposed table's rows, a head apart, cost the kernel half of its speed
 
         served = None if scheme.bias_is_shared else layer
-        return self.memo.once(("bias", self.binding.index, served, q_len, kv_len, device), (self.query_slots,), work_out)
+        return self.call.memo.once(
+            ("bias", self.binding.index, served, q_len, kv_len, device), (self.call.query_slots,), work_out
+        )
 
     def split(self, key: Tensor, head_dim: int) -> tuple[Tensor, Tensor | None]:
         """Return the keys, `[batch, heads, kv_len, head_dim]`, and what was carried beside each of them, or None."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pe_swap.attention.backends import is_ours
-from pe_swap.attention.binding import LayerBinding, PositionalContext
+from pe_swap.attention.binding import LayerBinding, PositionalContext, SchemeCall
 from pe_swap.attention.cache import CACHE_ARGUMENTS, LayerCache, self_attention_cache
 from pe_swap.attention.memo import ARGUMENT, NO_MEMO, CallMemo
 from pe_swap.errors import UnsupportedBackendError
@@ -33,39 +33,65 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     """
     binding: LayerBinding = getattr(module, BINDING_ATTRIBUTE)
     kwargs = dict(kwargs)
-    config: Any = module.config
-    implementation = config._attn_implementation
+    hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+    if len(args) > 1:  # a caller's own; transformers names everything after the hidden states
+        kwargs, args = {**dict(zip(binding.parameters[1:], args[1:], strict=False)), **kwargs}, args[:1]
+    cache_argument = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), binding.cache_argument)
+    given = kwargs.get(cache_argument)
+    cache = None if given is None else self_attention_cache(given)
+    first_slot = 0 if cache is None else cache.get_seq_length(module.layer_idx)
+    call = scheme_call(module, binding, first_slot, hidden_states, kwargs.get("position_ids"), kwargs.pop(ARGUMENT, NO_MEMO))
+    rotates_into_cache = cache is not None and "rotate" in binding.hooks and call.scheme.caches_rotated_keys
+    carried = call.scheme.carry(hidden_states, layer=binding.layer) if "carry" in binding.hooks else None
+    context = PositionalContext(binding, call, cache is not None, rotates_into_cache, carried if cache is None else None)
+    kwargs["positional"] = context
+    if cache is not None and (rotates_into_cache or carried is not None):
+        kwargs[cache_argument] = LayerCache(cache, context, carried)
+    return args, kwargs
+
+
+def scheme_call(
+    module: Any,
+    binding: LayerBinding,
+    first_slot: int | Tensor,
+    hidden_states: Tensor,
+    position_ids: Tensor | None,
+    memo: CallMemo,
+) -> SchemeCall:
+    """Return what the layers of a scheme share in a call of the model; worked out for the first of them.
+
+    A generated token finds the processor's caches full of weights, so that each line run in every layer costs it four times what it
+    costs in a loop of its own.
+
+    Raises:
+        UnsupportedBackendError: see `hand_on_positions`.
+    """
+    q_len, device, config = hidden_states.shape[1], hidden_states.device, module.config
+
+    def work_out() -> SchemeCall:
+        refuse_foreign_backend(binding, config._attn_implementation)
+        slots = slots_from(first_slot, q_len, device)
+        scheme = on_device(binding.scheme, device)
+        return SchemeCall(scheme, slots, slots[None, :] if position_ids is None else position_ids, memo)
+
+    if not isinstance(first_slot, int):  # a static cache counts in place, and will have counted these queries when attention runs
+        return work_out()
+    of = () if position_ids is None else (position_ids,)
+    return memo.once((binding.index, first_slot, q_len, device, id(config)), of, work_out)
+
+
+def refuse_foreign_backend(binding: LayerBinding, implementation: str) -> None:
+    """Refuse an attention implementation that would drop the scheme.
+
+    Raises:
+        UnsupportedBackendError: see `hand_on_positions`.
+    """
     if not is_ours(implementation):
         raise UnsupportedBackendError(
             f"Layer {binding.layer} carries the scheme '{binding.scheme.name}', but its attention implementation is "
             f"'{implementation}', which knows nothing of it and would drop it. "
             "Set implementations with model.set_attn_implementation(...)."
         )
-    hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
-    if len(args) > 1:  # a caller's own; transformers names everything after the hidden states
-        kwargs, args = {**dict(zip(binding.parameters[1:], args[1:], strict=False)), **kwargs}, args[:1]
-    cache_argument = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), binding.cache_argument)
-    cache = kwargs.get(cache_argument)
-    first_slot = 0 if cache is None else self_attention_cache(cache).get_seq_length(module.layer_idx)
-    memo: CallMemo = kwargs.pop(ARGUMENT, NO_MEMO)
-    q_len, device = hidden_states.shape[1], hidden_states.device
-    if isinstance(first_slot, int):
-        query_slots = memo.once(("slots", first_slot, q_len, device), (), lambda: slots_from(first_slot, q_len, device))
-    else:  # A new tensor, now: a static cache counts in place, and will have counted these queries when attention runs.
-        query_slots = slots_from(first_slot, q_len, device)
-    query_ids = kwargs.get("position_ids")
-    if query_ids is None:
-        query_ids = memo.once("ids", (query_slots,), lambda: query_slots[None, :])
-    scheme = on_device(binding.scheme, device)
-    rotates_into_cache = cache is not None and "rotate" in binding.hooks and scheme.caches_rotated_keys
-    carried = scheme.carry(hidden_states, layer=binding.layer) if "carry" in binding.hooks else None
-    context = PositionalContext(
-        binding, scheme, query_slots, query_ids, cache is not None, rotates_into_cache, memo, carried if cache is None else None
-    )
-    kwargs["positional"] = context
-    if rotates_into_cache or (carried is not None and cache is not None):
-        kwargs[cache_argument] = LayerCache(self_attention_cache(cache), context, carried)
-    return args, kwargs
 
 
 def add_pre_hook(module: nn.Module, hook: PreHook) -> None:

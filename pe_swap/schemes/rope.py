@@ -253,14 +253,14 @@ def turn(x: Tensor, rotation: tuple[Tensor, Tensor], layout: str) -> Tensor:
     rotary_dim = cosine.shape[-1]
     if rotary_dim < x.shape[-1]:
         return torch.cat((turn(x[..., :rotary_dim], rotation, layout), x[..., rotary_dim:]), dim=-1)
-    wide = x if x.dtype == torch.float64 else x.float()
-    if wide.numel() >= LARGE and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
-        return _turn_in_one_buffer(wide, cosine, signed_sine.to(wide.dtype), layout).to(x.dtype)
-    if layout == "half":
-        partner = wide.roll(rotary_dim // 2, dims=-1)
-    else:
-        partner = wide.reshape(*wide.shape[:-1], -1, 2).flip(-1).reshape(wide.shape)
-    return torch.addcmul(wide * cosine, partner, signed_sine.to(wide.dtype)).to(x.dtype)
+    if x.dtype != cosine.dtype:  # asked first, as a cast that has nothing to do costs a small call as much as one that has
+        if x.dtype.itemsize < 4:
+            return turn(x.float(), rotation, layout).to(x.dtype)
+        cosine, signed_sine = cosine.to(x.dtype), signed_sine.to(x.dtype)
+    if x.numel() >= LARGE and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
+        return _turn_in_one_buffer(x, cosine, signed_sine, layout)
+    partner = x.roll(rotary_dim // 2, dims=-1) if layout == "half" else x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
+    return torch.addcmul(x * cosine, partner, signed_sine)
 
 
 def _turn_in_one_buffer(x: Tensor, cosine: Tensor, signed_sine: Tensor, layout: str) -> Tensor:
