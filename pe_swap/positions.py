@@ -24,6 +24,15 @@ Once = Callable[[Hashable, Callable[[], Any]], Any]
 """From a key and a function to what the function gives, or gave for that key at the same positions in another layer."""
 
 
+Keep = Callable[[Hashable, tuple[Any, ...], Callable[[], Any]], Any]
+"""From a key, what a result is of, and a function, to what the function gives, or gave in an earlier call with the same cache."""
+
+
+def unkept(key: Hashable, of: tuple[Any, ...], work_out: Callable[[], Any]) -> Any:
+    """Return what `work_out` gives: nothing is kept."""
+    return work_out()
+
+
 def unshared(key: Hashable, work_out: Callable[[], Any]) -> Any:
     """Return what `work_out` gives: nothing is shared."""
     return work_out()
@@ -45,6 +54,8 @@ class Positions:
         queries_after: queries of the call after this block's last.
         once: what a scheme works out of these positions and its options alone goes through this, and is shared by the layers of a
             call. It is kept until the call ends: use it for what is small, as in decoding.
+        keep: what a scheme works out of its weights alone, or of plain numbers, goes through this, and is kept beside the cache for
+            later calls, until the weights change. It takes a key, the weights and numbers, and the function.
     """
 
     query_slots: Tensor
@@ -55,6 +66,7 @@ class Positions:
     prepared: Any = None
     queries_after: int = 0
     once: Once = unshared
+    keep: Keep = unkept
 
     def by_distance(self, of_call: Tensor) -> Tensor:
         """Return a block's part of what the whole call has for each distance.
@@ -89,6 +101,7 @@ class Positions:
             self.prepared,
             self.queries_after + len(self.query_slots) - min(stop, len(self.query_slots)),
             once,
+            self.keep,
         )
 
 
@@ -100,6 +113,8 @@ def pairs_of(by_distance: Tensor, kv_len: int) -> Tensor:
         kv_len: number of keys.
     """
     q_len, distances = by_distance.shape[-2:]
+    if q_len == 1:
+        return by_distance
     rows = by_distance.flatten(-2)[..., q_len - 1 : q_len - 1 + q_len * (distances - 1)]  # one entry fewer a row shifts it by one
     return rows.reshape(*rows.shape[:-1], q_len, distances - 1)[..., :kv_len]
 

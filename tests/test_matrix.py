@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import pe_swap
+from pe_swap.attention import blockwise, relative
 from pe_swap.schemes import SCHEMES
 from pe_swap.swap import positional_of, positional_parameters
 from tests.models import (
@@ -89,6 +90,21 @@ def test_eager_equals_sdpa(case: str, family: str) -> None:
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(logits(model, ids), eager, **ROUNDING)
     torch.testing.assert_close(logits(model, ids, attention_mask=mask)[mask.bool()], eager_padded[mask.bool()], **ROUNDING)
+
+
+@every_pair
+@pytest.mark.parametrize("length", [17, 23])
+def test_blocks_of_queries_equal_eager(case: str, family: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block of 17 is of one query, as is that of 257 where blocks are as they are: no call of a single query."""
+    model, ids = swapped(family, case, "eager"), token_ids(2, length)
+    eager = logits(model, ids)
+    model.set_attn_implementation("sdpa")
+    for module in (blockwise, relative):
+        for name in {"QUERY_BLOCK", "CAUSAL_BLOCK", "MASKED_BLOCK"} & vars(module).keys():
+            monkeypatch.setattr(module, name, 8)
+    torch.testing.assert_close(logits(model, ids), eager, **ROUNDING)
+    if family != "bert" and case not in LENGTH_DEPENDENT:
+        torch.testing.assert_close(cached_in_chunks(model, ids, "dynamic", (6, 9, length - 15)), eager, **ROUNDING)
 
 
 @every_case

@@ -23,7 +23,7 @@ from pe_swap.attention.plain import plain_attention
 from pe_swap.attention.relative import relative_bias_attention
 from pe_swap.errors import UnsupportedBackendError
 from pe_swap.positions import Positions
-from pe_swap.schemes.base import ATTENTION_HOOKS
+from pe_swap.schemes.base import ATTENTION_HOOKS, Paired
 
 AttentionOutput = tuple[Tensor, Tensor | None]
 
@@ -102,9 +102,11 @@ def rotated(context: PositionalContext, query: Tensor, key: Tensor) -> tuple[Ten
     """
     if "rotate" not in context.binding.hooks:
         return query, key
-    query = context.rotated(query, context.call.query_ids, "query")
-    if not context.keys_are_rotated:
-        key = context.rotated(key, context.positions(key.shape[2], key.device).key_ids, "key")
+    query = context.rotated(query, "query")
+    if not context.has_cache:
+        key = context.rotated(key, "key")
+    elif not context.keys_are_rotated:
+        key = context.rotated_cache(key)
     return query, key
 
 
@@ -326,8 +328,8 @@ def sdpa(
         def value_bias(probabilities: Tensor, positions: Positions) -> Tensor:
             return scheme.value_bias(probabilities, positions, layer=layer)
 
-        def paired(query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor] | None:
-            return scheme.paired(query, key, positions, layer=layer)
+        def paired(query: Tensor, key: Tensor, positions: Positions) -> Paired | None:
+            return scheme.paired(query, key, positions, scaling=scaling, layer=layer)
 
         output = blockwise_attention(
             query,

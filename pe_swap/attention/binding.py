@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pe_swap.attention.kept import Kept
 from pe_swap.attention.memo import CallMemo
 from pe_swap.positional import Place
-from pe_swap.positions import Positions, slots_from
+from pe_swap.positions import Positions, slots_from, unkept
 from pe_swap.schemes.base import ATTENTION_HOOKS, Scheme
 
 
@@ -72,13 +73,17 @@ class SchemeCall:
         scheme: the scheme, its weights on the layers' device.
         query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
         query_ids: `[batch or 1, q_len]`, int64.
+        rotation: what the scheme's `rotation` gave for them, or None where it turns nothing.
         memo: what layers share.
+        kept: what calls with the same cache share, or None.
     """
 
     scheme: Scheme
     query_slots: Tensor
     query_ids: Tensor
+    rotation: Any
     memo: CallMemo
+    kept: Kept | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ class PositionalContext:
                 self.call.query_ids.to(device),
             )  # a model may be spread over devices
             key_slots = slots_from(0, kv_len, device)
-            return Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids), once=once)
+            keep = unkept if self.call.kept is None else self.call.kept.keep
+            return Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids), once=once, keep=keep)
 
         def once(key: Hashable, work_out: Callable[[], Any]) -> Any:
             return self.call.memo.once((key, kv_len, device), (self.call.query_slots, self.call.query_ids), work_out)
@@ -124,13 +130,15 @@ class PositionalContext:
         prepared = self.scheme.prepare(found, layer=self.binding.layer)
         return found if prepared is None else replace(found, prepared=prepared)
 
-    def rotated(self, x: Tensor, position_ids: Tensor, role: Literal["query", "key"]) -> Tensor:
-        """Return queries or keys, `[batch, heads, length, head_dim]`, turned by their positions."""
-        scheme = self.scheme
-        rotation = self.call.memo.once(
-            ("rotation", self.binding.index, x.device), (position_ids,), lambda: scheme.rotation(position_ids.to(x.device))
-        )
-        return scheme.rotate(x, rotation, role=role, layer=self.binding.layer)
+    def rotated(self, x: Tensor, role: Literal["query", "key"]) -> Tensor:
+        """Return the call's own queries or keys, `[batch, heads, q_len, head_dim]`, turned by their positions."""
+        return self.call.scheme.rotate(x, self.call.rotation, role=role, layer=self.binding.layer)
+
+    def rotated_cache(self, key: Tensor) -> Tensor:
+        """Return all keys, `[batch, heads, kv_len, head_dim]`, turned by their positions, where they were cached without."""
+        ids = self.positions(key.shape[2], key.device).key_ids
+        rotation = self.call.memo.once(("rotation", self.binding.index), (ids,), lambda: self.scheme.rotation(ids))
+        return self.scheme.rotate(key, rotation, role="key", layer=self.binding.layer)
 
     def bias_by_distance(self, q_len: int, kv_len: int, device: torch.device) -> Tensor:
         """Return the relative bias for every pair, `[heads, q_len + kv_len - 1]`, float32.

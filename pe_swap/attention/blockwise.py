@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from pe_swap.attention.fused import bare_mask, fused_attention, kernel_mask
 from pe_swap.attention.plain import causal_mask, plain_attention
 from pe_swap.positions import Positions
+from pe_swap.schemes.base import Paired
 
 QUERY_BLOCK = 256
 """Queries a block. A block's scores take `batch x heads x 256 x kv_len` numbers."""
 
 ScoreBias = Callable[[Tensor, Tensor, Positions], Tensor]
-Paired = Callable[[Tensor, Tensor, Positions], tuple[Tensor, Tensor] | None]
+PairedWith = Callable[[Tensor, Tensor, Positions], Paired | None]
 ValueBias = Callable[[Tensor, Positions], Tensor]
 
 
@@ -32,7 +33,7 @@ def blockwise_attention(
     is_causal: bool,
     scaling: float,
     dropout: float,
-    paired: Paired | None = None,
+    paired: PairedWith | None = None,
 ) -> Tensor:
     """Return `softmax(scaling * query . key + score_bias + mask) . value + value_bias`, query block by query block.
 
@@ -49,8 +50,8 @@ def blockwise_attention(
         is_causal: with no mask, key index at most query index; a block then meets the keys up to its end only.
         scaling: factor on `query . key`.
         dropout: probability, on the attention probabilities.
-        paired: from a block's queries, its keys and their positions to others whose products have the bias in them, or to None where
-            there are none; only without `value_bias`.
+        paired: from a block's queries, its keys and their positions to others whose products have the bias in them, and what part of it
+            they have not; or to None where there are none. Only without `value_bias`.
 
     Returns:
         `[batch, heads, q_len, head_dim]`, in the dtype of `query`.
@@ -65,7 +66,9 @@ def blockwise_attention(
         mask = causal_mask(stop - start, kv_stop, query.device, start) if skips_future else _rows(attention_mask, start, stop)
         with_bias = None if paired is None else paired(block, block_key, block_positions)
         if with_bias is not None:
-            return fused_attention(*with_bias, block_value, bare_mask(mask), scaling=scaling, dropout=dropout)
+            block, block_key, rest = with_bias
+            additive = bare_mask(mask) if rest is None else kernel_mask(rest, mask)
+            return fused_attention(block, block_key, block_value, additive, scaling=scaling, dropout=dropout)
         bias = None if score_bias is None else score_bias(block, block_key, block_positions)
         if value_bias is None and bias is not None:
             return fused_attention(block, block_key, block_value, kernel_mask(bias, mask), scaling=scaling, dropout=dropout)

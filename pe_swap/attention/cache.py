@@ -84,7 +84,7 @@ class LayerCache:
             SwapStateError: the cache holds keys without these channels.
         """
         if self.context.keys_are_rotated:
-            key_states = self.context.rotated(key_states, self.context.call.query_ids, "key")
+            key_states = self.context.rotated(key_states, "key")
         if self.carried is not None:
             key_states = torch.cat((key_states, self.carried.to(key_states.device, key_states.dtype)), dim=-1)
             self._refuse_narrow_keys(key_states.shape[-1], layer_idx)

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from pe_swap.attention.backends import is_ours
 from pe_swap.attention.binding import LayerBinding, PositionalContext, SchemeCall
 from pe_swap.attention.cache import CACHE_ARGUMENTS, LayerCache, self_attention_cache
+from pe_swap.attention.kept import kept_beside
 from pe_swap.attention.memo import ARGUMENT, NO_MEMO, CallMemo
 from pe_swap.errors import UnsupportedBackendError
 from pe_swap.placement import on_device
@@ -40,7 +42,9 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     given = kwargs.get(cache_argument)
     cache = None if given is None else self_attention_cache(given)
     first_slot = 0 if cache is None else cache.get_seq_length(module.layer_idx)
-    call = scheme_call(module, binding, first_slot, hidden_states, kwargs.get("position_ids"), kwargs.pop(ARGUMENT, NO_MEMO))
+    call = scheme_call(
+        module, binding, cache, first_slot, hidden_states, kwargs.get("position_ids"), kwargs.pop(ARGUMENT, NO_MEMO)
+    )
     rotates_into_cache = cache is not None and "rotate" in binding.hooks and call.scheme.caches_rotated_keys
     carried = call.scheme.carry(hidden_states, layer=binding.layer) if "carry" in binding.hooks else None
     context = PositionalContext(binding, call, cache is not None, rotates_into_cache, carried if cache is None else None)
@@ -53,6 +57,7 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 def scheme_call(
     module: Any,
     binding: LayerBinding,
+    cache: Cache | None,
     first_slot: int | Tensor,
     hidden_states: Tensor,
     position_ids: Tensor | None,
@@ -71,8 +76,10 @@ def scheme_call(
     def work_out() -> SchemeCall:
         refuse_foreign_backend(binding, config._attn_implementation)
         slots = slots_from(first_slot, q_len, device)
+        ids = slots[None, :] if position_ids is None else position_ids.to(device)
         scheme = on_device(binding.scheme, device)
-        return SchemeCall(scheme, slots, slots[None, :] if position_ids is None else position_ids, memo)
+        rotation = scheme.rotation(ids) if "rotate" in binding.hooks else None
+        return SchemeCall(scheme, slots, ids, rotation, memo, kept_beside(cache, first_slot))
 
     if not isinstance(first_slot, int):  # a static cache counts in place, and will have counted these queries when attention runs
         return work_out()

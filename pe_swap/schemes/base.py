@@ -28,6 +28,10 @@ ATTENTION_HOOKS = frozenset({"rotate", "relative_bias", "score_bias", "value_bia
 """Hooks that act inside attention; a scheme with none of them leaves the attention function to transformers."""
 
 
+Paired = tuple[Tensor, Tensor, Tensor | None]
+"""What `Scheme.paired` gives: queries, keys, and what is still to be added to their scaled products."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The sizes of a model that a scheme may depend on.
@@ -262,8 +266,8 @@ class Scheme(nn.Module):
         """
         raise NotImplementedError
 
-    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Return queries and keys whose products, scaled, are all of a block's scores, what `score_bias` adds included.
+    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Paired | None:
+        """Return queries and keys whose products, scaled, are a block's scores with what `score_bias` adds, or with a part of it.
 
         No hook, but a shorter way to the result of one, for a scheme that has it: attention then needs no second product.
 
@@ -271,10 +275,12 @@ class Scheme(nn.Module):
             query: as in `score_bias`.
             key: as in `score_bias`.
             positions: as in `score_bias`.
+            scaling: as in `score_bias`.
             layer: index of the layer.
 
         Returns:
-            Both in the shapes and the dtype they came in, or None where only `score_bias` will do.
+            Both in the shapes and the dtype they came in, and the part of `score_bias` that is not in their products, or None where
+            there is no such part; None alone where only `score_bias` will do.
         """
         return None
 

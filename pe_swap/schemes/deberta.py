@@ -178,7 +178,8 @@ class Deberta(Scheme):
         For a single query, in decoding, `Kr` is left out: the query is projected in place of every row, `(q W_K) . t` for `q . (W_K t)`.
         """
         q_len, name = len(positions.query_slots), str(layer)
-        table, shape = self.table_in_use(), (self.geometry.num_heads, self.geometry.head_dim, -1)
+        norm = () if self.norm is None else (self.norm.weight, self.norm.bias)
+        shape = (self.geometry.num_heads, self.geometry.head_dim, -1)
 
         def rows() -> Tensor:
             lowest = positions.key_slots[0] - positions.query_slots[-1]
@@ -186,9 +187,13 @@ class Deberta(Scheme):
 
         keys = queries = None
         if self.key_weights is not None and q_len > 1:
-            keys = F.linear(table, self.key_weights[name]).T.view(shape)
+            weight = self.key_weights[name]
+            of = (self.table, *norm, weight)
+            keys = positions.keep(("Kr", layer), of, lambda: F.linear(self.table_in_use(), weight).T.view(shape))
         if self.query_weights is not None and self.query_biases is not None:
-            queries = F.linear(table, self.query_weights[name], self.query_biases[name])
+            weights = self.query_weights[name], self.query_biases[name]
+            of = (self.table, *norm, *weights)
+            queries = positions.keep(("Qr", layer), of, lambda: F.linear(self.table_in_use(), *weights))
         return Prepared(positions.once((self.options, "rows"), rows), keys, queries)
 
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pe_swap.positions import Positions
-from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
+from pe_swap.schemes.base import SCHEMES, Geometry, Paired, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
 from pe_swap.schemes.rope import Rope, RopeOptions
 
@@ -102,24 +102,20 @@ class WindowedRope(Scheme):
         is_near = positions.distance[:, :distant] > -self.window
         return torch.cat((change.masked_fill(is_near, 0.0) * scaling, bias[..., distant:]), dim=-1)
 
-    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, layer: int) -> tuple[Tensor, Tensor] | None:
+    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Paired | None:
         """Return both as they are where no pair is distant, and distant keys turned on beside one query; see `Scheme.paired`."""
-        distant = self.reach(key)
-        if not distant:
-            return query, key
+        if not self.reach(key):
+            return query, key, None
         if query.shape[2] > 1:
             return None
 
         def rotation() -> Any:
-            key_ids, query_ids = positions.key_ids[:, :distant], positions.query_ids
+            key_ids, query_ids = positions.key_ids, positions.query_ids
             seen_from = query_ids - self.remapped(query_ids, "query") + self.remapped(key_ids, "key")
-            turn = (seen_from - key_ids).masked_fill(positions.distance[:, :distant] > -self.window, 0)
-            return self.rope.rotation(turn)
+            return self.rope.rotation((seen_from - key_ids).masked_fill(positions.distance > -self.window, 0))
 
-        turn = positions.once((self.options, "turn"), rotation)
-        return query, torch.cat(
-            (self.rope.rotate(key[:, :, :distant], turn, role="key", layer=layer), key[:, :, distant:]), dim=2
-        )
+        turn = positions.once((self.options, "turn"), rotation)  # near keys turn by nothing: a copy of them costs more
+        return query, self.rope.rotate(key, turn, role="key", layer=layer), None
 
     def reach(self, key: Tensor) -> int:
         """Return how many keys, from the first, can be distant from a query that may look at them: all but those within the window.

@@ -19,12 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pe_swap.positions import Positions, pairs_of
-from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
+from pe_swap.schemes.base import SCHEMES, Geometry, Paired, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
 from pe_swap.schemes.sinusoidal import sinusoids
 
 SINUSOID_BASE = 10_000
 """As in the paper; the slowest sinusoid turns by nearly `1 / base` radians a position."""
+
+KEPT_ROWS = 256
+"""The sinusoids kept beside a cache grow by so many at a time."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,12 @@ class TransformerXL(Scheme):
     def prepare(self, positions: Positions, *, layer: int) -> Tensor:
         """Return `W_R r` for each distance of the call, `[heads, head_dim, q_len + kv_len - 1]`; see `Scheme.prepare`.
 
-        For a single query, in decoding, r itself, `[kv_len, hidden_size]`: the query is then projected in place of every distance.
+        For a single query of a decoder, r itself of 0, 1, 2, ... positions back, `[kv_len, hidden_size]`: the query is then projected in
+        place of every distance.
         """
         q_len, kv_len = len(positions.query_slots), len(positions.key_slots)
-        if q_len == 1:
-            vectors: Tensor = positions.once((self.options, "vectors"), lambda: self.distance_vectors(positions.distance[0]))
-            return vectors
+        if q_len == 1 and self.geometry.is_causal:
+            return self._looking_back(positions, kv_len)
         # Of a decoder's, those that look ahead are left out: at least the last q_len - 1, as no query stands after the last slot.
         ahead = q_len - 1 if self.geometry.is_causal else 0
 
@@ -108,25 +111,47 @@ class TransformerXL(Scheme):
         projected = F.linear(vectors, self.distance_weights[str(layer)]).T.reshape(*self._shape, -1)
         return F.pad(projected, (0, ahead)) if ahead else projected
 
+    def _looking_back(self, positions: Positions, kv_len: int) -> Tensor:
+        """Return r of 0 to `kv_len - 1` positions back, `[kv_len, hidden_size]`, of a table that grows with the cache."""
+        device, dtype = positions.key_slots.device, next(iter(self.distance_weights.values())).dtype
+        rows = -(-kv_len // KEPT_ROWS) * KEPT_ROWS
+        key = (self.options, self.geometry.hidden_size, "looking back")
+        table: Tensor = positions.keep(
+            key, (rows, device, dtype), lambda: self.distance_vectors(-torch.arange(rows, device=device))
+        )
+        return table[:kv_len]
+
     @property
     def _shape(self) -> tuple[int, int]:
         return self.geometry.num_heads, self.geometry.head_dim
 
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
-        """Return the bias; see `Scheme.score_bias`.
+        """Return the bias; see `Scheme.score_bias`."""
+        content_bias = self.content_biases[self._name(layer)].to(query.dtype)[..., None]
+        by_key = torch.matmul(key, scaling * content_bias).transpose(-1, -2)
+        return self.distance_term(query, positions, scaling, layer) + by_key
+
+    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Paired | None:
+        """Return queries with `u` in them, and the term of distances; see `Scheme.paired`."""
+        content_bias = self.content_biases[self._name(layer)].to(query.dtype)[:, None]
+        return query + content_bias, key, self.distance_term(query, positions, scaling, layer)
+
+    def distance_term(self, query: Tensor, positions: Positions, scaling: float, layer: int) -> Tensor:
+        """Return `scaling * (q_i + v) . W_R r_{i-j}`, `[batch, heads, q_len, kv_len]`.
 
         A block of queries meets each of its `q_len + kv_len - 1` distances once, and pairs pick from that. A single query, in
         decoding, is projected by `W_R` in place of every distance: `(q W_R) . r` for `q . (W_R r)`.
         """
         prepared: Tensor = self.prepare(positions, layer=layer) if positions.prepared is None else positions.prepared
-        name = "shared" if self.options.biases == "shared" else str(layer)
-        content_bias, distance_bias = (
-            scaling * group[name].to(query.dtype)[..., None] for group in (self.content_biases, self.distance_biases)
-        )
-        by_key = torch.matmul(key, content_bias).transpose(-1, -2)
-        query = torch.add(distance_bias.transpose(-1, -2), query, alpha=scaling)  # scaled before it meets so many
-        if query.shape[2] == 1:
+        distance_bias = scaling * self.distance_biases[self._name(layer)].to(query.dtype)[:, None]
+        query = torch.add(distance_bias, query, alpha=scaling)  # scaled before it meets so many
+        if prepared.dim() == 2:  # for a call of a single query; a block of one is nothing special
             projected = torch.matmul(query, self.distance_weights[str(layer)].to(query.dtype).view(*self._shape, -1))
-            return torch.matmul(projected, prepared.to(query.dtype).T) + by_key
+            by_distance = torch.matmul(projected, prepared.to(query.dtype).T)
+            return by_distance.index_select(-1, positions.distance[0].neg().clamp(min=0))
         by_distance = torch.matmul(query, positions.by_distance(prepared).to(query.dtype))
-        return pairs_of(by_distance, key.shape[2]) + by_key
+        return pairs_of(by_distance, len(positions.key_slots))
+
+    def _name(self, layer: int) -> str:
+        """Return the name of the layer's `u` and `v`."""
+        return "shared" if self.options.biases == "shared" else str(layer)

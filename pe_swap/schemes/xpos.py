@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pe_swap.errors import OptionError
 from pe_swap.positions import Positions
-from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
+from pe_swap.schemes.base import SCHEMES, Geometry, Paired, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
 from pe_swap.schemes.rope import rotation_by, turn
 from pe_swap.schemes.sinusoidal import inverse_frequencies
@@ -124,16 +124,16 @@ class Xpos(Scheme):
         decayed = torch.matmul(query * query_factor, (key * key_factor).transpose(-1, -2))
         return decayed - torch.matmul(query, key.transpose(-1, -2))
 
-    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, layer: int) -> tuple[Tensor, Tensor] | None:
+    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Paired | None:
         """Return queries and keys with their decay from the last query, where it is small; see `Scheme.paired`."""
         if -self._log_decay[0] * (query.shape[2] - 1) > LARGEST_PAIRED_EXPONENT:
             return None
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         if query.shape[2] > 1:
             query_factor, key_factor = self.factors(positions, wide)
-            return (query * query_factor).to(query.dtype), (key * key_factor).to(key.dtype)
+            return (query * query_factor).to(query.dtype), (key * key_factor).to(key.dtype), None
         _, key_factor = positions.once((self.options, "factors", wide), lambda: self.factors(positions, wide))
-        return query, (key * key_factor).to(key.dtype)
+        return query, (key * key_factor).to(key.dtype), None
 
     def factors(self, positions: Positions, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return what queries, `[q_len, head_dim]`, and keys, `[kv_len, head_dim]`, are multiplied by, counted from the last query.

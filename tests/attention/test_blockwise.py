@@ -12,6 +12,7 @@ from pe_swap.attention import blockwise
 from pe_swap.attention.blockwise import blockwise_attention
 from pe_swap.attention.plain import plain_attention
 from pe_swap.positions import Positions, slots_from
+from pe_swap.schemes.base import Paired
 from tests.attention.calls import Call, calls, left_padded_call, looks_somewhere
 from tests.attention.memory import Largest
 
@@ -69,16 +70,19 @@ def test_every_call_equals_the_plain_form_and_so_do_its_gradients(call: Call, bl
 @fast
 @given(calls(), st.sampled_from((4, 16, 256)))
 def test_pairs_that_have_their_bias_in_them_equal_the_plain_form_of_it(call: Call, block: int) -> None:
-    """Keys are scaled by their slot, in some blocks beforehand and in the others by a bias."""
+    """Keys are scaled by their slot: in some blocks beforehand, in some by a bias, in some by a half of each."""
 
-    def scaled(key: Tensor, positions: Positions) -> Tensor:
-        return key * (1 + 0.1 * positions.key_slots.to(key.dtype))[:, None]
+    def scaled(key: Tensor, positions: Positions, share: float = 1.0) -> Tensor:
+        return key * (1 + 0.1 * share * positions.key_slots.to(key.dtype))[:, None]
 
     def bias(query: Tensor, key: Tensor, positions: Positions) -> Tensor:
         return 0.4 * query @ (scaled(key, positions) - key).transpose(-1, -2)
 
-    def paired(query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor] | None:
-        return None if int(positions.query_slots[0]) // block % 2 else (query, scaled(key, positions))
+    def paired(query: Tensor, key: Tensor, positions: Positions) -> Paired | None:
+        way = int(positions.query_slots[0]) // block % 3
+        if way == 0:
+            return query, scaled(key, positions), None
+        return None if way == 1 else (query, scaled(key, positions, 0.5), bias(query, key, positions) / 2)
 
     positions = positions_of(call)
     options = {"attention_mask": call.attention_mask, "is_causal": call.is_causal, "scaling": 0.4, "dropout": 0.0}
@@ -114,7 +118,9 @@ def test_a_pair_that_may_look_nowhere_gets_zeros_and_sends_nothing_back(additive
     call = left_padded_call(additive)
     options = {"attention_mask": call.attention_mask, "is_causal": call.is_causal, "scaling": 0.4, "dropout": 0.0}
     tensors, positions = (call.query, call.key, call.value), positions_of(call)
-    ours = blockwise_attention(*tensors, positions, None, None, paired=lambda query, key, positions: (query, key), **options)
+    ours = blockwise_attention(
+        *tensors, positions, None, None, paired=lambda query, key, positions: (query, key, None), **options
+    )
     theirs = plain_attention(*tensors, None, **options)[0] * looks_somewhere(call)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
     found = [torch.autograd.grad(output.sum(), tensors) for output in (ours, theirs)]

@@ -55,7 +55,7 @@ def test_once_a_layer_with_gradients(case: str, monkeypatch: pytest.MonkeyPatch)
     model = swapped("gpt2", case)
     calls = count_calls(model, case, monkeypatch)
     model(token_ids(2, 12), use_cache=False)
-    assert calls.total() == 2 * (2 if case == "rope" else 1)  # rope's queries and keys
+    assert calls.total() == 2
 
 
 @pytest.mark.parametrize(("case", "method"), [("transformer-xl", "distance_vectors"), ("deberta", "rows")])
