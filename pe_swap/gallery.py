@@ -240,6 +240,15 @@ def _scores(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
     _image(axes, figure, head, ("key", "query", "added to the score, logits"))
 
 
+def _query_scale(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
+    """Draw the factor on a query by how many keys it sees, to eight times the trained length, which is the number of positions drawn."""
+    num_keys = torch.arange(1, 8 * length + 1)
+    axes.plot(num_keys, scheme.query_scale(num_keys[None], layer=0)[0], color="#0072b2")
+    axes.axvline(length, color="#999999", linewidth=0.8)
+    axes.set_xlabel("keys seen; the line is the trained length")
+    axes.set_ylabel("factor on the query")
+
+
 def _image(axes: Any, figure: Figure, values: Tensor, labels: tuple[str, str, str]) -> None:
     """Draw a matrix, zero in the middle of the colours; the labels are those of columns, rows and values."""
     largest = float(values.nan_to_num().abs().max()) or 1.0
@@ -255,5 +264,6 @@ PANELS: dict[str, Callable[[Any, Figure, Scheme, int], None]] = {
     "rotate": _rotation,
     "relative_bias": _bias,
     "score_bias": _scores,
+    "query_scale": _query_scale,
 }
 """Hook to the function that draws it."""

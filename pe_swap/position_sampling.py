@@ -34,8 +34,8 @@ def pose(length: int, max_length: int) -> Tensor:
     The skip comes after a first part of 1 to `(length + 1) // 2` tokens, and is 0 to `max_length - length` positions long.
 
     Zhu et al., "PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise Training" (ICLR 2024, arXiv:2309.10400),
-    section 3.2, with two chunks, and the draws of the authors' code. Differs from the paper: the text goes on where the first part
-    ends, where theirs takes the second from further down the document.
+    with two chunks, and the draws of the authors' code. Differs from the paper: the text goes on where the first part ends, where
+    theirs takes the second from further down the document.
     """
     first_part = int(torch.randint(1, (length + 1) // 2 + 1, ()))
     skip = int(torch.randint(0, max_length - length + 1, ()))

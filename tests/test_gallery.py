@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from pe_swap.__main__ import main
 from pe_swap.config import run
@@ -63,6 +66,20 @@ def test_a_rotation_s_picture_is_the_score_with_all_that_the_scheme_adds(name: s
     distance = torch.arange(24, dtype=torch.float64).clamp(max=12 if name == "rerope" else 23)  # half the trained length
     frequencies = 10_000 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float64) / HEAD_DIM)
     torch.testing.assert_close(drawn, (distance[:, None] * frequencies).cos().mean(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "formula"),
+    [
+        ("alibi", {"logit_scale": "log_n"}, lambda n: (n.log() / math.log(24)).clamp(min=1)),
+        ("none", {"temperature": "log"}, lambda n: 1 + 0.1 * (n / 24).clamp(min=1).log()),
+    ],
+)
+def test_a_factor_on_queries_has_a_panel(name: str, options: dict[str, str], formula: Callable[[Tensor], Tensor]) -> None:
+    panels = show(name, options, heads=2, length=24).axes
+    assert len(panels) == (2 if name == "alibi" else 1)
+    drawn = torch.tensor(panels[-1].lines[0].get_ydata()).double()
+    torch.testing.assert_close(drawn, formula(torch.arange(1, 8 * 24 + 1, dtype=torch.float64)), atol=1e-6, rtol=0)
 
 
 def test_several_schemes_have_a_panel_each_in_the_order_given() -> None:

@@ -2,8 +2,8 @@
 
 Haviv et al., "Transformer Language Models without Positional Encodings Still Learn Positional Information" (Findings of EMNLP
 2022, arXiv:2203.16634); Kazemnejad et al., "The Impact of Positional Encoding on Length Generalization in Transformers" (NeurIPS
-2023, arXiv:2305.19466). Gelberg et al., "Extending the Context of Pretrained LLMs by Dropping Their Positional Embeddings" (ICLR
-2026, arXiv:2512.12167): drop the positions of a trained model, fine-tune at the trained length, normalising queries and keys where
+2023, arXiv:2305.19466). Gelberg et al., "Extending the Context of Pretrained LLMs by Dropping Their Positional Embeddings" (2025,
+arXiv:2512.12167): drop the positions of a trained model, fine-tune at the trained length, normalising queries and keys where
 training is unstable, and multiply the scores by `1 + c ln(s)` on input `s` times as long.
 
 Differs from the papers: `s` is taken for every query, keys it may look at over trained length and at least 1, where the paper
@@ -33,8 +33,8 @@ class NoneOptions(SchemeOptions):
 
     Attributes:
         temperature: `"log"` multiplies queries that see more keys than in training by `1 + c ln(keys / trained_length)`.
-        temperature_coefficient: that `c`. The default is that of YaRN's attention factor; a model's own is found by
-            measuring at the longer length.
+        temperature_coefficient: that `c`. The default is that of YaRN's attention factor, and no number of DroPE's: a model's own is
+            found by measuring at the longer length.
         qk_norm: normalise queries and keys, with trained gains of each layer's own.
     """
 

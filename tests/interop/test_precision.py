@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 import pe_swap
 from pe_swap.schemes import Scheme
 from pe_swap.swap import positional_of, positional_parameters
-from tests.models import CASES, build, disturb, token_ids, with_cache
+from tests.models import BACKENDS, CASES, build, disturb, token_ids, with_cache
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -124,32 +124,34 @@ def random_cache(model: PreTrainedModel, length: int, dtype: torch.dtype) -> Dyn
     return cache
 
 
-def logits_at(model: PreTrainedModel, start: int, dtype: torch.dtype) -> Tensor:
+def logits_at(model: PreTrainedModel, start: int, dtype: torch.dtype, backend: str) -> Tensor:
     """Return the logits of a few tokens at position `start` and on, with every position before them in the cache."""
     model = copy.deepcopy(model).to(dtype)
+    model.set_attn_implementation(backend)
     position_ids = torch.arange(start, start + QUERIES)[None]
     with torch.no_grad():
         output = model(token_ids(1, QUERIES), **with_cache(model, random_cache(model, start, dtype)), position_ids=position_ids)
     return output.logits.float()
 
 
-def error_at(model: PreTrainedModel, start: int) -> dict[torch.dtype, float]:
+def error_at(model: PreTrainedModel, start: int, backend: str) -> dict[torch.dtype, float]:
     """Return how far narrow logits are from float32 ones, relative to their norm."""
-    wide = logits_at(model, start, torch.float32)
-    return {dtype: float((logits_at(model, start, dtype) - wide).norm() / wide.norm()) for dtype in NARROW}
+    wide = logits_at(model, start, torch.float32, backend)
+    return {dtype: float((logits_at(model, start, dtype, backend) - wide).norm() / wide.norm()) for dtype in NARROW}
 
 
 @functools.cache
-def unswapped_error() -> dict[torch.dtype, float]:
+def unswapped_error(backend: str) -> dict[torch.dtype, float]:
     """Return the error of an unswapped model at position 100."""
-    return error_at(build("gpt2", n_positions=TRAINED), NEAR)
+    return error_at(build("gpt2", n_positions=TRAINED), NEAR, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1].get("table") != "learned"])
-def test_a_narrow_model_at_position_30000_is_as_close_as_an_unswapped_one_at_100(case: str) -> None:
+def test_a_narrow_model_at_position_30000_is_as_close_as_an_unswapped_one_at_100(case: str, backend: str) -> None:
     """Half as much again is allowed: the two are other functions of other tokens, and their roundings other draws."""
-    found = error_at(swapped(case), FAR)
-    assert found == {dtype: pytest.approx(0, abs=1.5 * error) for dtype, error in unswapped_error().items()}
+    found = error_at(swapped(case), FAR, backend)
+    assert found == {dtype: pytest.approx(0, abs=1.5 * error) for dtype, error in unswapped_error(backend).items()}
 
 
 @pytest.mark.parametrize(
