@@ -54,8 +54,9 @@ class Positions:
         queries_after: queries of the call after this block's last.
         once: what a scheme works out of these positions and its options alone goes through this, and is shared by the layers of a
             call. It is kept until the call ends: use it for what is small, as in decoding.
-        keep: what a scheme works out of its weights alone, or of plain numbers, goes through this, and is kept beside the cache for
-            later calls, until the weights change. It takes a key, the weights and numbers, and the function.
+        keep: what a scheme works out of its weights alone, or of plain numbers, goes through this, and is kept as long as the cache for
+            later calls, until the weights change. It takes a key, the weights and numbers, and the function. Weights are compared number
+            by number: use it for what costs much more than to read them.
     """
 
     query_slots: Tensor

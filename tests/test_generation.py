@@ -266,6 +266,25 @@ def test_a_compiled_forward_is_one_graph_and_equal(case: str, family: str) -> No
     torch.testing.assert_close(logits(compiled, ids, use_cache=False), logits(model, ids, use_cache=False), **ROUNDING)
 
 
+@pytest.mark.parametrize(
+    ("case", "family"), [*((case, "gpt2") for case in (*COMPILED, "kerple", "alibi-trained")), ("rope", "bert"), ("t5", "bert")]
+)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what PyTorch's compiler itself does
+def test_a_compiled_training_step_is_one_graph_and_gives_the_same_gradients(case: str, family: str) -> None:
+    torch.compiler.reset()
+    model, ids = swapped(family, case), token_ids(2, TRAINED_LENGTH + 5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for each in (model, compiled):
+        model.zero_grad(set_to_none=True)
+        arguments = {} if family == "bert" else {"use_cache": False}
+        each(ids, labels=ids, **arguments).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_decode_steps_with_a_static_cache_are_one_graph_and_equal(case: str) -> None:
     torch.compiler.reset()

@@ -107,6 +107,25 @@ def test_blocks_of_queries_equal_eager(case: str, family: str, length: int, monk
         torch.testing.assert_close(cached_in_chunks(model, ids, "dynamic", (6, 9, length - 15)), eager, **ROUNDING)
 
 
+# transformers' own function for dynamic rope computes in torch's default dtype.
+@pytest.mark.parametrize(("case", "family"), [pair for pair in PAIRS if pair[0] != "rope-dynamic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_torch_s_default_dtype_changes_nothing(case: str, family: str, dtype: torch.dtype) -> None:
+    model, ids = swapped(family, case), token_ids(2, 24)
+
+    def outputs() -> list[Tensor]:
+        parts = [] if family == "bert" else [cached_in_chunks(model, ids, "dynamic", (20, 1, 3))]
+        return [logits(model, ids), *parts]
+
+    before = outputs()
+    torch.set_default_dtype(dtype)
+    try:
+        after = outputs()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, before, after))
+
+
 @every_case
 @every_decoder
 @every_backend

@@ -7,15 +7,17 @@ gradient checkpointing all see the right scheme.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from pe_swap.attention.backends import is_ours
+from pe_swap.attention.backends import autocasts, is_ours
 from pe_swap.attention.binding import LayerBinding, PositionalContext, SchemeCall
 from pe_swap.attention.cache import CACHE_ARGUMENTS, LayerCache, self_attention_cache
-from pe_swap.attention.kept import kept_beside
+from pe_swap.attention.kept import kept_for
 from pe_swap.attention.memo import ARGUMENT, NO_MEMO, CallMemo
 from pe_swap.errors import UnsupportedBackendError
 from pe_swap.placement import on_device
@@ -78,8 +80,9 @@ def scheme_call(
         slots = slots_from(first_slot, q_len, device)
         ids = slots[None, :] if position_ids is None else position_ids.to(device)
         scheme = on_device(binding.scheme, device)
-        rotation = scheme.rotation(ids) if "rotate" in binding.hooks else None
-        return SchemeCall(scheme, slots, ids, rotation, memo, kept_beside(cache, first_slot))
+        with torch.autocast(device.type, enabled=False) if autocasts(hidden_states) else nullcontext():
+            rotation = scheme.rotation(ids) if "rotate" in binding.hooks else None
+        return SchemeCall(scheme, slots, ids, rotation, memo, kept_for(cache, first_slot))
 
     if not isinstance(first_slot, int):  # a static cache counts in place, and will have counted these queries when attention runs
         return work_out()

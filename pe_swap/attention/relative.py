@@ -200,7 +200,7 @@ class _RelativeBiasAttention(torch.autograd.Function):
                 probabilities = torch.threshold_(scores, SMALLEST_LOGARITHM, FORBIDDEN).exp_()
                 grad_value[:, keys].baddbmm_(probabilities.transpose(1, 2), block_grad)
                 torch.bmm(block_grad, all_values[:, keys].transpose(1, 2), out=grad_probabilities).sub_(delta[:, rows])
-                grad_scores = torch.mul(grad_probabilities, probabilities, out=padded[..., : shape[1]])
+                grad_scores = _product_into(padded[..., : shape[1]], grad_probabilities, probabilities)
                 grad_query[:, rows].baddbmm_(grad_scores, all_keys[:, keys])
                 grad_key[:, keys].baddbmm_(grad_scores.transpose(1, 2), block_query)
                 first = q_len - stop + key_start
@@ -209,6 +209,11 @@ class _RelativeBiasAttention(torch.autograd.Function):
         grad_query = (grad_query * scaling).view(query.shape).flip(2).to(query.dtype)
         grad_key, grad_value = grad_key.view(key.shape).to(key.dtype), grad_value.view(value.shape).to(value.dtype)
         return grad_query, grad_key, grad_value, grad_bias.to(bias.dtype), None, None, None
+
+
+def _product_into(room: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return `room`, whose rows may lie apart, with `a * b` in it; a compiler takes no such `out`."""
+    return room.copy_(a * b) if torch.compiler.is_compiling() else torch.mul(a, b, out=room)
 
 
 def _backward_buffers(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:

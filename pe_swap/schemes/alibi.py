@@ -92,5 +92,9 @@ class Alibi(Scheme):
 
     def relative_bias(self, distance: Tensor, *, layer: int) -> Tensor:
         """Return `-slopes * |distance|`, `[heads, n]`; see `Scheme.relative_bias`."""
-        slopes = torch.tensor(self.initial_slopes(), device=distance.device) if self.slopes is None else self.slopes.float()
+        slopes = (
+            torch.tensor(self.initial_slopes(), dtype=torch.float32, device=distance.device)
+            if self.slopes is None
+            else self.slopes.float()
+        )
         return -slopes[:, None] * distance.abs().to(torch.float32)[None, :]

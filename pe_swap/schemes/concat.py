@@ -118,12 +118,11 @@ class Concat(Scheme):
         return self.table[position_ids]
 
     def embed(self, token_embeddings: Tensor, position_ids: Tensor) -> Tensor:
-        """Return `W [token ; P]`; see `Scheme.embed`.
+        """Return `W [token ; P]`, as `W_token token + W_P P`: neither is written beside the other; see `Scheme.embed`.
 
         Raises:
             PositionRangeError: a position that a learned table has no row for. Not checked inside a compiled graph.
         """
-        weight = torch.cat((self.token_weight, self.position_weight), dim=1)
-        vectors = self.vectors(position_ids).to(token_embeddings.dtype)
-        vectors = vectors.expand(*token_embeddings.shape[:-1], self.dim)
-        return nn.functional.linear(torch.cat((token_embeddings, vectors), dim=-1), weight.to(token_embeddings.dtype))
+        dtype = token_embeddings.dtype
+        positions = nn.functional.linear(self.vectors(position_ids).to(dtype), self.position_weight.to(dtype))
+        return nn.functional.linear(token_embeddings, self.token_weight.to(dtype)) + positions

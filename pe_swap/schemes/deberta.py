@@ -90,7 +90,9 @@ def log_bucket(distance: Tensor, span: int, max_distance: int) -> Tensor:
     """
     middle = span // 2
     n = distance.abs()
-    share = torch.log(n.clamp(min=middle) / middle) / torch.log(torch.tensor((max_distance - 1) / middle))
+    share = torch.log(n.clamp(min=middle).float() / middle) / torch.log(
+        torch.tensor((max_distance - 1) / middle, dtype=torch.float32)
+    )
     logarithmic = (torch.ceil(share * (middle - 1)) + middle).long()
     return torch.where(n <= middle, distance, logarithmic * distance.sign())
 

@@ -92,7 +92,7 @@ class Hope(Scheme):
 
     def inv_freq(self, device: torch.device) -> Tensor:
         """Return radians per position of each plane, zero where it stands still, `[head_dim / 2]`, float32."""
-        return torch.tensor(self._inv_freq, device=device)
+        return torch.tensor(self._inv_freq, dtype=torch.float32, device=device)
 
     def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines; see `rotation_by` and `Scheme.rotation`."""

@@ -376,11 +376,13 @@ class Rope(Scheme):
         """
         device = position_ids.device
         if self.options.rope_type not in LENGTH_DEPENDENT:
-            return torch.tensor(self._inv_freq, device=device)
+            return torch.tensor(self._inv_freq, dtype=torch.float32, device=device)
         length = sequence_lengths(position_ids)[:, None, :, None]
         if self.options.rope_type == "dynamic":
             return self._from_transformers(length, device)[0]
-        short, long = (torch.tensor(values, device=device) for values in (self._inv_freq, self._long_inv_freq))
+        short, long = (
+            torch.tensor(values, dtype=torch.float32, device=device) for values in (self._inv_freq, self._long_inv_freq)
+        )
         return torch.where(length > self.original_length, long, short)
 
     def angles(self, position_ids: Tensor) -> Tensor:

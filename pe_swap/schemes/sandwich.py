@@ -26,6 +26,9 @@ from pe_swap.schemes.options import SchemeOptions
 BASE = 10_000
 """As in the paper; the slowest cosine turns by nearly `1 / base` radians a position."""
 
+FREQUENCIES_AT_ONCE = 16
+"""Frequencies whose cosines are held together."""
+
 
 @dataclass(frozen=True)
 class SandwichOptions(SchemeOptions):
@@ -74,12 +77,13 @@ class Sandwich(Scheme):
     def relative_bias(self, distance: Tensor, *, layer: int) -> Tensor:
         """Return the bias, `[heads, n]`; see `Scheme.relative_bias`.
 
-        Frequencies are added one by one: memory grows with `n` alone. Angles are float64 until the cosine is taken, as sums of many
-        cosines of large angles would show what float32 loses.
+        Frequencies are added a few at a time: memory grows with `n` alone. Angles are float64 until the cosine is taken, as sums of
+        many cosines of large angles would show what float32 loses.
         """
         steps = distance.to(torch.float64)
         total = torch.zeros_like(steps)
-        for frequency in self.frequencies():
-            total += torch.cos(steps * frequency) - 1.0
+        frequencies = torch.tensor(self.frequencies(), dtype=torch.float64, device=distance.device)
+        for some in torch.split(frequencies, FREQUENCIES_AT_ONCE):
+            total += (torch.cos(steps[:, None] * some) - 1.0).sum(-1)
         heads = torch.arange(1, self.geometry.num_heads + 1, device=distance.device)
-        return total.float()[None, :] * (self.geometry.num_heads / (8.0 * heads[:, None]))
+        return total.float()[None, :] * (self.geometry.num_heads / (8.0 * heads[:, None].float()))

@@ -96,12 +96,12 @@ class Xpos(Scheme):
 
     def log_decay(self, device: torch.device) -> Tensor:
         """Return `log(zeta_k) / scale_base` for each dimension of a head, at most 0, a position; `[head_dim]`, float32."""
-        decay = torch.tensor(self._log_decay, device=device)
+        decay = torch.tensor(self._log_decay, dtype=torch.float32, device=device)
         return torch.cat((decay, decay)) if self.options.layout == "half" else decay.repeat_interleave(2)
 
     def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines; see `rotation_by` and `Scheme.rotation`."""
-        inv_freq = torch.tensor(self._inv_freq, device=position_ids.device)
+        inv_freq = torch.tensor(self._inv_freq, dtype=torch.float32, device=position_ids.device)
         return rotation_by(position_ids[:, None, :, None].float() * inv_freq, self.options.layout)
 
     def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int) -> Tensor:

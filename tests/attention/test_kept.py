@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from pe_swap.attention.kept import ATTRIBUTE, Kept
+from pe_swap.attention import kept
+from pe_swap.attention.kept import Kept
 from pe_swap.swap import positional_of, positional_parameters
 from tests.models import swapped, token_ids, with_cache
 
@@ -45,49 +46,85 @@ def uncached(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_a_result_is_worked_out_once_for_each_state_of_what_it_is_of() -> None:
-    kept, weight = Kept(), nn.Parameter(torch.zeros(3))
+    found, weight = Kept(), nn.Parameter(torch.zeros(3))
     work_out, calls = counting("found")
-    for _ in range(3):
-        assert kept.keep("key", (weight, 7), work_out) == "found"
-    assert len(calls) == 1
-    weight.add_(1)
-    kept.keep("key", (weight, 7), work_out)
-    assert len(calls) == 2
-    kept.keep("key", (weight, 8), work_out)
-    assert len(calls) == 3
-    other = nn.Parameter(weight.clone()).add_(0)
-    assert other._version == weight._version
-    kept.keep("key", (other, 8), work_out)
-    assert len(calls) == 4
-    kept.keep("key", (weight, 8), work_out)  # the newest alone is kept
-    assert len(calls) == 5
-    kept.keep("other", (weight, 8), work_out)
-    kept.keep("key", (weight, 8), work_out)
-    assert len(calls) == 6
+
+    def times(*of: object) -> int:
+        assert found.keep("key", of, work_out) == "found"
+        return len(calls)
+
+    assert [times(weight, 7), times(weight, 7), times(weight.clone(), 7)] == [1, 1, 1]
+    weight.data.add_(1)
+    assert [times(weight, 7), times(weight, 7)] == [2, 2]
+    assert [times(weight, 8), times(weight, "8"), times(weight, weight), times(8, 8)] == [3, 4, 5, 6]
+    assert [times(weight), times(weight.double()), times(weight[:2]), times(weight)] == [7, 8, 9, 10]  # the newest alone is kept
+    assert [times(weight, weight), times(weight)] == [11, 12]
+    found.keep("other", (weight,), work_out)
+    assert times(weight) == 13
 
 
-def test_nothing_is_kept_with_gradients_or_of_weights_that_count_no_writes() -> None:
-    kept, weight = Kept(), nn.Parameter(torch.zeros(3))
+def test_nothing_is_kept_with_gradients() -> None:
+    found, weight = Kept(), nn.Parameter(torch.zeros(3))
     work_out, calls = counting()
     for _ in range(2):
-        kept.keep("key", (weight,), work_out)
+        found.keep("key", (weight,), work_out)
     assert len(calls) == 2
-    with torch.inference_mode():
-        uncounted = torch.zeros(3)
-        for _ in range(2):
-            kept.keep("key", (uncounted,), work_out)
-    assert len(calls) == 4
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
-def test_a_copy_of_a_cache_goes_on_and_starts_with_nothing_kept(copied: Callable[[Any], Any]) -> None:
-    model, ids, cache = swapped("gpt2", "deberta"), token_ids(2, 10), DynamicCache()
+@pytest.mark.parametrize("case", ["deberta", "transformer-xl", "alibi"])
+def test_copies_and_files_of_a_cache_are_a_plain_cache_s(case: str) -> None:
+    model, ids, cache = swapped("gpt2", case), token_ids(2, 10), DynamicCache()
+    attributes = set(vars(cache))
     step(model, cache, ids[:, :7])
-    other = copied(cache)
-    assert vars(cache)[ATTRIBUTE]._found
-    assert not vars(other)[ATTRIBUTE]._found
-    for used in (cache, other):
+    assert set(vars(cache)) == attributes
+    for used in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache):
         torch.testing.assert_close(step(model, used, ids[:, 7:8])[:, -1], uncached(model, ids[:, :8])[:, -1], **ROUNDING)
+
+
+def test_what_is_kept_goes_with_the_cache() -> None:
+    model, ids = swapped("gpt2", "deberta"), token_ids(2, 10)
+    caches = [DynamicCache(), DynamicCache()]
+    gc.collect()
+    before = len(kept._KEPT)
+    for cache in caches:
+        step(model, cache, ids)
+    assert len(kept._KEPT) == before + 2
+    del cache
+    caches.pop()
+    gc.collect()
+    assert len(kept._KEPT) == before + 1
+
+
+@pytest.mark.parametrize("case", ["deberta", "deberta-log"])
+def test_every_way_to_change_a_weight_acts_on_the_next_token(case: str) -> None:
+    """A fused optimizer and `.data` do not move PyTorch's count of writes; swapped tensors may have no weak reference to them."""
+    model, ids, cache = swapped("gpt2", case, n_layer=1), token_ids(2, 8), DynamicCache()
+    parameters = [parameter for _, parameter in positional_parameters(model)]
+
+    def optimizer() -> None:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        torch.optim.AdamW(parameters, lr=0.3, fused=True).step()
+
+    def vector() -> None:
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(parameters).detach() * 1.5, parameters)
+
+    def data() -> None:
+        for parameter in parameters:
+            parameter.data.mul_(-1.5)
+
+    def swapped_tensors() -> None:
+        for parameter in parameters:
+            torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach() * 0.5))
+
+    step(model, cache, ids[:, :7])
+    before = step(model, cache, ids[:, 7:])[:, -1]
+    for change in (optimizer, vector, data, swapped_tensors):
+        cache.crop(-1)
+        change()
+        after = uncached(model, ids)[:, -1]
+        assert (after - before).abs().max() > 1e-2
+        torch.testing.assert_close(step(model, cache, ids[:, 7:])[:, -1], after, **ROUNDING)
+        before = after
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -114,10 +151,10 @@ def test_weights_written_to_between_two_calls_act_on_the_second(case: str, famil
 def test_an_emptied_cache_starts_with_nothing_kept(case: str) -> None:
     model, ids, cache = swapped("gpt2", case), token_ids(2, 10), DynamicCache()
     step(model, cache, ids[:, :8]), step(model, cache, ids[:, 8:])
-    for parameter in positional_of(model).parameters():
-        parameter.data.mul_(1.5)  # behind PyTorch's count of writes
+    first = kept._KEPT[cache]
     cache.crop(-10)
     step(model, cache, ids[:, :8])
+    assert kept._KEPT[cache] is not first
     torch.testing.assert_close(step(model, cache, ids[:, 8:])[:, -1], uncached(model, ids)[:, -1], **ROUNDING)
 
 
