@@ -114,10 +114,8 @@ class PositionalContext:
         """Return where the queries and all `kv_len` keys stand, on the device of the scores, with what the scheme makes of it."""
 
         def work_out() -> Positions:
-            query_slots, query_ids = (
-                self.call.query_slots.to(device),
-                self.call.query_ids.to(device),
-            )  # a model may be spread over devices
+            # A model may be spread over devices.
+            query_slots, query_ids = self.call.query_slots.to(device), self.call.query_ids.to(device)
             key_slots = slots_from(0, kv_len, device)
             keep = unkept if self.call.kept is None else self.call.kept.keep
             return Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids), once=once, keep=keep)

@@ -114,7 +114,7 @@ class WindowedRope(Scheme):
             seen_from = query_ids - self.remapped(query_ids, "query") + self.remapped(key_ids, "key")
             return self.rope.rotation((seen_from - key_ids).masked_fill(positions.distance > -self.window, 0))
 
-        turn = positions.once((self.options, "turn"), rotation)  # near keys turn by nothing: a copy of them costs more
+        turn = positions.once((self.options, "turn"), rotation)  # near keys turn by nothing: one pass serves all
         return query, self.rope.rotate(key, turn, role="key", layer=layer), None
 
     def reach(self, key: Tensor) -> int:
