@@ -1,9 +1,9 @@
 """Swap the positional scheme of a Hugging Face Transformers model: exactly, reversibly, saved and reloaded like any other."""
 
 from pe_swap import errors
-from pe_swap.adapters import ADAPTERS
+from pe_swap.families import ADAPTERS
 from pe_swap.checks import check_positional
-from pe_swap.legacy import load_relative_key_bert
+from pe_swap.saving.relative_key_bert import load_relative_key_bert
 from pe_swap.schemes import SCHEMES
 from pe_swap.swap import restore_positional, swap_positional
 

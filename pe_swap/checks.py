@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pe_swap.adapters import adapter_for
+from pe_swap.families import adapter_for
 from pe_swap.attention.backends import library_name
-from pe_swap.attention.cache import cache_argument
-from pe_swap.attention.memo import ARGUMENT, NO_MEMO
+from pe_swap.patching.layer_cache import cache_argument
+from pe_swap.attention.shared_in_call import ARGUMENT, NO_MEMO
 from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError
-from pe_swap.positional import Positional
+from pe_swap.patching.holder import Positional
 from pe_swap.schemes import Scheme
 from pe_swap.schemes.base import ATTENTION_HOOKS
 from pe_swap.swap import positional_of

@@ -10,14 +10,14 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_swap.adapters import Adapter, adapter_for, known_loss_type
+from pe_swap.families import Adapter, adapter_for, known_loss_type
 from pe_swap.attention.backends import name_for
-from pe_swap.checkpoint import swapped_config_class
+from pe_swap.saving.checkpoint import swapped_config_class
 from pe_swap.errors import AdapterError, SwapStateError
-from pe_swap.install import assemble, attach, detach
-from pe_swap.positional import Original, Positional
+from pe_swap.patching.install import assemble, attach, detach
+from pe_swap.patching.holder import Original, Positional
 from pe_swap.schemes import Scheme, SchemeOptions
-from pe_swap.specification import Specification, extend, from_saved, options_from
+from pe_swap.assignment import Specification, extend, from_saved, options_from
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

@@ -5,9 +5,9 @@ Usage: python scripts/benchmark.py [--key value ...]; --help lists the keys.
 
 from collections.abc import Sequence
 
-from pe_swap.benchmark import benchmark
-from pe_swap.config import BenchmarkConfig, parse, run
-from pe_swap.records import flush_denormals
+from pe_swap.commands.benchmark import benchmark
+from pe_swap.runs.config import BenchmarkConfig, parse, run
+from pe_swap.runs.records import flush_denormals
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -5,9 +5,9 @@ Usage: python scripts/compare.py --config configs/... [--key value ...]; --help 
 
 from collections.abc import Sequence
 
-from pe_swap.compare import compare
-from pe_swap.config import CompareConfig, parse, run
-from pe_swap.records import flush_denormals
+from pe_swap.commands.compare import compare
+from pe_swap.runs.config import CompareConfig, parse, run
+from pe_swap.runs.records import flush_denormals
 
 
 def main(arguments: Sequence[str]) -> None:

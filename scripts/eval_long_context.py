@@ -5,9 +5,9 @@ Usage: python scripts/eval_long_context.py --config configs/... [--key value ...
 
 from collections.abc import Sequence
 
-from pe_swap.config import EvalConfig, parse, run
-from pe_swap.evaluation.suite import evaluate
-from pe_swap.records import flush_denormals
+from pe_swap.runs.config import EvalConfig, parse, run
+from pe_swap.commands.evaluate import evaluate
+from pe_swap.runs.records import flush_denormals
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -5,9 +5,9 @@ Usage: python scripts/finetune.py --config configs/... [--key value ...]; --help
 
 from collections.abc import Sequence
 
-from pe_swap.config import FinetuneConfig, parse, run
-from pe_swap.records import flush_denormals
-from pe_swap.training import finetune
+from pe_swap.runs.config import FinetuneConfig, parse, run
+from pe_swap.runs.records import flush_denormals
+from pe_swap.training.trainer import finetune
 
 
 def main(arguments: Sequence[str]) -> None:

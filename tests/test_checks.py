@@ -11,7 +11,7 @@ from torch import Tensor
 import pe_swap
 from pe_swap.attention import binding
 from pe_swap.swap import positional_of
-from tests.models import BACKENDS, PAIRS, TRAINED_LENGTH, build, swapped
+from tests.support.models import BACKENDS, PAIRS, TRAINED_LENGTH, build, swapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
 
@@ -72,7 +72,7 @@ def test_a_bias_dropped_by_a_backend_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     model = swapped("gpt2", "t5")
     assert pe_swap.check_positional(model).passed
     monkeypatch.setattr(
-        "pe_swap.attention.binding.PositionalContext.bias_by_distance",
+        "pe_swap.patching.binding.PositionalContext.bias_by_distance",
         lambda context, q_len, kv_len, device: torch.zeros(12, q_len + kv_len - 1),
     )
     found = outcome(pe_swap.check_positional(model))

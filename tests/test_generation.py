@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import pe_swap
 from pe_swap.swap import positional_of, positional_parameters
-from tests.models import (
+from tests.support.models import (
     BACKENDS,
     CASES,
     FAMILIES,

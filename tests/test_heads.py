@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel, GPT2LMHeadModel, PreTrainedModel
 
 import pe_swap
-from pe_swap.adapters import ADAPTERS
-from tests.models import TRAINED_LENGTH, VOCABULARY, build, disturb, token_ids
+from pe_swap.families import ADAPTERS
+from tests.support.models import TRAINED_LENGTH, VOCABULARY, build, disturb, token_ids
 
 ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
 """float32, two layers: sums in another order."""

@@ -15,7 +15,7 @@ import pe_swap
 from pe_swap.attention import blockwise, relative
 from pe_swap.schemes import SCHEMES
 from pe_swap.swap import positional_of, positional_parameters
-from tests.models import (
+from tests.support.models import (
     BACKENDS,
     CASES,
     FAMILIES,

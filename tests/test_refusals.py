@@ -27,9 +27,9 @@ from transformers import (
 
 import pe_swap
 from pe_swap import errors
-from pe_swap.attention.cache import cache_argument
+from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions
-from tests.models import CASES, build, swapped, token_ids, with_cache
+from tests.support.models import CASES, build, swapped, token_ids, with_cache
 
 SCHEME_LIST = ", ".join(pe_swap.list_schemes())
 FAMILY_LIST = ", ".join(pe_swap.list_adapters())

@@ -16,13 +16,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pe_swap.attention.binding import PositionalContext
+from pe_swap.patching.binding import PositionalContext
 from pe_swap.attention.blockwise import blockwise_attention
 from pe_swap.attention.flex import flex_bias_attention, flex_mask
 from pe_swap.attention.plain import plain_attention
 from pe_swap.attention.relative import relative_bias_attention
 from pe_swap.errors import UnsupportedBackendError
-from pe_swap.positions import Positions
+from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.base import ATTENTION_HOOKS, Paired
 
 AttentionOutput = tuple[Tensor, Tensor | None]

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pe_swap.attention.fused import bare_mask, fused_attention, kernel_mask
 from pe_swap.attention.plain import causal_mask, plain_attention
-from pe_swap.positions import Positions
+from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.base import Paired
 
 QUERY_BLOCK = 256

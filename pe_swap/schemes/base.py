@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pe_swap.positions import Positions
+from pe_swap.schemes.positions import Positions
 from pe_swap.registry import Registry
 from pe_swap.schemes.options import SchemeOptions
 

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pe_swap.errors import OptionError
-from pe_swap.rope_frequencies import RotaryConfig, transformers_frequencies
+from pe_swap.schemes.hf_rope import RotaryConfig, transformers_frequencies
 from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
 from pe_swap.schemes.sinusoidal import inverse_frequencies

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe_swap.positions import Positions, pairs_of
+from pe_swap.schemes.positions import Positions, pairs_of
 from pe_swap.schemes.base import SCHEMES, Geometry, Paired, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
 from pe_swap.schemes.sinusoidal import sinusoids

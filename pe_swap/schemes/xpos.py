@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pe_swap.errors import OptionError
-from pe_swap.positions import Positions
+from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.base import SCHEMES, Geometry, Paired, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
 from pe_swap.schemes.rope import rotation_by, turn

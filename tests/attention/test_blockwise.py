@@ -11,10 +11,10 @@ from torch import Tensor
 from pe_swap.attention import blockwise
 from pe_swap.attention.blockwise import blockwise_attention
 from pe_swap.attention.plain import plain_attention
-from pe_swap.positions import Positions, slots_from
+from pe_swap.schemes.positions import Positions, slots_from
 from pe_swap.schemes.base import Paired
-from tests.attention.calls import Call, calls, left_padded_call, looks_somewhere
-from tests.attention.memory import Largest
+from tests.support.calls import Call, calls, left_padded_call, looks_somewhere
+from tests.support.memory import Largest
 
 fast = settings(max_examples=50, deadline=None, derandomize=True)
 

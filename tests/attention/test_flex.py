@@ -21,8 +21,8 @@ from pe_swap.attention.backends import HOOKS_OF
 from pe_swap.errors import UnsupportedBackendError
 from pe_swap.schemes import SCHEMES, build_options
 from pe_swap.schemes.base import ATTENTION_HOOKS
-from tests.attention.calls import Call, calls, expected
-from tests.models import CASES, LENGTH_DEPENDENT, PAIRS, build, disturb, swapped, token_ids, with_cache
+from tests.support.calls import Call, calls, expected
+from tests.support.models import CASES, LENGTH_DEPENDENT, PAIRS, build, disturb, swapped, token_ids, with_cache
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder"),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pe_swap.attention import relative
 from pe_swap.attention.relative import relative_bias_attention, sum_of_antidiagonals
-from tests.attention.calls import Call, calls, expected, left_padded_call, looks_somewhere
-from tests.attention.memory import Largest
+from tests.support.calls import Call, calls, expected, left_padded_call, looks_somewhere
+from tests.support.memory import Largest
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)
 

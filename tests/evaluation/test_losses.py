@@ -10,7 +10,7 @@ from transformers import BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedMod
 from pe_swap.errors import UnsupportedModelError
 from pe_swap.evaluation import losses
 from pe_swap.evaluation.losses import check_head, target_losses
-from tests.models import VOCABULARY, build, swapped, token_ids
+from tests.support.models import VOCABULARY, build, swapped, token_ids
 
 MODELS = {
     "gpt2": lambda: build("gpt2"),

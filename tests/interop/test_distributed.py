@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from pe_swap.swap import positional_parameters
 from tests.interop import distributed_run
-from tests.interop.processes import ROOT, environment
-from tests.models import swapped
+from tests.support.processes import ROOT, environment
+from tests.support.models import swapped
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -38,7 +38,7 @@ def test_two_processes_train_as_one(kind: str, launcher: list[str], tmp_path: Pa
         sys.executable,
         *launcher,
         "-m",
-        "tests.interop.distributed_run",
+        "tests.support.distributed_run",
         str(tmp_path / "start"),
         str(tmp_path / "out"),
         kind,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from tests.models import swapped, token_ids
+from tests.support.models import swapped, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the exporters' own making
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 import pe_swap
 from pe_swap.schemes import Scheme
 from pe_swap.swap import positional_of, positional_parameters
-from tests.models import BACKENDS, CASES, build, disturb, token_ids, with_cache
+from tests.support.models import BACKENDS, CASES, build, disturb, token_ids, with_cache
 
 NARROW = [torch.bfloat16, torch.float16]
 

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, Gen
 import pe_swap
 from pe_swap.swap import positional_parameters
 from tests.interop import training_run
-from tests.interop.processes import ROOT, environment
-from tests.interop.words import WORDS, word_tokenizer
-from tests.models import TRAINED_LENGTH, VOCABULARY, build, checkpoint_activations, swapped, token_ids
+from tests.support.processes import ROOT, environment
+from tests.support.words import WORDS, word_tokenizer
+from tests.support.models import TRAINED_LENGTH, VOCABULARY, build, checkpoint_activations, swapped, token_ids
 
 LONG = 3 * TRAINED_LENGTH
 """Tokens: well beyond the trained length."""
@@ -63,7 +63,7 @@ def test_a_killed_training_resumes_with_the_same_losses_bit_for_bit(case: str, t
     assert len(set(whole)) == training_run.STEPS
 
     kill_at = training_run.SAVE_AT + 1
-    script = [sys.executable, "-m", "tests.interop.training_run", str(tmp_path / "model"), str(tmp_path / "killed"), str(kill_at)]
+    script = [sys.executable, "-m", "tests.support.training_run", str(tmp_path / "model"), str(tmp_path / "killed"), str(kill_at)]
     done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=120, env=environment(), cwd=ROOT)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == [f"checkpoint-{training_run.SAVE_AT}"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from tests.parity.weights import LAYERS, VOCABULARY, copy_linear, copy_norm, from_heads, gpt2, left_padded, randomize, token_ids
+from tests.support.weights import LAYERS, VOCABULARY, copy_linear, copy_norm, from_heads, gpt2, left_padded, randomize, token_ids
 
 
 def pair(heads: int, slopes: str = "press") -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from tests.parity.weights import (
+from tests.support.weights import (
     LAYERS,
     TRAINED_LENGTH,
     VOCABULARY,

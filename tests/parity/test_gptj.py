@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTJConfig, GPTJModel
 
-from tests.parity.weights import LAYERS, LENGTH, copy_linear, gpt2, randomize
+from tests.support.weights import LAYERS, LENGTH, copy_linear, gpt2, randomize
 
 HEADS, HEAD_DIM = 12, 8
 

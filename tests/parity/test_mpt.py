@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import MptConfig, MptForCausalLM
 
-from tests.parity.weights import LAYERS, LENGTH, VOCABULARY, copy_linear, copy_norm, gpt2, randomize, token_ids
+from tests.support.weights import LAYERS, LENGTH, VOCABULARY, copy_linear, copy_norm, gpt2, randomize, token_ids
 
 
 def pair(heads: int, slopes: str = "press") -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, RoFormerConfig, RoFormerForMaskedLM
 
 import pe_swap
-from tests.parity.weights import LAYERS, LENGTH, TRAINED_LENGTH, VOCABULARY, randomize, token_ids
+from tests.support.weights import LAYERS, LENGTH, TRAINED_LENGTH, VOCABULARY, randomize, token_ids
 
 SIZES = {"hidden_size": 96, "num_attention_heads": 12, "num_hidden_layers": LAYERS, "intermediate_size": 64}
 

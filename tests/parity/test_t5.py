@@ -12,7 +12,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 import pe_swap
 from pe_swap.swap import positional_of
-from tests.parity.weights import LAYERS, TRAINED_LENGTH, copy_linear, gpt2, randomize
+from tests.support.weights import LAYERS, TRAINED_LENGTH, copy_linear, gpt2, randomize
 
 HEADS, HEAD_DIM, LENGTH = 12, 8, 200
 WIDTH = HEADS * HEAD_DIM

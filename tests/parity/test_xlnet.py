@@ -9,7 +9,7 @@ import torch
 from transformers import XLNetConfig
 from transformers.models.xlnet.modeling_xlnet import XLNetModel, XLNetRelativeAttention
 
-from tests.schemes.building import build, geometry, positions
+from tests.support.schemes import build, geometry, positions
 
 HEADS, HEAD_DIM, WIDTH = 3, 8, 24
 

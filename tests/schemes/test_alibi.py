@@ -8,7 +8,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from pe_swap.errors import OptionError
 from pe_swap.schemes.alibi import geometric_slopes, press_slopes
 from tests.references import alibi as reference
-from tests.schemes.building import build, geometry
+from tests.support.schemes import build, geometry
 
 # 12 heads: the 8 slopes 2^-1 .. 2^-8, then 2^-(1/2), 2^-(3/2), 2^-(5/2), 2^-(7/2) of 16 heads.
 TWELVE = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625, 0.70710678, 0.35355339, 0.1767767, 0.08838835]

@@ -6,7 +6,7 @@ import torch
 from pe_swap.errors import OptionError, PositionRangeError
 from pe_swap.schemes.concat import Concat, ConcatOptions
 from tests.references import absolute as reference
-from tests.schemes.building import build, geometry
+from tests.support.schemes import build, geometry
 
 
 def build_learned(table: torch.Tensor, **options: object) -> Concat:

@@ -5,7 +5,7 @@ import torch
 
 from pe_swap.errors import OptionError
 from tests.references import cope as reference
-from tests.schemes.building import build, geometry, positions
+from tests.support.schemes import build, geometry, positions
 
 SMALL = geometry(hidden_size=24, num_heads=3, head_dim=8)
 

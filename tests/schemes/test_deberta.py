@@ -12,7 +12,7 @@ from pe_swap.errors import OptionError
 from pe_swap.schemes import Scheme
 from pe_swap.schemes.deberta import log_bucket
 from tests.references import deberta as reference
-from tests.schemes.building import build, geometry, positions
+from tests.support.schemes import build, geometry, positions
 
 SMALL = geometry(hidden_size=24, num_heads=3, head_dim=8, is_causal=False)
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pe_swap.errors import OptionError
-from pe_swap.positions import Positions
+from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.fire import Fire
 from tests.references import fire as reference
-from tests.schemes.building import build, geometry, positions
+from tests.support.schemes import build, geometry, positions
 
 HEADS = 3
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pe_swap.errors import OptionError
-from pe_swap.positions import Positions
+from pe_swap.schemes.positions import Positions
 from tests.references import fox as reference
-from tests.schemes.building import build, geometry, positions
+from tests.support.schemes import build, geometry, positions
 
 SMALL = geometry(hidden_size=24, num_heads=3, head_dim=8)
 

@@ -7,7 +7,7 @@ import torch
 
 from pe_swap.errors import OptionError
 from tests.references import rope as reference
-from tests.schemes.building import at_positions, build, geometry
+from tests.support.schemes import at_positions, build, geometry
 
 IDS = torch.tensor([[0, 1, 9, 30, 500], [4, 5, 6, 7, 8]])
 

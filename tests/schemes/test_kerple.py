@@ -5,7 +5,7 @@ import torch
 
 from pe_swap.errors import OptionError
 from tests.references import kerple as reference
-from tests.schemes.building import build, geometry
+from tests.support.schemes import build, geometry
 
 DISTANCE = torch.arange(-30, 31)
 

@@ -6,7 +6,7 @@ import torch
 from pe_swap.errors import OptionError, PositionRangeError
 from pe_swap.schemes.learned import resample
 from tests.references import absolute as reference
-from tests.schemes.building import build
+from tests.support.schemes import build
 
 
 def test_at_the_trained_length_it_is_the_old_table_bit_for_bit() -> None:

@@ -6,7 +6,7 @@ import torch
 from pe_swap.errors import OptionError
 from pe_swap.schemes.base import root_mean_square
 from tests.references import absolute as reference
-from tests.schemes.building import build
+from tests.support.schemes import build
 
 
 def test_index_by_hand() -> None:

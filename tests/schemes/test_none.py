@@ -5,7 +5,7 @@ import torch
 
 from pe_swap.errors import OptionError
 from tests.references import length_scale as reference
-from tests.schemes.building import at_positions, build
+from tests.support.schemes import at_positions, build
 
 
 def test_hooks_are_those_asked_for() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pe_swap.schemes import SCHEMES, Scheme
-from tests.schemes.building import build, geometry, positions
+from tests.support.schemes import build, geometry, positions
 
 PREPARING = [name for name in SCHEMES.names() if SCHEMES[name].prepare is not Scheme.prepare]
 CASES = [(name, is_causal) for name in PREPARING for is_causal in (True, False) if is_causal or not SCHEMES[name].causal_only]

@@ -10,7 +10,7 @@ from pe_swap.errors import OptionError
 from pe_swap.schemes.rope import LARGE, rotation_by, turn
 from pe_swap.schemes.sinusoidal import inverse_frequencies
 from tests.references import rope as reference
-from tests.schemes.building import at_positions, build, geometry
+from tests.support.schemes import at_positions, build, geometry
 
 IDS = torch.tensor([[0, 1, 2, 9, 30], [4, 5, 6, 7, 8]])
 

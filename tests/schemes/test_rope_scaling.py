@@ -16,7 +16,7 @@ from pe_swap.schemes import build_options
 from pe_swap.schemes.rope import REQUIRED, Rope, RopeOptions, sequence_lengths
 from tests.references import rope as plain_reference
 from tests.references import rope_scaling as reference
-from tests.schemes.building import at_positions, build, geometry
+from tests.support.schemes import at_positions, build, geometry
 
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHORT = [1.0 + 0.05 * k for k in range(32)]

@@ -5,7 +5,7 @@ import torch
 
 from pe_swap.errors import OptionError
 from tests.references import sandwich as reference
-from tests.schemes.building import build, geometry
+from tests.support.schemes import build, geometry
 
 
 @pytest.mark.parametrize(("convention", "first"), [("nemo", 1), ("attention_gym", 0)])

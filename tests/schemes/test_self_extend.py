@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from pe_swap.attention.binding import key_ids
+from pe_swap.patching.binding import key_ids
 from pe_swap.errors import OptionError
-from pe_swap.positions import Positions
+from pe_swap.schemes.positions import Positions
 from tests.references import windowed_rope as reference
-from tests.schemes.building import at_positions, build, geometry, positions
+from tests.support.schemes import at_positions, build, geometry, positions
 
 SMALL = geometry(hidden_size=24, num_heads=3, head_dim=8)
 CASES = [("self_extend", {"window": 5, "group_size": 3}, 3), ("self_extend", {"window": 4, "group_size": 8}, 8)]

@@ -5,7 +5,7 @@ import torch
 
 from pe_swap.errors import OptionError
 from tests.references import shaw as reference
-from tests.schemes.building import build, positions
+from tests.support.schemes import build, positions
 
 
 @pytest.mark.parametrize("variant", ["key", "key_query"])

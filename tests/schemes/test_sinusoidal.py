@@ -10,7 +10,7 @@ from pe_swap.errors import OptionError
 from pe_swap.schemes.base import root_mean_square
 from pe_swap.schemes.sinusoidal import sinusoids
 from tests.references import absolute as reference
-from tests.schemes.building import build, geometry
+from tests.support.schemes import build, geometry
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "split"])

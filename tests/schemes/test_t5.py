@@ -6,7 +6,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from pe_swap.errors import OptionError
 from pe_swap.schemes.t5 import bucket_of
-from tests.schemes.building import build, geometry
+from tests.support.schemes import build, geometry
 
 DISTANCES = [0, 1, 2, 7, 8, 15, 16, 17, 18, 19, 20, 24, 31, 32, 48, 63, 64, 96, 112, 127, 128, 200, 1000]
 CAUSAL = [0, 1, 2, 7, 8, 15, 16, 16, 16, 17, 17, 19, 21, 21, 24, 26, 26, 29, 30, 31, 31, 31, 31]

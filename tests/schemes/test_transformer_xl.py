@@ -8,7 +8,7 @@ import torch
 from pe_swap.errors import OptionError
 from pe_swap.schemes import Scheme
 from tests.references import transformer_xl as reference
-from tests.schemes.building import build, geometry, positions
+from tests.support.schemes import build, geometry, positions
 
 SMALL = geometry(hidden_size=24, num_heads=3, head_dim=8)
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from pe_swap.attention.blockwise import blockwise_attention
 from pe_swap.errors import OptionError
-from pe_swap.positions import Positions
+from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.xpos import Xpos
 from tests.references import xpos as reference
-from tests.schemes.building import at_positions, build, geometry, positions
+from tests.support.schemes import at_positions, build, geometry, positions
 
 
 def scores(scheme: Xpos, query: Tensor, key: Tensor, query_ids: Tensor, key_ids: Tensor) -> Tensor:

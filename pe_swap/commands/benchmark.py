@@ -1,0 +1,326 @@
+"""`scripts/benchmark.py`: what a scheme costs in time and memory.
+
+Times are ratios of paired runs: the model and its reference run in turn, the order swapped each time, in one process, so that what
+slows the machine slows both. Each memory figure comes from a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
+
+from pe_swap.patching.layer_cache import cache_argument
+from pe_swap.runs.config import BenchmarkConfig, resolved
+from pe_swap.errors import ConfigError
+from pe_swap.runs.records import Stopwatch, environment, write_record
+from pe_swap.runs.report import benchmark_plot, benchmark_table
+from pe_swap.schemes import SCHEMES
+from pe_swap.swap import swap_positional
+
+ORIGINAL = "original"
+
+PEERS = {"bloom": "alibi", "mpt": "alibi", "gpt_neox": "rope", "t5": "t5"}
+"""Families of transformers with a scheme built in, and the scheme."""
+
+DECODED = 24
+"""Tokens timed together in decoding: one alone is too short to time."""
+
+RETURNED_BYTES = 65536
+"""Where memory is measured, what a freed tensor of this size or more took goes back to the system at once."""
+
+Run = Callable[[], object]
+
+
+def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
+    """Measure everything and write record, table and plot; return the record, which is also written after every row.
+
+    Raises:
+        ConfigError: options of a scheme that is not measured, or lengths for memory on a system without peak figures.
+        UnsupportedModelError: a scheme that the family cannot have.
+        UnknownNameError: no scheme has that name.
+    """
+    watch, out = Stopwatch(), Path(config.out)
+    torch.set_num_threads(config.threads)
+    schemes = config.schemes or [name for name in SCHEMES.names() if config.family != "bert" or not SCHEMES[name].causal_only]
+    for name in (*schemes, *config.options):
+        SCHEMES[name]
+    if unused := [name for name in config.options if name not in schemes]:
+        raise ConfigError(
+            f"options names {', '.join(unused)}, but schemes does not; options are of a scheme that is measured. Add it."
+        )
+    rows: list[dict[str, Any]] = []
+    record = {
+        "kind": "benchmark",
+        "status": "running",
+        "config": resolved(config),
+        **environment(),
+        "cores": os.cpu_count(),
+        "processor": processor(),
+        "results": rows,
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The scheme 'none' on an encoder")
+        for row in all_rows(config, schemes):
+            rows.append(row)
+            write_record(out, {**record, "seconds": watch.seconds})
+    record |= {"status": "done", "seconds": watch.seconds}
+    write_record(out, record)
+    table = benchmark_table(record)
+    (out / "report.md").write_text(table, encoding="utf-8")
+    benchmark_plot(rows).savefig(out / "benchmark.png", dpi=150)
+    print(table)
+    return record
+
+
+def all_rows(config: BenchmarkConfig, schemes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of every task, then those of the peers."""
+    for task in config.tasks:
+        if task == "memory":
+            yield from memory_rows(config, schemes)
+        elif task != "decode" or config.family != "bert":
+            yield from timed_rows(config, schemes, task)
+    if config.peers and config.family == "gpt2":
+        yield from peer_rows(config)
+
+
+def processor() -> str:
+    """Return the processor's name, where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "unknown"
+
+
+def build(config: BenchmarkConfig, contestant: str, longest: int) -> PreTrainedModel:
+    """Return a model without a head, float32, dropout off.
+
+    Args:
+        config: the sizes.
+        contestant: `original`, or a scheme.
+        longest: positions that a model with a table gets; a swapped one starts from the same.
+    """
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(config.family, **_sizes(config, config.family, longest)))
+    if contestant != ORIGINAL:
+        swap_positional(model, contestant, **config.options.get(contestant, {}))
+    return model.eval()
+
+
+def label(config: BenchmarkConfig, scheme: str) -> str:
+    """Return a scheme's name in tables, with the options that are not its defaults."""
+    options = config.options.get(scheme, {})
+    return f"{scheme} ({', '.join(f'{name}={value}' for name, value in options.items())})" if options else scheme
+
+
+def _sizes(config: BenchmarkConfig, family: str, longest: int) -> dict[str, Any]:
+    """Return a family's configuration: the same shape under each family's names."""
+    width, layers, heads, vocab = config.hidden_size, config.layers, config.heads, config.vocab_size
+    no_dropout = {
+        "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        "bloom": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+        "mpt": {},
+        "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    }[family]
+    shape = {
+        "gpt2": {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": longest},
+        "bert": {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads},
+        "bloom": {"hidden_size": width, "n_layer": layers, "n_head": heads},
+        "mpt": {"d_model": width, "n_layers": layers, "n_heads": heads, "max_seq_len": longest},
+        "gpt_neox": {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads},
+    }[family]
+    if family in ("bert", "gpt_neox"):
+        shape |= {"intermediate_size": 4 * width, "max_position_embeddings": longest}
+    return {**shape, **no_dropout, "vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def _peer(config: BenchmarkConfig, family: str, longest: int) -> PreTrainedModel:
+    """Return a model of another family; of T5 its decoder alone, without cross-attention."""
+    if family != "t5_decoder":
+        return AutoModel.from_config(AutoConfig.for_model(family, **_sizes(config, family, longest))).eval()
+    sizes = {"d_model": config.hidden_size, "d_ff": 4 * config.hidden_size, "d_kv": config.hidden_size // config.heads}
+    settings = {**sizes, "num_layers": config.layers, "num_heads": config.heads, "dropout_rate": 0.0}
+    t5 = AutoModel.from_config(AutoConfig.for_model("t5", vocab_size=config.vocab_size, **settings))
+    return t5.decoder.eval()
+
+
+def forward_run(model: PreTrainedModel, ids: Tensor) -> Run:
+    """Return one forward pass without gradients."""
+
+    def run() -> None:
+        with torch.no_grad():
+            model(ids, **_without_cache(model))
+
+    return run
+
+
+def train_run(model: PreTrainedModel, ids: Tensor) -> Run:
+    """Return one training step without the optimizer: forward, loss over the tied vocabulary, backward."""
+    table = model.get_input_embeddings().weight
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        hidden = model(ids, **_without_cache(model)).last_hidden_state
+        loss = F.cross_entropy((hidden @ table.T)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        torch.autograd.backward(loss)
+
+    return run
+
+
+def decode_run(model: PreTrainedModel, ids: Tensor) -> Run:
+    """Return the decoding of `DECODED` tokens after `ids`; the cache is cut back each time."""
+    cache = DynamicCache(config=model.config)
+    cached = {cache_argument(model): cache, "use_cache": True}
+    with torch.no_grad():
+        for chunk in torch.split(ids, 1024, dim=1):
+            model(chunk, **cached)
+
+    def run() -> None:
+        with torch.no_grad():
+            for _ in range(DECODED):
+                model(ids[:, :1], **cached)
+        cache.crop(-DECODED)
+
+    return run
+
+
+def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Return the argument that turns the cache off, for models that have one."""
+    return {"use_cache": False} if model.config.model_type.removeprefix("pe_swap_") != "bert" else {}
+
+
+RUNS = {"forward": forward_run, "train": train_run, "decode": decode_run}
+
+
+def timed_rows(config: BenchmarkConfig, schemes: Sequence[str], task: str) -> Iterator[dict[str, Any]]:
+    """Yield one row a scheme and length: its time over the unswapped model's."""
+    lengths = config.train_lengths if task == "train" else config.lengths
+    cases = [(length, name) for length in lengths for name in schemes]
+    for length, name in tqdm(cases, desc=f"{config.family} {task}"):
+        ids = token_ids(config, length)
+        models = [build(config, contestant, length + DECODED) for contestant in (name, ORIGINAL)]
+        runs = [RUNS[task](model, ids) for model in models]
+        yield {"task": task, "model": label(config, name), "reference": ORIGINAL, "length": length, **ratio(config, *runs)}
+
+
+def peer_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
+    """Yield one row a peer: its time over that of the unswapped family with the same scheme."""
+    ids = token_ids(config, config.peer_length)
+    for task in ("forward", "train"):
+        if task not in config.tasks:
+            continue
+        for family, scheme in tqdm(PEERS.items(), desc=f"peers {task}"):
+            peer = _peer(config, "t5_decoder" if family == "t5" else family, config.peer_length)
+            ours = build(config, scheme, config.peer_length)
+            found = ratio(config, RUNS[task](peer, ids), RUNS[task](ours, ids))
+            yield {
+                "task": task,
+                "model": family,
+                "reference": f"{config.family} with {label(config, scheme)}",
+                "length": config.peer_length,
+            } | found
+
+
+def token_ids(config: BenchmarkConfig, length: int) -> Tensor:
+    """Return random token ids, `[1, length]`."""
+    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+
+
+def ratio(config: BenchmarkConfig, run: Run, reference: Run) -> dict[str, Any]:
+    """Return the median ratio of paired runs, its quartiles, and both median times in seconds."""
+    run(), reference()  # the first calls allocate
+    gc.collect()
+    times: list[tuple[float, float]] = []
+    watch = Stopwatch()
+    while len(times) < config.pairs and (len(times) < 3 or watch.seconds < config.seconds):
+        if len(times) % 2:
+            second, first = timed(reference), timed(run)
+        else:
+            first, second = timed(run), timed(reference)
+        times.append((first, second))
+    ratios = sorted(first / second for first, second in times)
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "ratio": quartiles[1],
+        "low": quartiles[0],
+        "high": quartiles[2],
+        "pairs": len(times),
+        "seconds": statistics.median(first for first, _ in times),
+        "reference_seconds": statistics.median(second for _, second in times),
+    }
+
+
+def timed(run: Run) -> float:
+    """Return the seconds of one run."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def memory_rows(config: BenchmarkConfig, schemes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield one row a scheme and length: the peak of a forward pass over the unswapped model's, each in its own process."""
+    for length in tqdm(config.lengths, desc=f"{config.family} memory"):
+        peaks = {name: _in_a_process(peak_bytes, config.model_dump_json(), name, length) for name in (ORIGINAL, *schemes)}
+        for name in schemes:
+            yield {
+                "task": "memory",
+                "model": label(config, name),
+                "reference": ORIGINAL,
+                "length": length,
+                "ratio": peaks[name] / peaks[ORIGINAL],
+                "megabytes": peaks[name] / 2**20,
+                "reference_megabytes": peaks[ORIGINAL] / 2**20,
+            }
+
+
+def _in_a_process(function: Callable[..., int], *arguments: object) -> int:
+    """Return what `function` gives in a new process that hands freed memory back.
+
+    Else glibc keeps freed tensors for later, or not, by what was freed before: one pass peaks at 0.84 to 1.09 of the very same another.
+    """
+    variable = "MALLOC_MMAP_THRESHOLD_"  # read when a process starts
+    before = os.environ.get(variable)
+    os.environ[variable] = str(RETURNED_BYTES)
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(function, arguments)
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def peak_bytes(config_json: str, contestant: str, length: int) -> int:
+    """Return the most memory this process has ever held, in bytes, after one forward pass: weights, activations and libraries.
+
+    Raises:
+        ConfigError: a system that does not tell.
+    """
+    if sys.platform != "linux":
+        raise ConfigError(f"tasks names 'memory', whose peak is read as on Linux; this is {sys.platform}. Leave it out.")
+    config = BenchmarkConfig(**json.loads(config_json))
+    torch.set_num_threads(config.threads)
+    warnings.simplefilter("ignore")
+    forward_run(build(config, contestant, length), token_ids(config, length))()
+    # Not getrusage's figure: on Linux a new process starts that one from its parent's peak.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(kilobytes) * 1024

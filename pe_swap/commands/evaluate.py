@@ -1,0 +1,196 @@
+"""`scripts/eval_long_context.py`: several models, on the same tokens.
+
+Each model's rows are kept in a folder of their own as soon as they are measured. A rerun takes them from there where the model, the
+text and what is measured are the same, by their content.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from pe_swap.runs import data as text
+from pe_swap.runs.config import EvalConfig, MeasureSection, resolved
+from pe_swap.errors import CheckpointError, DataError, PESwapError
+from pe_swap.evaluation.evaluator import NOTHING, Evaluator
+from pe_swap.saving.model_card import record_evaluation
+from pe_swap.runs.models import content_hashes, load_model, scheme_name
+from pe_swap.runs.records import Stopwatch, environment, fingerprint, read_record, write_record
+from pe_swap.runs.report import write_report
+
+PARTS = "models"
+"""Folder of the kept results of each model, in an evaluation's output folder."""
+
+
+def evaluate(config: EvalConfig, texts: Sequence[str] | None = None) -> dict[str, Any]:
+    """Evaluate every model and write record, tables and plot; return the record.
+
+    Of several models, one that cannot be loaded or measured is rows that say why, so that the others' results stand.
+
+    Args:
+        config: models, lengths, protocols.
+        texts: documents to evaluate on; all that `config.data` names by default.
+
+    Raises:
+        PESwapError: the text cannot be used, a model is not there, none can be measured, or two models have different tokens.
+    """
+    watch, out = Stopwatch(), Path(config.out)
+    configurations = {name: require_model(name) for name in config.models}
+    tokenizer = text.load_tokenizer(config.tokenizer or config.models[0])
+    if config.tokenizer is None:
+        require_one_vocabulary(config.models, tokenizer)
+    for name, configuration in configurations.items():
+        if len(tokenizer) > configuration.vocab_size:
+            raise DataError(
+                f"The tokenizer has {len(tokenizer):,} tokens, the model '{name}' knows {configuration.vocab_size:,}. Models compared "
+                "on the same tokens need one vocabulary; name it with --tokenizer, or evaluate this model alone."
+            )
+    documents = text.tokenized(text.texts(_all_for_evaluation(config).data, "eval") if texts is None else texts, tokenizer)
+    evaluator = Evaluator(documents, tokenizer, config, config.seed)
+    shared = _shared_key(config, documents, tokenizer)
+    labels = short_labels(config.models)
+    rows: list[dict[str, Any]] = []
+    failures: dict[str, PESwapError] = {}
+    bar = tqdm(config.models, desc="models")
+    for name in bar:
+        label = labels[name]
+        key = fingerprint([shared, name, content_hashes(name), getattr(configurations[name], "_commit_hash", None)])
+        part = read_record(_part(out, name))
+        try:
+            if part is None or part.get("fingerprint") != key:
+                part = {"kind": "measured model", "fingerprint": key, "results": _measure(config, evaluator, name, label, bar)}
+                write_record(_part(out, name), part)
+            else:
+                bar.write(f"{label}: measured before, kept", file=sys.stderr)
+        except DataError:  # of the text, which is the same for all
+            raise
+        except PESwapError as error:
+            failures[label] = error
+            bar.write(f"{label}: {error}", file=sys.stderr)
+            rows += _error_rows(config, label, str(error))
+            continue
+        found = [{**row, "model": label} for row in part["results"]]
+        rows += found
+        if getattr(configurations[name], "pe_swap", None):
+            _tell_the_card(Path(name), found)
+    if len(failures) == len(config.models):
+        raise next(iter(failures.values()))
+    record = {
+        "kind": "evaluation",
+        "status": "done",
+        "config": resolved(config),
+        **environment(),
+        "seed": config.seed,
+        "seconds": watch.seconds,
+        "data": text.describe(documents),
+        "trained_length": {labels[name]: trained_length(configurations[name], name) for name in config.models},
+        "results": rows,
+    }
+    write_record(out, record)
+    write_report(out, record)
+    return record
+
+
+def _part(out: Path, name: str) -> Path:
+    """Return the folder of one model's results; labels may be paths, and two models may have the same last part."""
+    return out / PARTS / f"{Path(name).name}-{fingerprint(name)[:8]}"
+
+
+def _shared_key(config: EvalConfig, documents: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of all that decides every model's numbers: what is measured, and on which tokens."""
+    measure = {name: value for name, value in resolved(config).items() if name in MeasureSection.model_fields}
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    return fingerprint([measure, config.dtype, config.seed, documents, special])
+
+
+def _measure(config: EvalConfig, evaluator: Evaluator, name: str, label: str, bar: Any) -> list[dict[str, Any]]:
+    """Return one model's rows."""
+    model = load_model(name, getattr(torch, config.dtype)).eval()
+    if torch.cuda.is_available():
+        model = model.cuda()
+    return evaluator.rows(model, label, scheme_name(model), progress=bar.set_postfix_str)
+
+
+def _error_rows(config: EvalConfig, label: str, error: str) -> list[dict[str, Any]]:
+    """Return the rows of a model that could not be loaded or measured."""
+    return [
+        {"model": label, "scheme": "-", "protocol": protocol, "length": length, **NOTHING, "error": error}
+        for protocol in config.protocols
+        for length in config.lengths
+    ]
+
+
+def _tell_the_card(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write what the first protocol measured into the model card of a local folder; a hub cache is not ours to write to."""
+    if not folder.is_dir() or any(part.startswith("models--") for part in folder.resolve().parts):
+        return
+    measured = [row for row in rows if row["perplexity"] is not None]
+    chosen = [row for row in measured if row["protocol"] == measured[0]["protocol"]]
+    if not chosen:
+        return
+    protocol = chosen[0]["protocol"].replace("masked", "masked (the exponential of the loss on masked tokens)")
+    measured_on = f"{protocol}, {max(row['tokens'] for row in chosen):,} tokens scored."
+    try:
+        record_evaluation(folder, {row["length"]: row["perplexity"] for row in chosen}, measured_on=measured_on)
+    except (OSError, CheckpointError) as error:
+        print(f"The model card in '{folder}' could not be told what was measured: {error}", file=sys.stderr)
+
+
+def _all_for_evaluation(config: EvalConfig) -> EvalConfig:
+    """Return the configuration with its text files all to be evaluated: nothing is held out of an evaluation."""
+    if config.data.text_files and not config.data.eval_text_files:
+        data = config.data.model_copy(update={"eval_text_files": config.data.text_files})
+        return config.model_copy(update={"data": data})
+    return config
+
+
+def require_model(name: str) -> Any:
+    """Look for a model before any is measured, so that a wrong name costs no time; return its configuration.
+
+    Raises:
+        CheckpointError: there is none under that name.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except PESwapError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"Cannot load a model from '{name}': {error}. --models takes folders that hold a config.json and weights, or hub names."
+        ) from error
+
+
+def require_one_vocabulary(models: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse models whose own tokenizers differ: the tokens of one mean nothing to the other.
+
+    Raises:
+        DataError: a model has another vocabulary than the first.
+    """
+    for name in models[1:]:
+        if text.load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+            raise DataError(
+                f"The models '{models[0]}' and '{name}' have different vocabularies; models are compared on the same tokens. Evaluate "
+                "them apart, or name the one vocabulary that holds for both with --tokenizer."
+            )
+
+
+def short_labels(models: Sequence[str]) -> dict[str, str]:
+    """Return each model's label: the last part of its path, or all of it where two would have the same."""
+    last = [Path(name).name or name for name in models]
+    return {name: label if last.count(label) == 1 else name for name, label in zip(models, last, strict=True)}
+
+
+def trained_length(configuration: Any, name: str) -> int | None:
+    """Return the length a model was trained at, for the plot: of our own runs the block size, else that of its own positions."""
+    record = read_record(Path(name)) or {}
+    if record.get("kind") == "finetune":
+        return int(record["config"]["data"]["block_size"])
+    swapped = getattr(configuration, "pe_swap", None)
+    length = swapped["trained_length"] if swapped else getattr(configuration, "max_position_embeddings", None)
+    return None if length is None else int(length)

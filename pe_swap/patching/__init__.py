@@ -1,0 +1,1 @@
+"""How schemes get into a model and out of it."""

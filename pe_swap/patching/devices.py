@@ -1,0 +1,47 @@
+"""Positional weights where a layer needs them, when tools have spread a model over devices.
+
+transformers and accelerate place a module's weights for the module's own call. Positional weights stand in the table's place and are
+read by every layer, which no such tool can know: offloaded weights would be read as the empty tensors they left behind.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from torch import nn
+
+from pe_swap.patching.holder import Positional
+from pe_swap.schemes.base import Scheme
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def bring_back_offloaded(positional: Positional) -> None:
+    """Load every positional weight that accelerate keeps on disk or on another device, for good: they are few, and in use all the time."""
+    if not hasattr(positional, "_hf_hook"):  # what accelerate leaves on whatever it has placed
+        return
+    for module in positional.schemes.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            hook.pre_forward(module)
+            remove_hook_from_module(module)
+
+
+def on_device(scheme: Scheme, device: torch.device) -> Scheme:
+    """Return the scheme with its weights on `device`: itself where they are, else a stand-in whose gradients reach its weights."""
+    weight = next(scheme.parameters(), None)
+    return scheme if weight is None or weight.device == device else _stand_in(scheme, device)
+
+
+def _stand_in(module: Module, device: torch.device) -> Module:
+    """Return a shallow copy of a module whose weights are copies on `device`, part of the graph."""
+    copy: Module = nn.Module._replicate_for_data_parallel(module)  # type: ignore[no-untyped-call]  # torch's own
+    for name, parameter in module._parameters.items():
+        setattr(copy, name, None if parameter is None else parameter.to(device))
+    for name, buffer in module._buffers.items():
+        copy._buffers[name] = None if buffer is None else buffer.to(device)
+    for name, child in module._modules.items():
+        copy._modules[name] = None if child is None else _stand_in(child, device)
+    return copy

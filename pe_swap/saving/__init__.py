@@ -1,0 +1,1 @@
+"""How a swapped model is written, and comes back."""

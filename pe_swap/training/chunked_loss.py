@@ -1,0 +1,121 @@
+"""A language model's training loss without its logits: the vocabulary projection in chunks, forward and backward.
+
+GPT-2's logits for 8 x 1,024 tokens take 1.6 GB, their gradient as much again. Here a chunk of hidden states goes through the head,
+its gradients are taken at once, and only they are kept (Hsu et al., "Liger Kernel", arXiv:2410.10989, section 3.2, on any device).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from pe_swap.families import known_loss_type
+from pe_swap.errors import UnsupportedModelError
+from pe_swap.evaluation.losses import LOGITS_IN_A_CHUNK, check_head, vocabulary_head
+
+IGNORED = -100
+"""Label of a token without a target, as in transformers."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of `-log p(target)` over rows, with every gradient computed while the logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, head: Any, rows: int, hidden: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
+        """Return the summed loss, nats, float32.
+
+        Args:
+            ctx: autograd's.
+            head: the module from hidden states to logits.
+            rows: hidden states in a chunk.
+            hidden: `[tokens, hidden_size]`.
+            targets: `[tokens]`.
+            weights: the head's parameters that train.
+        """
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden)
+        gradients = [torch.zeros_like(weight) for weight in weights]
+        for start in range(0, len(targets), rows):
+            with torch.enable_grad():
+                part = hidden[start : start + rows].detach().requires_grad_()
+                loss = F.cross_entropy(head(part).float(), targets[start : start + rows], reduction="sum")
+            found = torch.autograd.grad(loss, (part, *weights))
+            hidden_gradient[start : start + rows] = found[0]
+            for gradient, added in zip(gradients, found[1:], strict=True):
+                gradient += added
+            total += loss.detach()
+        ctx.save_for_backward(hidden_gradient, *gradients)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients found before."""
+        hidden_gradient, *gradients = ctx.saved_tensors
+        (factor,) = grad_outputs
+        return None, None, hidden_gradient * factor, None, *(gradient * factor for gradient in gradients)
+
+
+def summed_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of `-log p(target)`, nats, float32, over all targets but the ignored.
+
+    Args:
+        model: the language model whose head is used.
+        hidden: `[batch, length, hidden_size]`, last hidden states.
+        targets: `[batch, length]`, the token each state is to predict, or -100.
+    """
+    head = vocabulary_head(model)
+    wanted = targets != IGNORED
+    weights = [weight for weight in head.parameters() if weight.requires_grad]
+    rows = max(1, LOGITS_IN_A_CHUNK // model.config.vocab_size)
+    total: Tensor = _ChunkedCrossEntropy.apply(head, rows, hidden[wanted], targets[wanted], *weights)  # type: ignore[no-untyped-call]  # torch's own
+    return total
+
+
+@contextmanager
+def loss_in_chunks(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model's training calls (with `labels`) return a loss and no logits, for as long as the context lasts.
+
+    Calls without labels, or without gradients, go the model's own way. Divides by `num_items_in_batch` where it is given, also in
+    masked models: transformers' own BERT takes it and does not, which makes the loss wrong under gradient accumulation.
+
+    Raises:
+        UnsupportedModelError: the model's loss is neither the causal nor the masked one, or not that of its head's output.
+    """
+    loss_type = known_loss_type(model)
+    if loss_type not in ("ForCausalLM", "ForMaskedLM"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has the loss '{loss_type}'; a loss in chunks is the causal or the masked one. Load the checkpoint "
+            "as a causal or masked language model."
+        )
+    was_training = model.training
+    check_head(model.eval())
+    model.train(was_training)
+    own_forward = model.forward
+
+    @functools.wraps(own_forward)
+    def forward(input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if labels is None or not torch.is_grad_enabled():
+            return own_forward(input_ids=input_ids, labels=labels, **kwargs)
+        items = kwargs.pop("num_items_in_batch", None)
+        targets = kwargs.pop("shift_labels", None)
+        if targets is None:
+            targets = labels if loss_type == "ForMaskedLM" else F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        hidden = model.base_model(input_ids, **kwargs).last_hidden_state
+        loss = summed_loss(model, hidden, targets)
+        return MaskedLMOutput(loss=loss / ((targets != IGNORED).sum() if items is None else items))
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)  # also what accelerate has put around ours

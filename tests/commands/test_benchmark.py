@@ -1,0 +1,99 @@
+"""The benchmark's bookkeeping, on models of a few numbers: no time is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pe_swap.commands import benchmark as measuring
+from pe_swap.commands.benchmark import benchmark, build, memory_rows
+from pe_swap.runs.config import BenchmarkConfig, parse
+from pe_swap.errors import ConfigError, UnknownNameError
+from pe_swap.swap import positional_of
+
+TINY = {"layers": 1, "hidden_size": 24, "heads": 2, "vocab_size": 32, "pairs": 3, "seconds": 0.01, "threads": 1}
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> object:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_row_for_every_scheme_length_and_task(tmp_path: Path) -> None:
+    config = BenchmarkConfig(
+        **TINY,
+        schemes=["rope", "t5"],
+        tasks=["forward", "train", "decode"],
+        lengths=[8, 16],
+        train_lengths=[8],
+        out=str(tmp_path),
+    )
+    benchmark(config)
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["status"] == "done"
+    found = [(row["task"], row["model"], row["length"]) for row in record["results"] if row["reference"] == "original"]
+    expected = [(task, name, length) for task in ("forward", "decode") for length in (8, 16) for name in ("rope", "t5")]
+    assert sorted(found) == sorted([*expected, ("train", "rope", 8), ("train", "t5", 8)])
+    peers = [(row["task"], row["model"]) for row in record["results"] if row["reference"] != "original"]
+    assert sorted(peers) == sorted((task, peer) for task in ("forward", "train") for peer in measuring.PEERS)
+    for row in record["results"]:
+        assert row["pairs"] == 3
+        assert row["low"] <= row["ratio"] <= row["high"]
+    report = (tmp_path / "report.md").read_text()
+    assert "| rope |" in report
+    assert "| bloom" in report
+    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+
+
+def test_rows_are_kept_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops(config: BenchmarkConfig, schemes: object) -> object:
+        yield {"task": "forward", "model": "rope", "reference": "original", "length": 8, "ratio": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "all_rows", stops)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(BenchmarkConfig(**TINY, schemes=["rope"], out=str(tmp_path)))
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert (record["status"], len(record["results"])) == ("running", 1)
+
+
+def test_contestants_are_one_model_with_and_without_the_swap() -> None:
+    config = BenchmarkConfig(**TINY)
+    plain, swapped = (build(config, name, 16) for name in ("original", "rope"))
+    assert positional_of(plain) is None
+    assert positional_of(swapped).scheme_at(0).name == "rope"
+    own = plain.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in swapped.state_dict().items() if not name.startswith("wpe."))
+
+
+def test_options_of_a_scheme(tmp_path: Path) -> None:
+    given = {"lengths": [8], "tasks": ["forward", "memory"], "peers": False, "out": str(tmp_path)}
+    config = parse(BenchmarkConfig, ["--options.alibi.trainable", "true", "--schemes", "alibi", "t5"], description="x")
+    config = config.model_copy(update={**TINY, **given})
+    assert positional_of(build(config, "alibi", 8)).scheme_at(0).options.trainable is True
+    rows = benchmark(config)["results"]
+    assert [row["model"] for row in rows] == ["alibi (trainable=True)", "t5"] * 2
+    assert "| alibi (trainable=True) |" in (tmp_path / "report.md").read_text()
+    with pytest.raises(ConfigError, match=r"options names alibi, but schemes does not; .* Add it\."):
+        benchmark(config.model_copy(update={"schemes": ["t5"]}))
+    with pytest.raises(UnknownNameError, match="alibbi"):
+        benchmark(config.model_copy(update={"options": {"alibbi": {}}}))
+
+
+def test_a_peak_is_the_processs_own() -> None:
+    """A process started by one that holds 1.6 GB has not held them."""
+    held = torch.ones(400_000_000)
+    (row,) = memory_rows(BenchmarkConfig(**TINY, lengths=[8]), ["rope"])
+    assert held.nbytes / 2**20 > 1500
+    assert 50 < row["reference_megabytes"] < 1200
+    assert 50 < row["megabytes"] < 1200
+
+
+def test_a_scheme_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'rope'"):
+        benchmark(BenchmarkConfig(**TINY, schemes=["rop"], out=str(tmp_path)))

@@ -1,0 +1,378 @@
+"""The scripts, from their command lines to their files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import Trainer
+
+from pe_swap.commands import compare as comparing
+from pe_swap.runs.config import run
+from pe_swap.errors import PESwapError
+from pe_swap.evaluation import suite
+from pe_swap.evaluation.evaluator import DIVERGED
+from pe_swap.runs.report import COLUMNS
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+WORDS = "we the people of the united states in order to form a more perfect union establish justice "
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
+
+
+def call(script: str, *arguments: str) -> int:
+    return run(runpy.run_path(str(SCRIPTS / f"{script}.py"))["main"], arguments)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    paths = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    for index, path in enumerate(paths):
+        path.write_text(WORDS * 30 + str(index), encoding="utf-8")
+    return [str(path) for path in paths]
+
+
+@pytest.fixture
+def quick(tmp_path: Path, texts: list[str]) -> Path:
+    train = {"max_steps": 2, "batch_size": 2, "save_steps": 1, "warmup_steps": 0}
+    content: dict[str, Any] = {
+        "model": {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16},
+        "vocab_size": 280,
+        "data": {"text_files": texts, "block_size": 16},
+        "base": train,
+        "train": train,
+        "schemes": {"control": {"name": "original"}, "alibi": {"name": "alibi"}},
+        "eval": {"lengths": [16, 32], "protocols": ["nonoverlapping", "same_targets"], "bootstrap_samples": 20},
+    }
+    path = tmp_path / "quick.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def test_compare_then_evaluate_then_finetune(quick: Path, tmp_path: Path, texts: list[str]) -> None:
+    out = tmp_path / "compared"
+    assert call("compare", "--config", str(quick), "--out", str(out)) == 0
+    assert {"record.json", "report.md", "results.csv", "perplexity.png"} <= {path.name for path in out.iterdir()}
+    rows = json.loads((out / "record.json").read_text())["results"]
+    assert all(set(COLUMNS) <= row.keys() for row in rows)
+    assert [(row["model"], row["length"]) for row in rows if row["error"]] == [("control", 32)] * 2
+    assert all(math.isfinite(row["perplexity"]) for row in rows if not row["error"])
+
+    folders = [str(out / "alibi"), str(out / "control")]
+    line = ["--models", *folders, "--lengths", "16", "32", "--protocols", "nonoverlapping", "sliding", "same_targets"]
+    assert call("eval_long_context", *line, "--data.text_files", *texts[2:], "--out", str(tmp_path / "eval")) == 0
+    record = json.loads((tmp_path / "eval" / "record.json").read_text())
+    assert {(row["model"], row["scheme"]) for row in record["results"]} == {("alibi", "alibi"), ("control", "original")}
+    assert record["trained_length"] == {"alibi": 16, "control": 16}
+
+    line = ["--model", folders[1], "--scheme.name", "rope", "--scheme.base", "20000", "--train.max_steps", "1"]
+    line += ["--data.block_size", "16", "--data.text_files", *texts[:2], "--out", str(tmp_path / "tuned")]
+    assert call("finetune", *line) == 0
+    saved = json.loads((tmp_path / "tuned" / "config.json").read_text())["pe_swap"]
+    assert saved["schemes"] == [
+        {"name": "rope", "options": {"base": 20000, "layout": "half", "fraction": 1.0, "rope_type": "default"}}
+    ]
+
+
+def test_compare_does_not_redo_what_is_done(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--config", str(quick), "--out", str(tmp_path / "compared")]
+    original, done = comparing.finetune, []
+
+    def counted(config: Any) -> Any:
+        done.append(Path(config.out).name)
+        if len(done) == 3:
+            raise PESwapError("stopped")
+        return original(config)
+
+    monkeypatch.setattr(comparing, "finetune", counted)
+    assert call("compare", *arguments) == 2
+    assert call("compare", *arguments) == 0
+    assert done == ["base", "control", "alibi", "alibi"]
+    assert call("compare", *arguments) == 0
+    assert len(done) == 4
+
+
+class KilledError(BaseException):
+    """Stands for a kill."""
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((out / "record.json").read_text())["results"]
+    return found
+
+
+@pytest.mark.parametrize("where", ["in the first checkpoint", "between checkpoints"])
+def test_a_part_that_was_killed_is_done_to_the_same_numbers(
+    where: str, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert call("compare", "--config", str(quick), "--out", str(whole)) == 0
+    step, save = Trainer.training_step, Trainer._save_checkpoint
+
+    def killed_in_a_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "alibi" in self.args.output_dir and self.state.global_step == 1:
+            raise KilledError
+        return step(self, *args, **kwargs)
+
+    def killed_in_a_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "alibi" in self.args.output_dir:
+            (Path(self.args.output_dir) / "checkpoint-1").mkdir(parents=True)
+            (Path(self.args.output_dir) / "checkpoint-1" / "model.safetensors").write_bytes(b"half")
+            raise KilledError
+        return save(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        if where == "between checkpoints":
+            patch.setattr(Trainer, "training_step", killed_in_a_step)
+        else:
+            patch.setattr(Trainer, "_save_checkpoint", killed_in_a_checkpoint)
+        with pytest.raises(KilledError):
+            call("compare", "--config", str(quick), "--out", str(out))
+    assert json.loads((out / "alibi" / "record.json").read_text())["status"] == "running"
+    resumed, original = [], comparing.finetune
+    monkeypatch.setattr(comparing, "finetune", lambda config: resumed.append(config.resume) or original(config))
+    assert call("compare", "--config", str(quick), "--out", str(out)) == 0
+    assert resumed == [where == "between checkpoints"]
+    assert results(out) == results(whole)
+
+
+def test_an_edited_text_or_model_is_not_taken_for_what_was_done(
+    quick: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model.json"
+    content = yaml.safe_load(quick.read_text())["model"]
+    model.write_text(json.dumps(content))
+    arguments = ["--config", str(quick), "--model", str(model), "--out", str(tmp_path / "out")]
+    found = []
+    for change in ("nothing", "text", "held-out text", "model"):
+        if change == "model":
+            model.write_text(json.dumps({**content, "n_layer": 2}))
+        elif change != "nothing":
+            Path(texts[0 if change == "text" else 2]).write_text(WORDS * 31, encoding="utf-8")
+        assert call("compare", *arguments) == 0
+        assert "kept" not in "".join(capsys.readouterr())
+        found.append(results(tmp_path / "out"))
+    assert all(found.count(rows) == 1 for rows in found)
+    assert call("compare", *arguments) == 0
+    printed = capsys.readouterr()
+    assert [line for line in printed.out.splitlines() if "kept" in line] == [
+        f"{label}: done before, kept" for label in ("base", "control", "alibi")
+    ]
+    assert all(f"{label}: measured before, kept" in printed.err for label in ("control", "alibi"))
+
+
+def test_a_part_that_was_stopped_is_not_mixed_with_another_text(
+    quick: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, out = Trainer.training_step, tmp_path / "out"
+
+    def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 1:
+            raise KilledError
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", killed)
+        with pytest.raises(KilledError):
+            call("compare", "--config", str(quick), "--out", str(out))
+    Path(texts[0]).write_text(WORDS * 31, encoding="utf-8")
+    assert call("compare", "--config", str(quick), "--out", str(out)) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: '{out / 'base'}' holds checkpoints of a part that was stopped, of another configuration, text or model. Bring those "
+        "back to continue it, delete the folder, or compare in another --out."
+    )
+
+
+def test_a_scheme_that_diverges_is_rows_beside_the_others(
+    quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--config", str(quick), "--out", str(out), "--schemes", "{control: {name: original}, t5: {name: t5}}"]
+    arguments += ["--train.positional_learning_rate", "1e38"]
+    for said in ("its losses or weights are not finite", "diverged before, and nothing it depends on has changed"):
+        assert call("compare", *arguments) == 0
+        assert said in capsys.readouterr().err
+        rows = results(out)
+        assert [row["error"] for row in rows if row["model"] == "t5"] == [DIVERGED] * 4
+        assert [row["error"] is None for row in rows if row["model"] == "control"] == [True, False] * 2
+    assert f"* t5 at 16: {DIVERGED}" in (out / "report.md").read_text()
+    assert "NaN" not in (out / "record.json").read_text()
+
+
+def test_a_base_that_diverges_ends_a_comparison(quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(quick), "--out", str(tmp_path / "out"), "--base.learning_rate", "1e30"]
+    assert call("compare", *arguments) == 2
+    assert f"error: The training in '{tmp_path / 'out' / 'base'}' diverged: its losses" in capsys.readouterr().err
+    assert call("compare", *arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: The training in '{tmp_path / 'out' / 'base'}' diverged before, and nothing it depends on has changed. Train with a lower "
+        "learning_rate, or more warmup_steps."
+    )
+
+
+def test_a_comparison_is_evaluated_on_held_out_text_alone(quick: Path, texts: list[str], tmp_path: Path) -> None:
+    assert call("compare", "--config", str(quick), "--out", str(tmp_path / "out")) == 0
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["data"]["documents"] == 1
+
+
+def test_an_evaluation_that_was_killed_keeps_the_models_it_measured(
+    quick: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert call("compare", "--config", str(quick), "--out", str(out)) == 0
+    line = ["--models", str(out / "control"), str(out / "alibi"), "--lengths", "16", "--data.text_files", *texts]
+    line += ["--out", str(tmp_path / "e")]
+    loaded, original = [], suite.load_model
+
+    def counted(name: str, *args: Any) -> Any:
+        loaded.append(Path(name).name)
+        if loaded == ["control", "alibi"]:
+            raise KilledError
+        return original(name, *args)
+
+    monkeypatch.setattr(suite, "load_model", counted)
+    with pytest.raises(KilledError):
+        call("eval_long_context", *line)
+    assert not (tmp_path / "e" / "record.json").exists()
+    assert call("eval_long_context", *line) == 0
+    assert call("eval_long_context", *line) == 0
+    assert loaded == ["control", "alibi", "alibi"]
+    kept = results(tmp_path / "e")
+    assert call("eval_long_context", *line, "--out", str(tmp_path / "anew")) == 0
+    assert results(tmp_path / "anew") == kept
+    for change in (["--lengths", "8"], ["--seed", "1"], ["--dtype", "bfloat16"], ["--data.text_files", texts[0]]):
+        assert call("eval_long_context", *line) == 0
+        before = len(loaded)
+        assert call("eval_long_context", *line, *change) == 0
+        assert loaded[before:] == ["control", "alibi"], change
+
+
+def test_a_corrupt_model_among_several_is_rows_and_the_others_stand(
+    quick: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert call("compare", "--config", str(quick), "--out", str(out)) == 0
+    whole = (out / "alibi" / "model.safetensors").read_bytes()
+    (out / "alibi" / "model.safetensors").write_bytes(b"broken")
+    line = ["--models", str(out / "alibi"), str(out / "control"), "--lengths", "16", "--protocols", "nonoverlapping"]
+    line += ["--data.text_files", texts[0], "--out", str(tmp_path / "e")]
+    assert call("eval_long_context", *line) == 0
+    broken, control = results(tmp_path / "e")
+    assert broken["error"].startswith(f"The weights in '{out / 'alibi'}' cannot be read")
+    assert f"alibi: The weights in '{out / 'alibi'}' cannot be read" in capsys.readouterr().err
+    assert control["perplexity"] > 0
+    (out / "alibi" / "model.safetensors").write_bytes(whole)
+    assert call("eval_long_context", *line) == 0
+    assert [row["error"] for row in results(tmp_path / "e")] == [None, None]
+
+
+def test_an_evaluation_is_told_to_the_model_card(
+    quick: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert call("compare", "--config", str(quick), "--data.block_size", "12", "--out", str(out)) == 0
+    line = ["--lengths", "16", "64", "--data.text_files", texts[0], "--out", str(tmp_path / "e"), "--models"]
+    assert call("eval_long_context", *line, str(out / "alibi"), str(out / "control")) == 0
+    card = (out / "alibi" / "README.md").read_text()
+    assert "| alibi | `slopes='press'`, `trainable=False` | every layer |" in card
+    assert "- Trained length before the swap: 16 positions.\n- Fine-tuned after the swap at: 12 tokens.\n" in card
+    assert re.search(
+        r"- Evaluated lengths: nonoverlapping, [\d,]+ tokens scored\.\n\n.*\n.*\n\| 16 \| [\d.]+ \|\n\| 64 \| [\d.]+ \|\n", card
+    )
+    assert not (out / "control" / "README.md").exists()
+
+    cached = tmp_path / "hub" / "models--us--alibi" / "snapshots" / "0"
+    shutil.copytree(out / "alibi", cached)
+    (cached / "README.md").write_text("as it came")
+    assert call("eval_long_context", *line, str(cached)) == 0
+    assert (cached / "README.md").read_text() == "as it came"
+
+    def read_only(*args: Any) -> None:
+        raise PermissionError(13, "Permission denied", "README.md")
+
+    monkeypatch.setattr("pe_swap.saving.model_card.ModelCard.save", read_only)
+    capsys.readouterr()
+    assert call("eval_long_context", *line, str(out / "alibi")) == 0
+    assert (
+        f"The model card in '{out / 'alibi'}' could not be told what was measured: [Errno 13] Permission denied: 'README.md'\n"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("length", ["0", "-1", "1.5"])
+def test_a_bad_length_is_a_message_and_not_a_traceback(length: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("eval_long_context", "--models", "x", "--lengths", length) == 2
+    assert "'lengths.0'" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_named_before_anything_runs(
+    texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "nowhere")
+    assert call("eval_long_context", "--models", missing, "--data.text_files", texts[0], "--out", str(tmp_path / "e")) == 2
+    assert f"Cannot load a model from '{missing}'" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_corrupt_model_is_named(quick: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "compared"
+    assert call("compare", "--config", str(quick), "--out", str(out)) == 0
+    (out / "alibi" / "model.safetensors").write_bytes(b"broken")
+    line = ["--models", str(out / "alibi"), "--lengths", "16", "--data.text_files", texts[0], "--out", str(tmp_path / "e")]
+    assert call("eval_long_context", *line) == 2
+    assert f"The weights in '{out / 'alibi'}' cannot be read" in capsys.readouterr().err
+
+
+def test_models_of_two_vocabularies_are_refused(
+    quick: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = []
+    for size in ("280", "300"):
+        folders.append(str(tmp_path / size))
+        line = ["--config", str(quick), "--vocab_size", size, "--schemes", "{control: {name: original}}", "--out", folders[-1]]
+        assert call("compare", *line) == 0
+    models = [f"{folder}/control" for folder in folders]
+    line = ["--models", *models, "--lengths", "16", "--data.text_files", texts[0], "--out", str(tmp_path / "e")]
+    assert call("eval_long_context", *line) == 2
+    assert "have different vocabularies" in capsys.readouterr().err
+
+
+def test_an_unknown_key_ends_a_process_with_status_two_and_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "finetune.py"), "--train.max_step", "3"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "error: Unknown key 'train.max_step'. Did you mean 'max_steps'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_processes_train_as_one_with_the_same_effective_batch(texts: list[str], tmp_path: Path) -> None:
+    model = tmp_path / "model.yaml"
+    model.write_text(
+        "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 16, attn_pdrop: 0, embd_pdrop: 0, resid_pdrop: 0}"
+    )
+    script = [str(SCRIPTS / "finetune.py"), "--model", str(model), "--vocab_size", "280", "--data.text_files", *texts]
+    script += ["--scheme.name", "rope", "--data.block_size", "16", "--train.max_steps", "4", "--train.logging_steps", "1"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    found = []
+    for label, launcher, batch_size in (("one", [], "8"), ("two", launch, "4")):
+        command = [sys.executable, *launcher, *script, "--train.batch_size", batch_size, "--out", str(tmp_path / label)]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / label / "record.json").read_text())
+        assert record["processes"] == len(found) + 1
+        found.append([entry["loss"] for entry in record["training"]["log"]])
+    assert len(set(found[0])) > 1
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -1,0 +1,113 @@
+"""Models that tools have spread over devices, or whose weights they keep elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from pe_swap.patching.devices import on_device
+from pe_swap.schemes.base import ATTENTION_HOOKS
+from pe_swap.swap import positional_of
+from tests.support.models import CASES, build, swapped, token_ids
+
+FIRST, SECOND = torch.device("cpu"), torch.device("meta")
+"""Two devices that any machine has. FakeTensorMode refuses operations that mix them, as CUDA would."""
+
+
+def read_by_layers(case: str) -> bool:
+    """Tell whether a case has weights that act inside attention."""
+    scheme = positional_of(swapped("gpt2", case)).scheme_at(0)
+    return bool(scheme.hooks & ATTENTION_HOOKS) and next(scheme.parameters(), None) is not None
+
+
+PARAMETRIC = [case for case in CASES if read_by_layers(case)]
+
+REST = {
+    "gpt2": ["transformer.h", "transformer.wte", "transformer.drop", "transformer.ln_f", "lm_head"],
+    "bert": ["bert.encoder", "cls", *(f"bert.embeddings.{name}" for name in ("word_embeddings", "token_type_embeddings"))]
+    + [f"bert.embeddings.{name}" for name in ("LayerNorm", "dropout")],
+}
+TABLE = {"gpt2": "transformer.wpe", "bert": "bert.embeddings.position_embeddings"}
+
+
+@pytest.mark.parametrize("layers", ["cpu", "disk"])
+@pytest.mark.parametrize("case", ["learned", "concat", "t5", "alibi-trained", "shaw-all", "fire", "fox", "deberta", "rope"])
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_weights_kept_on_disk_are_read_all_the_same(family: str, case: str, layers: str, tmp_path: Path) -> None:
+    if family == "bert" and case == "fox":
+        case = "deberta-log"
+    model, ids = swapped(family, case), token_ids(2, 20)
+    model.save_pretrained(tmp_path / "model")
+    placed = {**dict.fromkeys(REST[family], "cpu"), REST[family][0]: layers, TABLE[family]: "disk"}
+    auto_class = AutoModelForCausalLM if family == "gpt2" else AutoModelForMaskedLM
+    loaded = auto_class.from_pretrained(tmp_path / "model", device_map=placed, offload_folder=tmp_path / "offloaded")
+    assert any(parameter.is_meta for parameter in loaded.parameters()) or (case, layers) == ("rope", "cpu")
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(loaded(ids).logits, expected)
+        assert torch.equal(loaded(ids).logits, expected)
+    assert not any(parameter.is_meta for parameter in positional_of(loaded).parameters())
+
+
+def spread(model: PreTrainedModel, mode: FakeTensorMode) -> PreTrainedModel:
+    """Move layer 1 to a second device and the rest to a first one: tensors without numbers, which know their device."""
+    for path, module in model.named_modules():
+        device = SECOND if f".{path}.".startswith((".h.1.", ".ln_f.")) else FIRST
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                with mode:
+                    moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    tensors[name] = nn.Parameter(moved) if isinstance(tensor, nn.Parameter) else moved
+
+    def move(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return send_to_device(args, SECOND), send_to_device(kwargs, SECOND)
+
+    model.h[1].register_forward_pre_hook(move, with_kwargs=True)  # what accelerate does where a model goes on elsewhere
+    return model
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", PARAMETRIC)
+def test_layers_on_another_device_than_the_positional_weights(case: str, backend: str) -> None:
+    mode = FakeTensorMode()
+    model = spread(swapped("gpt2", case, backend).transformer, mode)
+    with mode:
+        states = model(torch.zeros(2, 20, dtype=torch.long, device=FIRST), use_cache=False).last_hidden_state
+    assert (states.device, states.shape) == (SECOND, (2, 20, 96))
+
+
+@pytest.mark.parametrize("case", ["t5", "fire", "deberta-log", "none-norm"])
+def test_a_stand_in_has_every_weight_and_passes_gradients_on(case: str) -> None:
+    scheme = positional_of(swapped("gpt2", case)).scheme_at(0)
+    assert on_device(scheme, torch.device("cpu")) is scheme
+    stand_in = on_device(scheme, torch.device("meta"))
+    assert {weight.device.type for weight in scheme.parameters()} == {"cpu"}
+    assert stand_in.options is scheme.options
+    names = [name for name, _ in scheme.named_parameters()]
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        copied = getattr(stand_in.get_submodule(owner), attribute)
+        assert copied.device.type == "meta"
+        assert copied.grad_fn is not None
+
+
+def test_a_scheme_without_weights_is_itself_anywhere() -> None:
+    scheme = positional_of(swapped("gpt2", "rope")).scheme_at(0)
+    assert on_device(scheme, torch.device("meta")) is scheme
+
+
+def test_an_unswapped_model_spreads_the_same_way() -> None:
+    mode = FakeTensorMode()
+    model = spread(build("gpt2").transformer, mode)
+    with mode:
+        states = model(torch.zeros(2, 20, dtype=torch.long, device=FIRST), use_cache=False).last_hidden_state
+    assert states.device == SECOND

@@ -1,0 +1,130 @@
+"""Small models with 12 heads, and the scheme options every matrix test runs over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, Cache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+import pe_swap
+from pe_swap.patching.layer_cache import cache_argument
+from pe_swap.schemes import SCHEMES
+from pe_swap.swap import positional_parameters
+
+VOCABULARY = 89
+TRAINED_LENGTH = 32
+
+LONGROPE = {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 14}
+LONGROPE |= {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.5, 2.0, 4.0, 8.0]}
+
+# One entry a scheme and form worth testing; a test checks that every registered scheme has one.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "alibi": ("alibi", {}),
+    "alibi-trained": ("alibi", {"slopes": "geometric", "trainable": True}),
+    "binary": ("binary", {}),
+    "concat": ("concat", {}),
+    "concat-learned": ("concat", {"table": "learned", "dim": 7}),
+    "cope": ("cope", {}),
+    "cope-short": ("cope", {"num_positions": 5}),
+    "deberta": ("deberta", {}),
+    "deberta-clip": ("deberta", {"buckets": "clip", "span": 6, "terms": "content_to_position", "scale": "paper"}),
+    "deberta-log": ("deberta", {"span": 8, "max_distance": 20, "scale": "paper", "layer_norm": True}),
+    "fire": ("fire", {}),
+    "fire-shared": ("fire", {"functions": "shared", "hidden_units": 5, "threshold": 11.0, "scale": 0.5, "start": "zero"}),
+    "fox": ("fox", {}),
+    "fox-fading": ("fox", {"initial_reach": 4.0}),
+    "hope": ("hope", {}),
+    "hope-fast": ("hope", {"longest_period": 10.0, "base": 50.0, "layout": "interleaved"}),
+    "index": ("index", {}),
+    "kerple": ("kerple", {}),
+    "kerple-power": ("kerple", {"variant": "power", "kernels": "per_layer", "start": "random"}),
+    "learned": ("learned", {"max_length": 64}),
+    "learned-tile": ("learned", {"max_length": 50, "extend": "tile"}),
+    "none": ("none", {}),
+    "none-norm": ("none", {"qk_norm": True, "temperature": "log"}),
+    "rerope": ("rerope", {"window": 5}),
+    "rerope-interleaved": ("rerope", {"window": 9, "layout": "interleaved", "fraction": 0.5, "logit_scale": "log_n"}),
+    "rope": ("rope", {}),
+    "rope-dynamic": ("rope", {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}),
+    "rope-longrope": ("rope", LONGROPE),
+    "rope-proportional": ("rope", {"rope_type": "proportional", "fraction": 0.5}),
+    "rope-yarn": ("rope", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "base": 100.0}),
+    "rope-interleaved": ("rope", {"base": 500.0, "layout": "interleaved", "fraction": 0.5}),
+    "sandwich": ("sandwich", {}),
+    "sandwich-gym": ("sandwich", {"convention": "attention_gym", "width": 16}),
+    "self-extend": ("self_extend", {"window": 5}),
+    "self-extend-triples": ("self_extend", {"window": 7, "group_size": 3, "base": 500.0}),
+    "shaw": ("shaw", {"max_distance": 5}),
+    "shaw-all": ("shaw", {"max_distance": 9, "variant": "key_query", "value": True}),
+    "sinusoidal": ("sinusoidal", {"base": 100.0, "layout": "split"}),
+    "transformer-xl": ("transformer_xl", {}),
+    "transformer-xl-per-layer": ("transformer_xl", {"biases": "per_layer", "max_distance": 7}),
+    "xpos": ("xpos", {}),
+    "xpos-half": ("xpos", {"scale_base": 20, "gamma": 0.1, "base": 300.0, "layout": "half"}),
+    "t5": ("t5", {"num_buckets": 8, "max_distance": 12}),
+}
+LENGTH_DEPENDENT = ("rope-dynamic", "rope-longrope")
+"""Cases that do not claim that a cached pass equals an uncached one; the matrix checks that they are these."""
+FAMILIES = ("gpt2", "bert", "bert-decoder")
+PAIRS = [(case, family) for case in CASES for family in FAMILIES if family != "bert" or not SCHEMES[CASES[case][0]].causal_only]
+"""Every case in every family that it is defined for."""
+BACKENDS = ("eager", "sdpa")
+
+
+def build(family: str, backend: str = "sdpa", **config: Any) -> PreTrainedModel:
+    """Return a small model with random weights, dropout off."""
+    torch.manual_seed(1)
+    if family == "gpt2":
+        settings = {"n_embd": 96, "n_layer": 2, "n_head": 12, "n_positions": TRAINED_LENGTH, "vocab_size": VOCABULARY}
+        settings |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+        model: PreTrainedModel = GPT2LMHeadModel(GPT2Config(**{**settings, "attn_implementation": backend, **config}))
+    else:
+        settings = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 64}
+        settings |= {"max_position_embeddings": TRAINED_LENGTH, "vocab_size": VOCABULARY}
+        settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": family == "bert-decoder"}
+        head = BertLMHeadModel if family == "bert-decoder" else BertForMaskedLM
+        model = head(BertConfig(**{**settings, "attn_implementation": backend, **config}))
+    with torch.no_grad():  # scores of a fresh model are all but equal: positions would hardly show
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name and "wte" not in name and "decoder" not in name:
+                parameter.mul_(4.0)
+    return model.eval()
+
+
+def swapped(family: str, case: str, backend: str = "sdpa", **config: Any) -> PreTrainedModel:
+    """Return a small model swapped to a case, its positional parameters moved off their neutral start."""
+    name, options = CASES[case]
+    model = pe_swap.swap_positional(build(family, backend, **config), name, **options)
+    disturb(model)
+    return model
+
+
+def disturb(model: PreTrainedModel) -> None:
+    """Move every positional parameter, so that what it does shows."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in positional_parameters(model):
+            scale = 0.02 if name.endswith("_weight") else 0.5
+            parameter.add_(torch.randn_like(parameter) * scale)
+
+
+def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:
+    """Return random token ids, `[batch, length]`."""
+    return torch.randint(5, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
+    """Return the arguments of a call with a cache, by the name this transformers version has for it."""
+    return {cache_argument(model): cache, "use_cache": True}
+
+
+def checkpoint_activations(model: PreTrainedModel, use_reentrant: bool = False) -> None:
+    """Turn gradient checkpointing on, by the name this transformers version has for it."""
+    name = (
+        "activation_checkpointing_enable"
+        if hasattr(model, "activation_checkpointing_enable")
+        else "gradient_checkpointing_enable"
+    )
+    getattr(model, name)({"use_reentrant": use_reentrant})

@@ -1,0 +1,104 @@
+"""The loss in chunks is the model's own loss, with its gradients, and holds no logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BertForNextSentencePrediction
+
+from pe_swap.training import chunked_loss as training_loss
+from pe_swap.errors import UnsupportedModelError
+from pe_swap.training.chunked_loss import loss_in_chunks
+from tests.support.memory import Largest
+from tests.support.models import VOCABULARY, build, swapped, token_ids
+
+ROWS = 7
+"""Rows a chunk: not a divisor of anything here."""
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_loss, "LOGITS_IN_A_CHUNK", ROWS * VOCABULARY)
+
+
+def batch(form: str) -> dict[str, Any]:
+    ids = token_ids(3, 20)
+    labels = ids.clone()
+    labels[0, :9] = -100
+    inputs: dict[str, Any] = {"input_ids": ids, "labels": labels}
+    if form == "shifted":
+        inputs["shift_labels"] = labels.roll(-1, 1)
+    if form == "counted":
+        inputs["num_items_in_batch"] = 77
+    return inputs
+
+
+def gradients_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    (loss * 3).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def reference(model: Any, inputs: dict[str, Any], is_masked: bool) -> Tensor:
+    logits, labels = model(inputs["input_ids"]).logits, inputs["labels"]
+    if not is_masked:
+        logits, labels = (logits, inputs["shift_labels"]) if "shift_labels" in inputs else (logits[:, :-1], labels[:, 1:])
+    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    return total / inputs.get("num_items_in_batch", (labels != -100).sum())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "bert-decoder"])
+@pytest.mark.parametrize("form", ["plain", "shifted", "counted"])
+def test_loss_and_gradients_are_the_models_own(family: str, form: str) -> None:
+    if (family, form) == ("bert", "shifted"):
+        form = "plain"  # a masked loss has no shifted labels
+    model = swapped(family, "t5").train()
+    inputs = batch(form)
+    expected = reference(model, inputs, is_masked=family == "bert")
+    if (family, form) != ("bert", "counted"):  # transformers' BERT ignores the count
+        torch.testing.assert_close(model(**inputs).loss, expected)
+    gradients = gradients_of(model, expected)
+    with loss_in_chunks(model):
+        output = model(**inputs)
+        assert output.logits is None
+        ours = gradients_of(model, output.loss)
+    torch.testing.assert_close(output.loss, expected)
+    assert ours.keys() == gradients.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, gradients[name], atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert model(**inputs).logits is not None
+
+
+def test_no_tensor_of_tokens_by_vocabulary() -> None:
+    model, ids = build("gpt2", n_positions=128).train(), token_ids(8, 100)
+    sizes = []
+    for chunked in (False, True):
+        with Largest(VOCABULARY) as largest:
+            if chunked:
+                with loss_in_chunks(model):
+                    model(ids, labels=ids).loss.backward()
+            else:
+                model(ids, labels=ids).loss.backward()
+        sizes.append(largest.rows)
+    assert sizes == [800, 96]  # in chunks, the widest is the gradient of the head's weight, hidden_size x vocabulary
+
+
+def test_calls_without_labels_and_without_gradients_are_the_models_own() -> None:
+    model, ids = build("gpt2"), token_ids(2, 20)
+    expected = model(ids).logits
+    with loss_in_chunks(model), torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids, labels=ids).logits, expected)
+
+
+def test_another_loss_is_refused() -> None:
+    model = BertForNextSentencePrediction(build("bert").config)
+    with (
+        pytest.raises(UnsupportedModelError, match=r"BertForNextSentencePrediction has the loss 'None'; a loss in chunks is"),
+        loss_in_chunks(model),
+    ):
+        pass

@@ -1,0 +1,354 @@
+"""Fine-tuning: the same numbers after a kill, and refusals before any time is spent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer
+
+from pe_swap.training import trainer as training
+from pe_swap.runs.config import FinetuneConfig, SchemeSection
+from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError, PESwapError
+from pe_swap.swap import positional_parameters
+from pe_swap.training.trainer import (
+    CHECKPOINTS,
+    PositionalTrainer,
+    causal_batch,
+    finetune,
+    last_checkpoint,
+    run_fingerprint,
+    train,
+    whole_checkpoints,
+)
+from tests.evaluation.test_evaluator import tokenizer
+from tests.support.models import TRAINED_LENGTH, build, swapped
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
+
+GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16}
+WORDS = "we the people of the united states in order to form a more perfect union establish justice "
+
+
+def config(tmp_path: Path, **changes: Any) -> FinetuneConfig:
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for index, path in enumerate(files):
+        path.write_text(WORDS * 20 + str(index), encoding="utf-8")
+    settings: dict[str, Any] = {
+        "model": GPT2,
+        "vocab_size": 300,
+        "scheme": {"name": "t5", "num_buckets": 8},
+        "data": {"text_files": [str(path) for path in files], "block_size": 16},
+        "train": {"max_steps": 6, "batch_size": 2, "save_steps": 3, "logging_steps": 1, "warmup_steps": 1, "learning_rate": 1e-2},
+        "out": str(tmp_path / "run"),
+    }
+    return FinetuneConfig(**{**settings, **changes})
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Let the Trainer stop dead in the step after `steps`, as a kill does."""
+    original = Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= steps:
+            raise KilledError
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = finetune(config(tmp_path, out=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(config(tmp_path))
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "running"
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
+    resumed = finetune(config(tmp_path, resume=True))
+    assert resumed["training"]["log"] == whole["training"]["log"]
+    assert resumed["perplexity"] == whole["perplexity"]
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_run_is_a_record_and_a_folder_that_loads(tmp_path: Path) -> None:
+    record = finetune(config(tmp_path))
+    saved = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (saved["status"], saved["scheme"], saved["seed"]) == ("done", "t5", 0)
+    assert saved["config"]["scheme"] == {"name": "t5", "num_buckets": 8, "layers": None}
+    assert {"versions", "commit", "device", "seconds"} <= saved.keys()
+    assert record["perplexity"]["after_training"] < 0.8 * record["perplexity"]["after_swap"]
+    assert record["training"]["dropped_tokens"] < 16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "pe_swap_gpt2"
+
+
+def test_the_control_is_trained_and_not_swapped(tmp_path: Path) -> None:
+    record = finetune(config(tmp_path, scheme={"name": "original"}))
+    assert record["scheme"] == "original"
+    assert record["perplexity"]["before_swap"] == record["perplexity"]["after_swap"] > record["perplexity"]["after_training"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.model_type == "gpt2"
+
+
+def test_every_row_of_a_learned_table_is_trained() -> None:
+    model = build("gpt2").train()
+    model(**causal_batch([{"input_ids": list(range(5, 6 + TRAINED_LENGTH))}])).loss.backward()
+    assert model.transformer.wpe.weight.grad.abs().amax(dim=1).min() > 0
+
+
+def test_an_encoder_is_trained_on_masked_tokens(tmp_path: Path) -> None:
+    documents = [[5 + index % 7 for index in range(300)]]
+    section = config(tmp_path).train
+    result = train(
+        swapped("bert", "alibi"), tokenizer(masked=True), documents, section, block_size=16, seed=0, out=tmp_path / "b"
+    )
+    assert result["log"][-1]["loss"] < result["log"][0]["loss"]
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "b").config.model_type == "pe_swap_bert"
+
+
+def test_masks_follow_from_the_batch_and_the_seed() -> None:
+    rows = [{"input_ids": [5 + (index + row) % 7 for index in range(200)]} for row in range(4)]
+    batch = training.MaskedBatch(tokenizer(masked=True), 0.15, seed=1)
+    first = batch(rows)
+    torch.rand(3)  # whatever else draws
+    assert all(torch.equal(value, first[name]) for name, value in batch(rows).items())
+    assert 0.1 < (first["labels"] != -100).float().mean() < 0.2
+    assert not torch.equal(batch(rows[:3])["labels"], first["labels"][:3])
+    assert not torch.equal(training.MaskedBatch(tokenizer(masked=True), 0.15, seed=2)(rows)["labels"], first["labels"])
+
+
+def test_a_resumed_encoder_meets_the_same_masks(tmp_path: Path) -> None:
+    documents = [[5 + index % 7 for index in range(900)]]
+    losses = []
+    for resumes in (False, True):
+        model, out = swapped("bert", "alibi"), tmp_path / str(resumes)
+        section = config(tmp_path).train.model_copy(update={"save_steps": 2, "max_steps": 6, "logging_steps": 1})
+        arguments = {"block_size": 16, "seed": 0, "out": out}
+        if resumes:
+            train(model, tokenizer(masked=True), documents, section, **arguments)
+            shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+            model = swapped("bert", "alibi")
+        losses.append(train(model, tokenizer(masked=True), documents, section, resume=resumes, **arguments)["log"])
+    assert len(losses[0]) == 6
+    assert losses[0] == losses[1]
+
+
+def test_an_encoder_without_a_mask_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no mask token"):
+        train(swapped("bert", "alibi"), tokenizer(), [[5] * 90], config(tmp_path).train, block_size=16, seed=0, out=tmp_path)
+
+
+def test_positional_parameters_get_their_own_learning_rate(tmp_path: Path) -> None:
+    model = swapped("gpt2", "t5")
+    trainer = PositionalTrainer(
+        model=model,
+        args=training._arguments(config(tmp_path).train, 0, tmp_path),
+        train_dataset=[{"input_ids": [5, 6]}],
+        data_collator=causal_batch,
+        positional_learning_rate=0.5,
+    )
+    groups = trainer.create_optimizer().param_groups
+    ours = {id(parameter) for _, parameter in positional_parameters(model)}
+    found = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    assert ours
+    assert found.keys() == {id(parameter) for parameter in model.parameters()}
+    assert {rate for parameter, rate in found.items() if parameter in ours} == {0.5}
+    assert {rate for parameter, rate in found.items() if parameter not in ours} == {1e-2}
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for step, state in ((3, '{"global_step": 3}'), (20, '{"global_step": 20}'), (100, '{"global_st'), (200, None)):
+        folder = tmp_path / CHECKPOINTS / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert [folder.name for folder in whole_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20"]
+
+
+def test_nothing_to_resume_from(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint to resume from in .*Run without --resume to start"):
+        finetune(config(tmp_path, resume=True))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(config(tmp_path))
+    (tmp_path / "run" / CHECKPOINTS / "checkpoint-3" / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match=r"Cannot resume from '.*checkpoint-3'.*Delete that folder"):
+        finetune(config(tmp_path, resume=True))
+
+
+def test_a_stopped_run_is_not_overwritten_and_another_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(config(tmp_path))
+    with pytest.raises(CheckpointError, match=r"holds checkpoints of a run that was stopped. Continue it with --resume"):
+        finetune(config(tmp_path))
+    with pytest.raises(ConfigError, match="holds a run with another configuration"):
+        finetune(config(tmp_path, resume=True, seed=1))
+
+
+def test_resuming_with_another_configuration_names_what_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(config(tmp_path))
+    longer = config(tmp_path).train.model_copy(update={"max_steps": 7})
+    with pytest.raises(ConfigError) as caught:
+        finetune(config(tmp_path, resume=True, seed=1, train=longer))
+    assert str(caught.value) == (
+        f"'{tmp_path / 'run'}' holds a run with another configuration (another train.max_steps, seed); resuming would mix the two. Use "
+        "the same options, or another --out."
+    )
+
+
+def test_resuming_on_a_text_that_has_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(settings)
+    (tmp_path / "a.txt").write_text(WORDS * 21, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        finetune(settings.model_copy(update={"resume": True}))
+    assert str(caught.value) == (
+        f"'{tmp_path / 'run'}' holds a run on another text: what 'data' names has changed since; resuming would mix the two. Bring the "
+        "text back, or start anew in another --out."
+    )
+    config(tmp_path)  # writes the text as it was
+    assert finetune(settings.model_copy(update={"resume": True}))["status"] == "done"
+
+
+def test_resuming_from_a_model_whose_files_have_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(GPT2))
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(config(tmp_path, model=str(model)))
+    model.write_text(json.dumps({**GPT2, "n_inner": 8}))
+    with pytest.raises(ConfigError) as caught:
+        finetune(config(tmp_path, model=str(model), resume=True))
+    assert str(caught.value) == (
+        f"'{tmp_path / 'run'}' holds a run from another model or tokenizer: their files have changed since; resuming would mix the two. "
+        "Bring them back, or start anew in another --out."
+    )
+
+
+def test_a_fingerprint_is_of_content_and_not_of_the_model_card(tmp_path: Path) -> None:
+    finetune(config(tmp_path))
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    again = config(tmp_path, model=str(tmp_path / "run"), vocab_size=None, tokenizer=str(tmp_path / "other"))
+    found = [run_fingerprint(again, "text")]
+    (tmp_path / "run" / "README.md").write_text("another card")
+    (tmp_path / "run" / "record.json").write_text("{}")
+    found.append(run_fingerprint(again, "text"))
+    assert found[0] == found[1]
+    for changed in ("run/config.json", "run/model.safetensors", "run/tokenizer.json", "other/tokenizer.json"):
+        (tmp_path / changed).write_bytes(b"other")
+        found.append(run_fingerprint(again, "text"))
+    assert len({*found, run_fingerprint(again, "other text")}) == 6
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"data": {"text_files": ["nothere.txt"]}},
+        {"data": {"block_size": 10**6}},
+        {"data": {"block_size": 17}, "scheme": {"name": "original"}},
+        {"scheme": {"name": "t6"}},
+        {"scheme": {"name": "t5", "buckets": 8}},
+        {"model": "nowhere", "tokenizer": "nowhere", "vocab_size": None},
+        {"model": {**GPT2, "n_head": 3}},
+        {"train": {"schedule": "linaer"}},
+        {"train": {"positions": {"name": "pose", "max_length": 8}}},
+    ],
+    ids=str,
+)
+def test_what_cannot_run_leaves_a_finished_run_as_it_is(mistake: dict[str, Any], tmp_path: Path) -> None:
+    finetune(config(tmp_path))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert any(CHECKPOINTS in path.parts for path in before)
+    settings = config(tmp_path).model_dump()
+    wrong = {key: {**settings[key], **value} if key in ("data", "train") else value for key, value in mistake.items()}
+    with pytest.raises(PESwapError):
+        finetune(config(tmp_path, **wrong))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_diverges_says_so_and_leaves_a_record_that_is_json(tmp_path: Path) -> None:
+    section = config(tmp_path).train.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(DivergedError) as caught:
+        finetune(config(tmp_path, train=section))
+    assert str(caught.value) == (
+        f"The training in '{tmp_path / 'run'}' diverged: its losses or weights are not finite, and the model saved there is of no use "
+        "(train.learning_rate 1e+30). Train again with a lower --train.learning_rate, or more --train.warmup_steps."
+    )
+    content = (tmp_path / "run" / "record.json").read_text()
+    assert "NaN" not in content
+    assert "Infinity" not in content
+    record = json.loads(content)
+    assert (record["status"], record["perplexity"]["after_training"]) == ("diverged", None)
+    assert record["training"]["log"][0]["loss"] is not None
+    assert record["training"]["log"][-1]["loss"] is None
+
+
+def test_the_card_says_at_which_length_a_model_was_fine_tuned(tmp_path: Path) -> None:
+    finetune(config(tmp_path, data={**config(tmp_path).data.model_dump(), "block_size": 24}))
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- Trained length before the swap: 16 positions.\n- Fine-tuned after the swap at: 24 tokens.\n" in card
+    kept = config(tmp_path).train.model_copy(update={"max_steps": 0})
+    finetune(config(tmp_path, train=kept, out=str(tmp_path / "kept")))
+    assert "Fine-tuned" not in (tmp_path / "kept" / "README.md").read_text()
+
+
+def test_a_finished_run_may_be_done_again_and_leaves_no_old_checkpoint(tmp_path: Path) -> None:
+    first = finetune(config(tmp_path))
+    short = config(tmp_path).train.model_copy(update={"max_steps": 3})
+    second = finetune(config(tmp_path, train=short))
+    assert (first["training"]["steps"], second["training"]["steps"]) == (6, 3)
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
+
+
+def test_no_steps_swap_and_save(tmp_path: Path) -> None:
+    trained = finetune(config(tmp_path))
+    none = config(tmp_path).train.model_copy(update={"max_steps": 0})
+    again = config(tmp_path, model=str(tmp_path / "run"), vocab_size=None, train=none, out=str(tmp_path / "kept"))
+    record = finetune(again.model_copy(update={"scheme": SchemeSection(name="original")}))
+    assert (record["status"], record["training"]["steps"]) == ("done", 0)
+    perplexity = record["perplexity"]
+    assert perplexity["after_training"] is None
+    assert perplexity["before_swap"] == perplexity["after_swap"] == trained["perplexity"]["after_training"]
+    before, after = weights(tmp_path / "run"), weights(tmp_path / "kept")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "kept" / "tokenizer.json").exists()
+
+
+def test_blocks_longer_than_the_models_table_are_refused(tmp_path: Path) -> None:
+    data = {**config(tmp_path).data.model_dump(), "block_size": 17}
+    with pytest.raises(ConfigError, match=r"data\.block_size is 17, but the model's positions end at 16"):
+        finetune(config(tmp_path, scheme={"name": "original"}, data=data))
+
+
+def test_a_schedule_that_transformers_does_not_know_is_named(tmp_path: Path) -> None:
+    section = config(tmp_path).train.model_copy(update={"schedule": "linaer"})
+    with pytest.raises(ConfigError, match=r"transformers refuses the section 'train': .*linaer"):
+        finetune(config(tmp_path, train=section))
