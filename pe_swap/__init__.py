@@ -1,8 +1,8 @@
 """Swap the positional scheme of a Hugging Face Transformers model: exactly, reversibly, saved and reloaded like any other."""
 
 from pe_swap import errors
-from pe_swap.families import ADAPTERS
 from pe_swap.checks import check_positional
+from pe_swap.families import FAMILIES
 from pe_swap.saving.relative_key_bert import load_relative_key_bert
 from pe_swap.schemes import SCHEMES
 from pe_swap.swap import restore_positional, swap_positional
@@ -13,15 +13,15 @@ def list_schemes() -> list[str]:
     return SCHEMES.names()
 
 
-def list_adapters() -> list[str]:
+def list_families() -> list[str]:
     """Return the model families that can be swapped, by their `config.model_type`."""
-    return ADAPTERS.names()
+    return FAMILIES.names()
 
 
 __all__ = [
     "check_positional",
     "errors",
-    "list_adapters",
+    "list_families",
     "list_schemes",
     "load_relative_key_bert",
     "restore_positional",

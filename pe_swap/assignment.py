@@ -1,6 +1,6 @@
 """What a swap asks for, checked before anything is built, and what of it is saved.
 
-A specification is what `config.json` holds under `pe_swap`: schemes with their options, which layer has which, which one acts
+A assignment is what `config.json` holds under `pe_swap`: schemes with their options, which layer has which, which one acts
 on the input. It comes from a caller or from a file that somebody else wrote, so every value is checked here.
 """
 
@@ -28,7 +28,7 @@ LONGEST_TEXT = 600
 
 
 @dataclass(frozen=True)
-class Specification:
+class Assignment:
     """Which scheme acts where.
 
     Attributes:
@@ -41,8 +41,8 @@ class Specification:
     layers: tuple[int | None, ...]
     input: int | None
 
-    def resolve(self, geometry: Geometry, position_table: Tensor | None) -> Specification:
-        """Return the specification with model-dependent options written out; see `SchemeOptions.resolve`."""
+    def resolve(self, geometry: Geometry, position_table: Tensor | None) -> Assignment:
+        """Return the assignment with model-dependent options written out; see `SchemeOptions.resolve`."""
         return replace(self, options=tuple(options.resolve(geometry, position_table) for options in self.options))
 
     def attention_hooks(self) -> frozenset[str]:
@@ -114,8 +114,8 @@ def checked_layers(layers: object, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({layer % num_layers for layer in indices}))
 
 
-def extend(current: Specification | None, options: SchemeOptions, layers: object, num_layers: int) -> Specification:
-    """Return the specification after a swap to `options`, in some layers or in all.
+def extend(current: Assignment | None, options: SchemeOptions, layers: object, num_layers: int) -> Assignment:
+    """Return the assignment after a swap to `options`, in some layers or in all.
 
     Args:
         current: what the model has now; None for a model not swapped.
@@ -129,34 +129,34 @@ def extend(current: Specification | None, options: SchemeOptions, layers: object
     """
     acts_on_input = bool(INPUT_HOOKS & hooks_of(SCHEMES[options.scheme]))
     if layers is None:
-        return Specification((options,), (0,) * num_layers, 0)
+        return Assignment((options,), (0,) * num_layers, 0)
     chosen = checked_layers(layers, num_layers)
     if acts_on_input:
         raise LayerError(
             f"layers is {list(chosen)}, but the scheme '{options.scheme}' acts on the input embeddings, which all layers share. "
             "Swap it without layers; then give some layers a scheme that acts inside attention (rope, alibi, t5, shaw, none)."
         )
-    before = current or Specification((), (None,) * num_layers, None)
+    before = current or Assignment((), (None,) * num_layers, None)
     assignment = tuple(len(before.options) if layer in chosen else at for layer, at in enumerate(before.layers))
-    return _without_unused(Specification((*before.options, options), assignment, before.input))
+    return _without_unused(Assignment((*before.options, options), assignment, before.input))
 
 
-def _without_unused(specification: Specification) -> Specification:
+def _without_unused(assignment: Assignment) -> Assignment:
     """Drop schemes that serve neither a layer nor the input."""
-    acting_on_input = specification.input
-    if acting_on_input is not None and not INPUT_HOOKS & hooks_of(SCHEMES[specification.options[acting_on_input].scheme]):
+    acting_on_input = assignment.input
+    if acting_on_input is not None and not INPUT_HOOKS & hooks_of(SCHEMES[assignment.options[acting_on_input].scheme]):
         acting_on_input = None
-    used = sorted({at for at in (*specification.layers, acting_on_input) if at is not None})
+    used = sorted({at for at in (*assignment.layers, acting_on_input) if at is not None})
     renumbered = {old: new for new, old in enumerate(used)}
-    return Specification(
-        tuple(specification.options[old] for old in used),
-        tuple(None if at is None else renumbered[at] for at in specification.layers),
+    return Assignment(
+        tuple(assignment.options[old] for old in used),
+        tuple(None if at is None else renumbered[at] for at in assignment.layers),
         None if acting_on_input is None else renumbered[acting_on_input],
     )
 
 
-def from_saved(saved: object, num_layers: int) -> Specification:
-    """Read a specification out of `config.json`.
+def from_saved(saved: object, num_layers: int) -> Assignment:
+    """Read a assignment out of `config.json`.
 
     Raises:
         CheckpointError: it is not one, was written by a newer pe_swap, or does not fit the model.
@@ -173,7 +173,7 @@ def from_saved(saved: object, num_layers: int) -> Specification:
         )
     if not _is_index(acting_on_input, len(options)):
         raise _unreadable(f"'pe_swap.input' is {short(acting_on_input)}; it must be null or an index below {len(options)}")
-    return Specification(options, tuple(layers), acting_on_input)
+    return Assignment(options, tuple(layers), acting_on_input)
 
 
 def checked_format(saved: object) -> Mapping[str, Any]:
@@ -224,7 +224,7 @@ def short(value: object) -> str:
 
 
 def _unreadable(what: str) -> CheckpointError:
-    """Build the error for a saved specification that cannot be used."""
+    """Build the error for a saved assignment that cannot be used."""
     return CheckpointError(
         f"The saved model's config.json cannot be used: {what}. Save the model again with save_pretrained, or fix the file."
     )

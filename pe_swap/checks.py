@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pe_swap.families import adapter_for
 from pe_swap.attention.backends import library_name
-from pe_swap.patching.layer_cache import cache_argument
-from pe_swap.attention.shared_in_call import ARGUMENT, NO_MEMO
+from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED
 from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError
-from pe_swap.patching.holder import Positional
+from pe_swap.families import family_for
+from pe_swap.patching.holder import SchemeHolder
+from pe_swap.patching.install import holder_of
+from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.schemes import Scheme
 from pe_swap.schemes.base import ATTENTION_HOOKS
-from pe_swap.swap import positional_of
 
 LENGTH = 24
 """Tokens in most checks; fewer where a scheme ends before that."""
@@ -93,8 +93,8 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
         SwapStateError: the model is not swapped.
         UnsupportedModelError: not a model of a supported family.
     """
-    positional = positional_of(model)
-    if positional is None:
+    holder = holder_of(model)
+    if holder is None:
         raise SwapStateError(
             f"This {type(model).__name__} is not swapped, so there is nothing to check. Call swap_positional(model, ...) first."
         )
@@ -102,7 +102,7 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
     model.eval()
     try:
         with torch.no_grad():
-            return _Checker(model, positional).report()
+            return _Checker(model, holder).report()
     finally:
         model.train(was_training)
 
@@ -110,18 +110,18 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
 class _Checker:
     """The checks of one model. Hidden states of the base model are compared: every head shares them."""
 
-    def __init__(self, model: PreTrainedModel, positional: Positional) -> None:
+    def __init__(self, model: PreTrainedModel, holder: SchemeHolder) -> None:
         self.model = model
         self.base_model: Any = model.base_model
         self.cache_argument = cache_argument(model.base_model)
-        self.positional = positional
-        self.schemes = [positional.scheme_at(index) for index in range(len(positional.schemes))]
-        self.adapter = adapter_for(model)
-        self.is_causal = self.adapter.is_causal(model.config)
-        weight = positional.tokens.weight
+        self.holder = holder
+        self.schemes = [holder.scheme_at(index) for index in range(len(holder.schemes))]
+        self.family = family_for(model)
+        self.is_causal = self.family.is_causal(model.config)
+        weight = holder.tokens.weight
         self.device, self.vocabulary = weight.device, weight.shape[0]
         self.tolerance = float(torch.finfo(weight.dtype).eps ** 0.5)
-        self.length = min(LENGTH, positional.max_length or LENGTH)
+        self.length = min(LENGTH, holder.max_length or LENGTH)
 
     def report(self) -> PositionalReport:
         """Run everything."""
@@ -168,15 +168,15 @@ class _Checker:
     def bound(self) -> Check:
         """Check that one forward pass calls every scheme where it should act."""
         wanted: Counter[tuple[int, str, int | None]] = Counter()
-        for layer, index in enumerate(self.positional.scheme_of_layer):
+        for layer, index in enumerate(self.holder.scheme_of_layer):
             if index is not None:
                 hooks = self.schemes[index].hooks & ATTENTION_HOOKS
                 wanted.update((index, hook, layer) for hook in hooks)
-        if self.positional.input_scheme is not None:
-            hooks = self.schemes[self.positional.input_scheme].hooks & {"encode", "embed"}
-            wanted.update((self.positional.input_scheme, hook, None) for hook in hooks)
+        if self.holder.input_scheme is not None:
+            hooks = self.schemes[self.holder.input_scheme].hooks & {"encode", "embed"}
+            wanted.update((self.holder.input_scheme, hook, None) for hook in hooks)
         with _calls(self.schemes) as seen:
-            self.states(self.tokens(1, self.length), **{ARGUMENT: NO_MEMO})  # no layer is handed another layer's results
+            self.states(self.tokens(1, self.length), **{ARGUMENT: NOTHING_SHARED})  # no layer is handed another layer's results
         missing = [f"{self.schemes[index].name}.{hook} in layer {layer}" for index, hook, layer in wanted - seen]
         detail = f"not called: {', '.join(missing)}" if missing else f"{len(wanted)} hooks called in one forward pass"
         return Check("every layer bound", not missing, None, detail)
@@ -187,7 +187,7 @@ class _Checker:
         if not self.is_causal and not any(scheme.tells_order for scheme in self.schemes):
             return Check("order matters", None, difference, "an encoder without positions is a bag of words")
         if difference <= self.tolerance:
-            with _disturbed(self.positional):
+            with _disturbed(self.holder):
                 starts_neutral = self.order_difference() > self.tolerance
             if starts_neutral:
                 return Check("order matters", None, difference, "not yet: the scheme starts from adding nothing, train it")
@@ -239,8 +239,8 @@ class _Checker:
         """Check that a prefill, a chunk and a token equal one pass; where a scheme does not claim that, across its original length."""
         rescaled = [scheme.original_length for scheme in self.schemes if not scheme.cached_equals_uncached]
         first = max(rescaled, default=0) - self.length // 2
-        if self.positional.max_length is not None:
-            first = min(first, self.positional.max_length - self.length)
+        if self.holder.max_length is not None:
+            first = min(first, self.holder.max_length - self.length)
         first = max(first, 0)
         ids, where = self.tokens(2, self.length), torch.arange(self.length, device=self.device)[None] + first
         cache, parts, start = DynamicCache(config=self.model.config), [], 0
@@ -264,13 +264,13 @@ class _Checker:
         try:
             moved = self.states(ids, attention_mask=mask, position_ids=here + SHIFT)
         except PositionRangeError:
-            return Check(name, None, None, f"not claimed, and positions end at {self.positional.max_length}")
+            return Check(name, None, None, f"not claimed, and positions end at {self.holder.max_length}")
         there = self.states(ids, attention_mask=mask, position_ids=here)
         return self.compare(name, moved, there, f"by {SHIFT}" + ("" if claimed else ": not claimed"), claimed=claimed)
 
     def longer(self) -> Check:
         """Check that a length beyond the trained one gives finite states."""
-        trained, limit = int(self.model.config.pe_swap["trained_length"]), self.positional.max_length
+        trained, limit = int(self.model.config.pe_swap["trained_length"]), self.holder.max_length
         if limit is not None and limit <= trained:
             return Check("beyond trained length", None, None, f"positions end at {limit:,}")
         length = min(trained + 8, limit or trained + 8)
@@ -279,9 +279,9 @@ class _Checker:
 
 
 @contextmanager
-def _disturbed(positional: Positional) -> Iterator[None]:
+def _disturbed(holder: SchemeHolder) -> Iterator[None]:
     """Add noise to every positional parameter, and put the very same numbers back."""
-    parameters = list(positional.parameters())
+    parameters = list(holder.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(0)
     try:
@@ -297,14 +297,14 @@ def _disturbed(positional: Positional) -> Iterator[None]:
 def _calls(schemes: list[Scheme]) -> Iterator[Counter[tuple[int, str, int | None]]]:
     """Count the calls of every scheme's hooks, as `(index of the scheme, hook, layer)`.
 
-    A pair that `paired` gives has `score_bias` in it, and counts as its call.
+    A pair that `fold_bias_into_query_key` gives has `score_bias` in it, and counts as its call.
     """
     seen: Counter[tuple[int, str, int | None]] = Counter()
 
     def counted(index: int, hook: str, method: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             found = method(*args, **kwargs)
-            if hook != "paired":
+            if hook != "fold_bias_into_query_key":
                 seen[(index, hook, kwargs.get("layer"))] += 1
             elif found is not None:
                 seen[(index, "score_bias", kwargs.get("layer"))] += 1
@@ -315,7 +315,7 @@ def _calls(schemes: list[Scheme]) -> Iterator[Counter[tuple[int, str, int | None
     before = [dict(vars(scheme)) for scheme in schemes]
     try:
         for index, scheme in enumerate(schemes):
-            for hook in (*scheme.hooks, "paired"):
+            for hook in (*scheme.hooks, "fold_bias_into_query_key"):
                 vars(scheme)[hook] = counted(index, hook, getattr(scheme, hook))
         yield seen
     finally:

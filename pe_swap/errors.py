@@ -33,8 +33,8 @@ class SwapStateError(PESwapError, RuntimeError):
     """A restore or a check of a model in a state that does not allow it."""
 
 
-class AdapterError(PESwapError, RuntimeError):
-    """A model whose modules are not where its adapter says: nothing is patched rather than a part of it."""
+class FamilyError(PESwapError, RuntimeError):
+    """A model whose modules are not where its family says: nothing is patched rather than a part of it."""
 
 
 class PositionRangeError(PESwapError, IndexError):

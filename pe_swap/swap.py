@@ -10,14 +10,14 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_swap.families import Adapter, adapter_for, known_loss_type
+from pe_swap.assignment import Assignment, extend, from_saved, options_from
 from pe_swap.attention.backends import name_for
+from pe_swap.errors import FamilyError, SwapStateError
+from pe_swap.families import Family, family_for, known_loss_type
+from pe_swap.patching.holder import Original, SchemeHolder
+from pe_swap.patching.install import assemble, attach, detach, holder_of
 from pe_swap.saving.checkpoint import swapped_config_class
-from pe_swap.errors import AdapterError, SwapStateError
-from pe_swap.patching.install import assemble, attach, detach
-from pe_swap.patching.holder import Original, Positional
 from pe_swap.schemes import Scheme, SchemeOptions
-from pe_swap.assignment import Specification, extend, from_saved, options_from
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -31,7 +31,7 @@ def swap_positional(
     completes, or raises and leaves the model bit for bit as it was. Swapping again replaces the scheme.
 
     Args:
-        model: a transformers model of a family in `list_adapters()`, with any head: the model that is going to be saved, not the base
+        model: a transformers model of a family in `list_families()`, with any head: the model that is going to be saved, not the base
             model inside it.
         scheme: a name in `list_schemes()`, the options of a scheme, or a scheme, whose options are taken.
         layers: the layers that get the scheme, where not all do. The others keep the scheme they have; in a model not yet
@@ -45,24 +45,24 @@ def swap_positional(
         UnknownNameError: no scheme has that name.
         OptionError: an option that does not exist, breaks its rule, or does not fit the model.
         LayerError: layers out of range, or given for a scheme that acts on the input.
-        UnsupportedModelError: not a transformers model, a family without an adapter, or a causal scheme for an encoder.
+        UnsupportedModelError: not a transformers model, a family without an family, or a causal scheme for an encoder.
         UnsupportedBackendError: an attention implementation that cannot honour the scheme.
-        AdapterError: a module is not where the adapter says.
+        FamilyError: a module is not where the family says.
         SwapStateError: a scheme that starts from a position table, for a model that was loaded without one; or a model whose
             configuration and modules say different things.
     """
-    adapter = adapter_for(model)
+    family = family_for(model)
     base_model, config = model.base_model, model.config
-    current = positional_of(model)
+    current = holder_of(model)
     before = None if current is None else from_saved(config.pe_swap, config.num_hidden_layers)
     wanted = extend(before, options_from(scheme, options), layers, config.num_hidden_layers)
-    original = _take_original(adapter, model) if current is None else current.original
+    original = _take_original(family, model) if current is None else current.original
     vectors = None if original is None else original.table.weight.detach().float()
     trained_length = config.pe_swap["trained_length"] if vectors is None else vectors.shape[0]
-    geometry = adapter.geometry(config, trained_length)
-    specification = wanted.resolve(geometry, vectors)
-    schemes = specification.build(geometry)
-    name_for(config._attn_implementation, specification.attention_hooks())
+    geometry = family.geometry(config, trained_length)
+    assignment = wanted.resolve(geometry, vectors)
+    schemes = assignment.build(geometry)
+    name_for(config._attn_implementation, assignment.attention_hooks())
     for new, options_wanted in zip(schemes, wanted.options, strict=True):
         kept = _kept_scheme(current, before, options_wanted)
         if kept is not None:
@@ -81,49 +81,49 @@ def swap_positional(
             UserWarning,
             stacklevel=2,
         )
-    positional = assemble(adapter, base_model, config, specification, schemes, original)
-    like = positional.tokens.weight
-    positional.to(device=like.device, dtype=like.dtype).train(model.training)
-    swapped_config = _swapped_config(adapter, config, positional, trained_length)
+    holder = assemble(family, base_model, config, assignment, schemes, original)
+    like = holder.tokens.weight
+    holder.to(device=like.device, dtype=like.dtype).train(model.training)
+    swapped_config = _swapped_config(family, config, holder, trained_length)
 
     if current is not None:
-        detach(adapter, base_model)
+        detach(family, base_model)
     _set_config(model, config, swapped_config)
-    attach(adapter, base_model, positional)
+    attach(family, base_model, holder)
     model.loss_type = known_loss_type(model)
     return model
 
 
-def _take_original(adapter: Adapter, model: PreTrainedModel) -> Original:
+def _take_original(family: Family, model: PreTrainedModel) -> Original:
     """Return what the swap is about to replace; nothing is changed yet."""
-    table = adapter.find(model.base_model, adapter.position_embedding)
+    table = family.find(model.base_model, family.position_embedding)
     if not isinstance(table, nn.Embedding):
-        raise AdapterError(
-            f"{type(model.base_model).__name__}.{adapter.position_embedding} is a {type(table).__name__}, where an nn.Embedding was "
+        raise FamilyError(
+            f"{type(model.base_model).__name__}.{family.position_embedding} is a {type(table).__name__}, where an nn.Embedding was "
             "expected: something else has patched this model. Undo that patch before the swap."
         )
-    tokens = cast(nn.Embedding, adapter.find(model.base_model, adapter.token_embedding))
+    tokens = cast(nn.Embedding, family.find(model.base_model, family.token_embedding))
     if not isinstance(getattr(tokens, "weight", None), Tensor):
-        raise AdapterError(
-            f"{type(model.base_model).__name__}.{adapter.token_embedding} is a {type(tokens).__name__}, which has no 'weight' whose "
+        raise FamilyError(
+            f"{type(model.base_model).__name__}.{family.token_embedding} is a {type(tokens).__name__}, which has no 'weight' whose "
             "dtype positions could take: something else has patched this model. Undo that patch before the swap."
         )
-    length = getattr(model.config, adapter.length_field)
+    length = getattr(model.config, family.length_field)
     return Original(table, tokens.weight.dtype, length, getattr(model, "loss_type", None))
 
 
-def _kept_scheme(current: Positional | None, before: Specification | None, options: SchemeOptions) -> Scheme | None:
+def _kept_scheme(current: SchemeHolder | None, before: Assignment | None, options: SchemeOptions) -> Scheme | None:
     """Return the model's scheme that stays under these options: `extend` passes on the very object of one that stays."""
     if current is None or before is None:
         return None
     return next((current.scheme_at(index) for index, old in enumerate(before.options) if old is options), None)
 
 
-def _swapped_config(adapter: Adapter, config: Any, positional: Positional, trained_length: int) -> Any:
+def _swapped_config(family: Family, config: Any, holder: SchemeHolder, trained_length: int) -> Any:
     """Return a copy of `config` that says what the model is swapped to; other models that share `config` keep it."""
     swapped = copy.deepcopy(config)
-    swapped.__class__ = swapped_config_class(adapter)
-    swapped.describe(positional, trained_length)
+    swapped.__class__ = swapped_config_class(family)
+    swapped.describe(holder, trained_length)
     return swapped
 
 
@@ -150,11 +150,11 @@ def restore_positional(model: Model) -> Model:
     Raises:
         SwapStateError: the model was loaded already swapped, so that its own table is not at hand.
     """
-    adapter = adapter_for(model)
-    positional = positional_of(model)
-    if positional is None:
+    family = family_for(model)
+    holder = holder_of(model)
+    if holder is None:
         return model
-    original = positional.original
+    original = holder.original
     if original is None:
         raise SwapStateError(
             f"This {type(model).__name__} was loaded already swapped; its own position table is not in the checkpoint. "
@@ -162,36 +162,9 @@ def restore_positional(model: Model) -> Model:
         )
     config = copy.deepcopy(model.config)
     config.release(original.length)
-    detach(adapter, model.base_model)
-    model.base_model.set_submodule(adapter.position_embedding, original.current(positional.tokens.weight))
+    detach(family, model.base_model)
+    model.base_model.set_submodule(family.position_embedding, original.current(holder.tokens.weight))
     original.table.train(model.training)
     model.loss_type = original.loss_type
     _set_config(model, model.config, config)
     return model
-
-
-def positional_of(model: PreTrainedModel) -> Positional | None:
-    """Return the module that holds a model's schemes, or None where the model is not swapped."""
-    adapter = adapter_for(model)
-    found = adapter.find(model.base_model, adapter.position_embedding)
-    says_swapped = getattr(model.config, "pe_swap", None) is not None
-    head, base = type(model).__name__, type(model.base_model).__name__
-    if isinstance(found, Positional) and not says_swapped:
-        raise SwapStateError(
-            f"This {head} holds a {base} that was swapped by itself, and its own configuration does not say so: saved, it would come "
-            f"back with random positions. Call restore_positional on the {base}, then swap the {head}."
-        )
-    if says_swapped and not isinstance(found, Positional):
-        raise SwapStateError(
-            f"The configuration of this {head} says that it is swapped, but {base}.{adapter.position_embedding} is a "
-            f"{type(found).__name__}: something else has replaced the module that holds its schemes. Undo that before a swap or a "
-            "restore."
-        )
-    return found if isinstance(found, Positional) else None
-
-
-def positional_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters that a swap brought, with their names in `model`: those that start untrained."""
-    positional = positional_of(model)
-    ours = set() if positional is None else {id(parameter) for parameter in positional.parameters()}
-    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in ours]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pe_swap
 from pe_swap.attention import binding
-from pe_swap.swap import positional_of
+from pe_swap.patching.install import holder_of
 from tests.support.models import BACKENDS, PAIRS, TRAINED_LENGTH, build, swapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
@@ -54,15 +54,15 @@ def test_the_report_is_readable() -> None:
 
 def test_keys_at_wrong_positions_in_a_cache_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = swapped("gpt2", "rope")
-    scheme = positional_of(model).scheme_at(0)
-    rotate, rotation = scheme.rotate, scheme.rotation
+    scheme = holder_of(model).scheme_at(0)
+    rotate, rotation = scheme.transform_query_key, scheme.prepare_positions
 
     def from_zero(x: Tensor, position_ids: Tensor, *, role: Any, layer: int) -> Tensor:
         ids = position_ids - position_ids[:, :1] if role == "key" else position_ids
         return rotate(x, rotation(ids), role=role, layer=layer)
 
     monkeypatch.setattr(scheme, "rotation", lambda position_ids: position_ids)
-    monkeypatch.setattr(scheme, "rotate", from_zero)
+    monkeypatch.setattr(scheme, "transform_query_key", from_zero)
     found = outcome(pe_swap.check_positional(model))
     assert found["cached = uncached"] is False
     assert found["causal"] is True
@@ -72,7 +72,7 @@ def test_a_bias_dropped_by_a_backend_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     model = swapped("gpt2", "t5")
     assert pe_swap.check_positional(model).passed
     monkeypatch.setattr(
-        "pe_swap.patching.binding.PositionalContext.bias_by_distance",
+        "pe_swap.patching.binding.AttentionCall.bias_by_distance",
         lambda context, q_len, kv_len, device: torch.zeros(12, q_len + kv_len - 1),
     )
     found = outcome(pe_swap.check_positional(model))
@@ -82,7 +82,7 @@ def test_a_bias_dropped_by_a_backend_is_seen(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_slots_that_ignore_padding_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = swapped("gpt2", "sinusoidal")
-    positional = positional_of(model)
+    positional = holder_of(model)
     scheme = positional.scheme_at(0)
     encode = scheme.encode
     monkeypatch.setattr(scheme, "encode", lambda ids: encode(torch.arange(ids.shape[1])[None] + ids[:1, :1]))
@@ -93,7 +93,7 @@ def test_slots_that_ignore_padding_are_seen(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_look_into_the_future_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = swapped("gpt2", "shaw")
-    scheme = positional_of(model).scheme_at(0)
+    scheme = holder_of(model).scheme_at(0)
     monkeypatch.setattr(
         scheme, "score_bias", lambda query, key, positions, *, scaling, layer: key.mean((2, 3), keepdim=True) * positions.distance
     )
@@ -103,7 +103,7 @@ def test_a_look_into_the_future_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_scheme_that_claims_too_much_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = swapped("gpt2", "sinusoidal")
-    monkeypatch.setattr(type(positional_of(model).scheme_at(0)), "shift_invariant", True)
+    monkeypatch.setattr(type(holder_of(model).scheme_at(0)), "shift_invariant", True)
     assert outcome(pe_swap.check_positional(model))["shift invariant"] is False
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import pe_swap
-from pe_swap.swap import positional_of, positional_parameters
+from pe_swap.patching.install import holder_of, positional_parameters
+from tests.references.alibi import slopes as reference_slopes
 from tests.support.models import (
     BACKENDS,
     CASES,
@@ -28,7 +29,6 @@ from tests.support.models import (
     token_ids,
     with_cache,
 )
-from tests.references.alibi import slopes as reference_slopes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
 
@@ -126,7 +126,7 @@ def test_a_static_cache_and_an_assistant_generate_the_same(case: str, family: st
 @every_decoder
 def test_generating_beyond_the_trained_length(case: str, family: str) -> None:
     model, ids = shared(family, case), token_ids(2, 25)
-    limit, new = positional_of(model).max_length, 15
+    limit, new = holder_of(model).max_length, 15
     if limit is not None and limit < ids.shape[1] + new - 1:
         with pytest.raises(pe_swap.errors.PositionRangeError, match=f"^Position {limit} is beyond the {limit} that the scheme"):
             generate(model, ids, new)
@@ -381,7 +381,7 @@ def test_swapping_one_layer_keeps_what_the_other_learned(family: str, kept: str)
 
     def held() -> dict[str, Tensor]:
         """Return the kept scheme's parameters by their name within it."""
-        holder = positional_of(model)
+        holder = holder_of(model)
         scheme_kept = next(each for each in map(holder.scheme_at, range(len(holder.schemes))) if each.name == scheme)
         return {name: value.clone() for name, value in scheme_kept.state_dict().items()}
 

@@ -1,4 +1,4 @@
-"""Every head class of every family, found through its adapter, and the cross-attention that no swap may touch."""
+"""Every head class of every family, found through its family, and the cross-attention that no swap may touch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel, BertModel, EncoderDecoderModel, GPT2LMHeadModel, PreTrainedModel
 
 import pe_swap
-from pe_swap.families import ADAPTERS
+from pe_swap.families import FAMILIES
 from tests.support.models import TRAINED_LENGTH, VOCABULARY, build, disturb, token_ids
 
 ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
@@ -21,7 +21,7 @@ ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
 
 LONGER = TRAINED_LENGTH + 9
 
-HEADS = [(family, head.__name__) for family in ADAPTERS.names() for head in ADAPTERS[family].head_classes()]
+HEADS = [(family, head.__name__) for family in FAMILIES.names() for head in FAMILIES[family].head_classes()]
 SCHEMES: dict[str, dict[str, Any]] = {"rope": {}, "alibi": {}, "t5": {}, "learned": {"max_length": 64}, "concat": {}}
 
 CHOICES = {"BertForMultipleChoice"}
@@ -51,10 +51,10 @@ def _one_thread() -> Iterator[None]:
 def build_head(family: str, name: str) -> PreTrainedModel:
     """Return a small model with the head called `name`; every matrix is large enough for positions to show."""
     torch.manual_seed(1)
-    adapter = ADAPTERS[family]
-    head = next(head for head in adapter.head_classes() if head.__name__ == name)
+    family = FAMILIES[family]
+    head = next(head for head in family.head_classes() if head.__name__ == name)
     is_decoder = {"is_decoder": True} if name == "BertLMHeadModel" else {}
-    model = head(adapter.config_class(vocab_size=VOCABULARY, pad_token_id=0, **SIZES[family], **is_decoder))
+    model = head(family.config_class(vocab_size=VOCABULARY, pad_token_id=0, **SIZES[family], **is_decoder))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() == 2 else 1.0)
@@ -74,13 +74,13 @@ def tensors_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
 
 
 def test_no_head_is_forgotten() -> None:
-    """The adapters find what transformers exports for the family."""
-    for family in ADAPTERS.names():
-        adapter = ADAPTERS[family]
-        exported = {name for name in adapter.modeling.__all__ if isinstance(getattr(adapter.modeling, name), type)}
-        exported -= {adapter.pretrained_class.__name__}
-        models = {name for name in exported if issubclass(getattr(adapter.modeling, name), PreTrainedModel)}
-        assert models == {head.__name__ for head in adapter.head_classes()}
+    """The families find what transformers exports for the family."""
+    for family in FAMILIES.names():
+        family = FAMILIES[family]
+        exported = {name for name in family.modeling.__all__ if isinstance(getattr(family.modeling, name), type)}
+        exported -= {family.pretrained_class.__name__}
+        models = {name for name in exported if issubclass(getattr(family.modeling, name), PreTrainedModel)}
+        assert models == {head.__name__ for head in family.head_classes()}
         assert len(models) >= 6
 
 
@@ -255,8 +255,8 @@ def test_a_decoder_looks_back_only_and_an_encoder_both_ways() -> None:
     decoder.bert.load_state_dict(encoder.state_dict(), strict=False)
     for model in (encoder, decoder):
         pe_swap.swap_positional(model, "t5", num_buckets=8, max_distance=12)
-    assert pe_swap.swap.positional_of(encoder).scheme_at(0).geometry.is_causal is False
-    assert pe_swap.swap.positional_of(decoder).scheme_at(0).geometry.is_causal is True
+    assert pe_swap.swap.holder_of(encoder).scheme_at(0).geometry.is_causal is False
+    assert pe_swap.swap.holder_of(decoder).scheme_at(0).geometry.is_causal is True
     ids = token_ids(1, 12)
     changed = ids.clone()
     changed[:, 8:] = token_ids(1, 4, seed=4)

@@ -63,7 +63,7 @@ def test_imports_go_down(path: Path) -> None:
     allowed = {room}.union(*FLOORS[:floor])
     for imported in imports_of(path):
         if imported.split(".")[0] == "pe_swap":
-            target = (imported.split(".") + ["__init__"])[1]
+            target = [*imported.split("."), "__init__"][1]
             assert target in allowed, f"{path.relative_to(PACKAGE)} imports {imported}"
 
 

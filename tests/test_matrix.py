@@ -13,8 +13,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import pe_swap
 from pe_swap.attention import blockwise, relative
+from pe_swap.patching.install import holder_of, positional_parameters
 from pe_swap.schemes import SCHEMES
-from pe_swap.swap import positional_of, positional_parameters
 from tests.support.models import (
     BACKENDS,
     CASES,
@@ -146,7 +146,7 @@ def cached_in_chunks(model: PreTrainedModel, ids: Tensor, cache: str, lengths: t
 
 
 def test_only_length_dependent_cases_do_not_claim_that_caches_change_nothing() -> None:
-    models = {case: positional_of(swapped("gpt2", case)) for case in CASES}
+    models = {case: holder_of(swapped("gpt2", case)) for case in CASES}
     assert {case for case in CASES if not models[case].scheme_at(0).cached_equals_uncached} == set(LENGTH_DEPENDENT)
 
 
@@ -188,7 +188,7 @@ def test_padded_equals_unpadded(case: str, family: str, backend: str, side: str)
 @every_pair
 def test_shift_invariance_is_as_claimed(case: str, family: str) -> None:
     model, ids = swapped(family, case), token_ids(1, 12)
-    claimed = positional_of(model).scheme_at(0).shift_invariant
+    claimed = holder_of(model).scheme_at(0).shift_invariant
     mask, here = torch.ones_like(ids), torch.arange(12)[None]
     difference = (
         (
@@ -258,7 +258,7 @@ def test_a_deep_copy_follows_its_own_scheme(case: str, family: str) -> None:
     before = logits(model, ids)
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin, ids), before)
-    assert positional_of(twin) is not positional_of(model)
+    assert holder_of(twin) is not holder_of(model)
     pe_swap.restore_positional(twin)
     assert torch.equal(logits(model, ids), before)
     assert (logits(twin, ids) - before).abs().max() > 1e-3
@@ -267,7 +267,7 @@ def test_a_deep_copy_follows_its_own_scheme(case: str, family: str) -> None:
 @every_pair
 def test_longer_than_trained_without_position_ids(case: str, family: str) -> None:
     model = swapped(family, case)
-    limit = positional_of(model).max_length
+    limit = holder_of(model).max_length
     if limit is None or limit > 40:
         assert logits(model, token_ids(1, 41)).isfinite().all()
     else:

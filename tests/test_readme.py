@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pe_swap.runs import config as configs
 from pe_swap.commands.gallery import markdown_table
+from pe_swap.runs import config as configs
 from pe_swap.schemes import SCHEMES
 
 ROOT = Path(__file__).parents[1]

@@ -32,7 +32,7 @@ from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions
 from tests.support.models import CASES, build, swapped, token_ids, with_cache
 
 SCHEME_LIST = ", ".join(pe_swap.list_schemes())
-FAMILY_LIST = ", ".join(pe_swap.list_adapters())
+FAMILY_LIST = ", ".join(pe_swap.list_families())
 HUGE = 2**24
 
 
@@ -260,8 +260,8 @@ def test_a_family_without_an_adapter(call: Callable[..., Any], make: Callable[[]
     with unchanged(model, probe):
         refused(
             errors.UnsupportedModelError,
-            f"No adapter for the model family '{family}' ({type(model).__name__}). Families: {FAMILY_LIST}. "
-            "A family is one file in pe_swap/adapters/; for an encoder-decoder model, swap its encoder and its decoder, then set "
+            f"No family for the model family '{family}' ({type(model).__name__}). Families: {FAMILY_LIST}. "
+            "A family is one file in pe_swap/families/; for an encoder-decoder model, swap its encoder and its decoder, then set "
             "model.config.encoder = model.encoder.config and model.config.decoder = model.decoder.config.",
             call,
             *arguments,
@@ -303,7 +303,7 @@ def test_a_position_table_that_something_else_has_patched() -> None:
     model.transformer.wpe = nn.Sequential(table)
     with unchanged(model):
         refused(
-            errors.AdapterError,
+            errors.FamilyError,
             "GPT2Model.wpe is a Sequential, where an nn.Embedding was expected: something else has patched this model. Undo that "
             "patch before the swap.",
             pe_swap.swap_positional,
@@ -317,7 +317,7 @@ def test_a_token_table_that_something_else_has_patched() -> None:
     model.bert.embeddings.word_embeddings = nn.Sequential(model.bert.embeddings.word_embeddings)
     with unchanged(model):
         refused(
-            errors.AdapterError,
+            errors.FamilyError,
             "BertModel.embeddings.word_embeddings is a Sequential, which has no 'weight' whose dtype positions could take: something "
             "else has patched this model. Undo that patch before the swap.",
             pe_swap.swap_positional,
@@ -331,8 +331,8 @@ def test_fewer_layers_than_the_configuration_says() -> None:
     del model.transformer.h[1]
     with unchanged(model):
         refused(
-            errors.AdapterError,
-            "GPT2Model has no module 'h.1.attn', where the adapter 'gpt2' expects one. Nothing was patched. This transformers version "
+            errors.FamilyError,
+            "GPT2Model has no module 'h.1.attn', where the family 'gpt2' expects one. Nothing was patched. This transformers version "
             "may have moved it: update pe_swap, or use a version it was tested with.",
             pe_swap.swap_positional,
             model,
@@ -345,7 +345,7 @@ def test_more_layers_than_the_configuration_says() -> None:
     model.config.num_hidden_layers = 1
     with unchanged(model):
         refused(
-            errors.AdapterError,
+            errors.FamilyError,
             "BertModel has 2 layers, but its configuration says 1 (num_hidden_layers). Set the field to the true number before the "
             "swap.",
             pe_swap.swap_positional,
@@ -365,7 +365,7 @@ def test_a_cache_by_a_name_that_nobody_knows(path: str, name: str) -> None:
         known = "'cache', 'past_key_values'"
         known += "" if name == "GPT2Attention" else ", 'cache_length', 'past_key_values_length'"
         refused(
-            errors.AdapterError,
+            errors.FamilyError,
             f"{name}.forward takes none of {known}, by which pe_swap finds the cache of a call; it takes hidden_states, kv_store. "
             "Nothing was patched. This transformers version may have renamed it: update pe_swap, or use a version it was tested with.",
             pe_swap.swap_positional,
@@ -540,7 +540,7 @@ def test_an_attention_forward_called_around_its_hooks(backend: str, case: str) -
     with unchanged(model):
         refused(
             errors.UnsupportedBackendError,
-            f"Layer 1 carries the scheme '{case}', but its attention was called without the keyword argument 'positional'. Call the "
+            f"Layer 1 carries the scheme '{case}', but its attention was called without the keyword argument 'attention_call'. Call the "
             "attention module, not its forward, so that its hooks run.",
             model.transformer.h[1].attn.forward,
             torch.zeros(1, 3, 96),

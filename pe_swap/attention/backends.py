@@ -16,14 +16,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pe_swap.patching.binding import PositionalContext
 from pe_swap.attention.blockwise import blockwise_attention
+from pe_swap.attention.call import AttentionCall
 from pe_swap.attention.flex import flex_bias_attention, flex_mask
 from pe_swap.attention.plain import plain_attention
 from pe_swap.attention.relative import relative_bias_attention
 from pe_swap.errors import UnsupportedBackendError
+from pe_swap.schemes.base import ATTENTION_HOOKS, FoldedBias
 from pe_swap.schemes.positions import Positions
-from pe_swap.schemes.base import ATTENTION_HOOKS, Paired
+
+BINDING_ATTRIBUTE = "pe_swap_binding"
+"""Where an attention module with a scheme keeps what ties it to the scheme."""
 
 AttentionOutput = tuple[Tensor, Tensor | None]
 
@@ -40,15 +43,15 @@ OUR_NAMES = {
 LIBRARY_NAMES = {ours: library for library, ours in OUR_NAMES.items()}
 
 HOOKS_OF: dict[str, frozenset[str]] = {
-    **dict.fromkeys(OUR_NAMES, frozenset({"rotate"})),
+    **dict.fromkeys(OUR_NAMES, frozenset({"transform_query_key"})),
     "eager": ATTENTION_HOOKS,
     "sdpa": ATTENTION_HOOKS,
-    "flex_attention": frozenset({"rotate", "relative_bias"}),
+    "flex_attention": frozenset({"transform_query_key", "relative_bias"}),
 }
 """The hooks that each implementation can honour."""
 
 
-BARE_HOOKS = frozenset({"rotate", "query_scale"})
+BARE_HOOKS = frozenset({"transform_query_key", "query_scale"})
 """Hooks that leave scores as queries and keys make them."""
 
 RELATIVE_HOOKS = BARE_HOOKS | {"relative_bias"}
@@ -79,7 +82,7 @@ def name_for(implementation: str | None, hooks: Iterable[str]) -> str | None:
         return requested
     lacking = hooks - HOOKS_OF.get(requested, frozenset())
     if lacking:
-        biases = sorted(lacking - {"rotate", "carry", "query_scale"})
+        biases = sorted(lacking - {"transform_query_key", "extra_key_channels", "query_scale"})
         if biases:
             what = f"adds to the scores inside attention ({', '.join(biases)})"
         elif "query_scale" in lacking:
@@ -95,45 +98,47 @@ def name_for(implementation: str | None, hooks: Iterable[str]) -> str | None:
     return OUR_NAMES[requested]
 
 
-def rotated(context: PositionalContext, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def rotated(attention_call: AttentionCall, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Return queries and keys with their positions turned into them, where the scheme does that.
 
     Keys that were not rotated on their way into a cache are rotated here, all of them.
     """
-    if "rotate" not in context.binding.hooks:
+    if "transform_query_key" not in attention_call.hooks:
         return query, key
-    query = context.rotated(query, "query")
-    if not context.has_cache:
-        key = context.rotated(key, "key")
-    elif not context.keys_are_rotated:
-        key = context.rotated_cache(key)
+    query = attention_call.rotated(query, "query")
+    if not attention_call.has_cache:
+        key = attention_call.rotated(key, "key")
+    elif not attention_call.keys_are_rotated:
+        key = attention_call.rotated_cache(key)
     return query, key
 
 
-def keys_seen(context: PositionalContext, query: Tensor, kv_len: int, attention_mask: Tensor | None, is_causal: bool) -> Tensor:
+def keys_seen(
+    attention_call: AttentionCall, query: Tensor, kv_len: int, attention_mask: Tensor | None, is_causal: bool
+) -> Tensor:
     """Return how many keys each query may look at, `[batch or 1, q_len]`, int64.
 
     Counted on the mask, so that padding, caches, packed sequences and both kinds of model need no rule of their own.
     """
     if attention_mask is None:
         every = torch.full((1, query.shape[2]), kv_len, device=query.device)
-        return context.call.query_slots.to(query.device)[None] + 1 if is_causal else every
+        return attention_call.call.query_slots.to(query.device)[None] + 1 if is_causal else every
     allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask > torch.finfo(attention_mask.dtype).min / 2
     return allowed[:, 0].sum(-1)
 
 
-def scaled(context: PositionalContext, query: Tensor, kv_len: int, attention_mask: Tensor | None, is_causal: bool) -> Tensor:
+def scaled(attention_call: AttentionCall, query: Tensor, kv_len: int, attention_mask: Tensor | None, is_causal: bool) -> Tensor:
     """Return queries times the scheme's factor, where it has one; computed in at least float32, in the dtype of `query`."""
-    if "query_scale" not in context.binding.hooks:
+    if "query_scale" not in attention_call.hooks:
         return query
-    num_keys = keys_seen(context, query, kv_len, attention_mask, is_causal)
-    factor = context.scheme.query_scale(num_keys, layer=context.binding.layer)
+    num_keys = keys_seen(attention_call, query, kv_len, attention_mask, is_causal)
+    factor = attention_call.scheme.query_scale(num_keys, layer=attention_call.layer)
     return (query * factor[:, None, :, None]).to(query.dtype)
 
 
-def block_score_bias(context: PositionalContext, scaling: float) -> Callable[[Tensor, Tensor, Positions], Tensor] | None:
+def block_score_bias(attention_call: AttentionCall, scaling: float) -> Callable[[Tensor, Tensor, Positions], Tensor] | None:
     """Return the function from a block of queries to all that is added to its scores, or None where nothing is."""
-    scheme, layer, hooks = context.scheme, context.binding.layer, context.binding.hooks
+    scheme, layer, hooks = attention_call.scheme, attention_call.layer, attention_call.hooks
     if not hooks & {"relative_bias", "score_bias"}:
         return None
 
@@ -163,25 +168,25 @@ def refuse_unbound(module: nn.Module) -> None:
     Raises:
         UnsupportedBackendError: the layer has a scheme, and something between its hook and here dropped it.
     """
-    binding = getattr(module, "pe_swap_binding", None)
+    binding = getattr(module, BINDING_ATTRIBUTE, None)
     if binding is not None:
         raise UnsupportedBackendError(
             f"Layer {binding.layer} carries the scheme '{binding.scheme.name}', but its attention was called without the keyword "
-            "argument 'positional'. Call the attention module, not its forward, so that its hooks run."
+            "argument 'attention_call'. Call the attention module, not its forward, so that its hooks run."
         )
 
 
-def refuse_unseen_cache(context: PositionalContext, q_len: int, kv_len: int) -> None:
+def refuse_unseen_cache(attention_call: AttentionCall, q_len: int, kv_len: int) -> None:
     """Refuse more keys than queries in a call whose hook saw no cache.
 
     Raises:
         UnsupportedBackendError: the cache reached the module by a way the hook does not know, so that new tokens were given the
             positions of the first ones.
     """
-    if not context.has_cache and kv_len != q_len:
+    if not attention_call.has_cache and kv_len != q_len:
         raise UnsupportedBackendError(
-            f"Layer {context.binding.layer} carries the scheme '{context.binding.scheme.name}' and meets {kv_len} keys with {q_len} "
-            f"queries, but its hook was handed no cache as '{context.binding.cache_argument}': the positions would be wrong. This "
+            f"Layer {attention_call.layer} carries the scheme '{attention_call.scheme.name}' and meets {kv_len} keys with {q_len} "
+            f"queries, but its hook was handed no cache as '{attention_call.cache_argument}': the positions would be wrong. This "
             "transformers version may hand caches on in another way: use a version that pe_swap was tested with, or use_cache=False."
         )
 
@@ -199,17 +204,17 @@ def guarded(function: Callable[..., AttentionOutput]) -> Callable[..., Attention
     """
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, *args: Any, positional: PositionalContext | None = None, **kwargs: Any
+        module: nn.Module, query: Tensor, key: Tensor, *args: Any, attention_call: AttentionCall | None = None, **kwargs: Any
     ) -> AttentionOutput:
         """Check, then attend; arguments and result as those of `function`."""
-        if positional is None:
+        if attention_call is None:
             refuse_unbound(module)
         else:
-            refuse_unseen_cache(positional, query.shape[2], key.shape[2])
+            refuse_unseen_cache(attention_call, query.shape[2], key.shape[2])
         if autocasts(query):
             with torch.autocast(query.device.type, enabled=False):
-                return function(module, query, key, *args, positional=positional, **kwargs)
-        return function(module, query, key, *args, positional=positional, **kwargs)
+                return function(module, query, key, *args, attention_call=attention_call, **kwargs)
+        return function(module, query, key, *args, attention_call=attention_call, **kwargs)
 
     return attention
 
@@ -222,7 +227,7 @@ def eager(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    positional: PositionalContext | None = None,
+    attention_call: AttentionCall | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> AttentionOutput:
@@ -236,7 +241,7 @@ def eager(
         attention_mask: additive, `[batch, 1, q_len, kv_len]`, or None.
         scaling: factor on `query . key`.
         dropout: probability, on the attention probabilities.
-        positional: what the pre-hook handed on; None for cross-attention.
+        attention_call: what the pre-hook handed on; None for cross-attention.
         is_causal: transformers' override of the module's own flag.
         kwargs: what transformers passes along and no backend here reads.
 
@@ -249,14 +254,14 @@ def eager(
     causal = is_causal_call(module, query, attention_mask, is_causal)
     score_bias: Tensor | None = None
     value_bias: Callable[[Tensor], Tensor] | None = None
-    if positional is not None:
-        key, carried = positional.split(key, query.shape[-1])
-        query, key = rotated(positional, query, key)
-        query = scaled(positional, query, key.shape[2], attention_mask, causal)
-        positions = positional.positions(key.shape[2], query.device, carried)
-        bias_of_block = block_score_bias(positional, scaling)
+    if attention_call is not None:
+        key, carried = attention_call.split(key, query.shape[-1])
+        query, key = rotated(attention_call, query, key)
+        query = scaled(attention_call, query, key.shape[2], attention_mask, causal)
+        positions = attention_call.positions(key.shape[2], query.device, carried)
+        bias_of_block = block_score_bias(attention_call, scaling)
         score_bias = None if bias_of_block is None else bias_of_block(query, key, positions)
-        value_bias = _value_bias(positional, positions)
+        value_bias = _value_bias(attention_call, positions)
     output, probabilities = plain_attention(
         query,
         key,
@@ -273,12 +278,11 @@ def eager(
     return output.transpose(1, 2).contiguous(), probabilities
 
 
-def _value_bias(context: PositionalContext, positions: Positions) -> Callable[[Tensor], Tensor] | None:
+def _value_bias(attention_call: AttentionCall, positions: Positions) -> Callable[[Tensor], Tensor] | None:
     """Return the scheme's value bias at fixed positions, or None where it has none."""
-    binding = context.binding
-    if "value_bias" not in binding.hooks:
+    if "value_bias" not in attention_call.hooks:
         return None
-    return lambda probabilities: context.scheme.value_bias(probabilities, positions, layer=binding.layer)
+    return lambda probabilities: attention_call.scheme.value_bias(probabilities, positions, layer=attention_call.layer)
 
 
 def sdpa(
@@ -289,7 +293,7 @@ def sdpa(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    positional: PositionalContext | None = None,
+    attention_call: AttentionCall | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> AttentionOutput:
@@ -297,15 +301,15 @@ def sdpa(
 
     Arguments and result as `eager`; the probabilities are None, and `attention_mask` may be boolean, True where a query may look.
     """
-    if positional is None:
+    if attention_call is None:
         return _library("sdpa")(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
         )
-    hooks = positional.binding.hooks
-    key, carried = positional.split(key, query.shape[-1])
-    query, key = rotated(positional, query, key)
+    hooks = attention_call.hooks
+    key, carried = attention_call.split(key, query.shape[-1])
+    query, key = rotated(attention_call, query, key)
     causal = is_causal_call(module, query, attention_mask, is_causal)
-    query = scaled(positional, query, key.shape[2], attention_mask, causal)
+    query = scaled(attention_call, query, key.shape[2], attention_mask, causal)
     if hooks <= BARE_HOOKS:
         return _library("sdpa")(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
@@ -316,27 +320,27 @@ def sdpa(
             query,
             key,
             value,
-            positional.bias_by_distance(query.shape[2], key.shape[2], query.device),
+            attention_call.bias_by_distance(query.shape[2], key.shape[2], query.device),
             attention_mask=attention_mask,
             is_causal=causal,
             scaling=scaling,
             dropout=dropout,
         )
     else:
-        scheme, layer = positional.scheme, positional.binding.layer
+        scheme, layer = attention_call.scheme, attention_call.layer
 
         def value_bias(probabilities: Tensor, positions: Positions) -> Tensor:
             return scheme.value_bias(probabilities, positions, layer=layer)
 
-        def paired(query: Tensor, key: Tensor, positions: Positions) -> Paired | None:
-            return scheme.paired(query, key, positions, scaling=scaling, layer=layer)
+        def paired(query: Tensor, key: Tensor, positions: Positions) -> FoldedBias | None:
+            return scheme.fold_bias_into_query_key(query, key, positions, scaling=scaling, layer=layer)
 
         output = blockwise_attention(
             query,
             key,
             value,
-            positional.positions(key.shape[2], query.device, carried),
-            block_score_bias(positional, scaling),
+            attention_call.positions(key.shape[2], query.device, carried),
+            block_score_bias(attention_call, scaling),
             value_bias if "value_bias" in hooks else None,
             attention_mask=attention_mask,
             is_causal=causal,
@@ -355,7 +359,7 @@ def flex(
     attention_mask: BlockMask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    positional: PositionalContext | None = None,
+    attention_call: AttentionCall | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> AttentionOutput:
@@ -366,24 +370,23 @@ def flex(
     Raises:
         UnsupportedBackendError: dropout, which FlexAttention does not have; or a bias that needs a gradient, on a CPU.
     """
-    if positional is None:
+    if attention_call is None:
         return _library("flex_attention")(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
         )
-    binding = positional.binding
     if dropout > 0:
         raise UnsupportedBackendError(
-            f"Layer {binding.layer} carries the scheme '{binding.scheme.name}' and drops attention probabilities with p = {dropout}, "
-            "but the attention implementation is 'flex_attention', which has no dropout. Set the configuration's attention dropout to "
+            f"Layer {attention_call.layer} carries the scheme '{attention_call.scheme.name}' and drops attention probabilities with "
+            f"p = {dropout}, but the attention implementation is 'flex_attention', which has none. Set the configuration's dropout to "
             '0 before the model is built, or call model.set_attn_implementation("sdpa").'
         )
-    query, key = rotated(positional, query, key)
-    has_bias = "relative_bias" in binding.hooks
+    query, key = rotated(attention_call, query, key)
+    has_bias = "relative_bias" in attention_call.hooks
     output = flex_bias_attention(
         query,
         key,
         value,
-        positional.bias_by_distance(query.shape[2], key.shape[2], query.device) if has_bias else None,
+        attention_call.bias_by_distance(query.shape[2], key.shape[2], query.device) if has_bias else None,
         attention_mask=attention_mask,
         is_causal=is_causal_call(module, query, attention_mask, is_causal),
         scaling=scaling,
@@ -407,12 +410,12 @@ def rotating(name: str) -> Callable[..., AttentionOutput]:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        positional: PositionalContext | None = None,
+        attention_call: AttentionCall | None = None,
         **kwargs: Any,
     ) -> AttentionOutput:
         """Rotate, then call transformers' function; arguments and result as there."""
-        if positional is not None:
-            query, key = rotated(positional, query, key)
+        if attention_call is not None:
+            query, key = rotated(attention_call, query, key)
         return _library(name)(module, query, key, value, attention_mask, **kwargs)
 
     return attention

@@ -10,14 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 from pe_swap.attention.fused import bare_mask, fused_attention, kernel_mask
 from pe_swap.attention.plain import causal_mask, plain_attention
+from pe_swap.schemes.base import FoldedBias
 from pe_swap.schemes.positions import Positions
-from pe_swap.schemes.base import Paired
 
 QUERY_BLOCK = 256
 """Queries a block. A block's scores take `batch x heads x 256 x kv_len` numbers."""
 
 ScoreBias = Callable[[Tensor, Tensor, Positions], Tensor]
-PairedWith = Callable[[Tensor, Tensor, Positions], Paired | None]
+FoldBias = Callable[[Tensor, Tensor, Positions], FoldedBias | None]
 ValueBias = Callable[[Tensor, Positions], Tensor]
 
 
@@ -33,7 +33,7 @@ def blockwise_attention(
     is_causal: bool,
     scaling: float,
     dropout: float,
-    paired: PairedWith | None = None,
+    paired: FoldBias | None = None,
 ) -> Tensor:
     """Return `softmax(scaling * query . key + score_bias + mask) . value + value_bias`, query block by query block.
 

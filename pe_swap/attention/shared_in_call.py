@@ -21,7 +21,7 @@ ARGUMENT = "positional_memo"
 Found = TypeVar("Found")
 
 
-class CallMemo:
+class SharedInCall:
     """Results of one forward pass without gradients."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class CallMemo:
         return found
 
 
-class NoMemo(CallMemo):
+class NothingShared(SharedInCall):
     """Nothing is kept: under a compiler, which sees the repetition itself, and in a call of a part of the model."""
 
     def once(self, key: Hashable, of: tuple[Tensor, ...], work_out: Callable[[], Found]) -> Found:
@@ -53,11 +53,11 @@ class NoMemo(CallMemo):
         return work_out()
 
 
-NO_MEMO = NoMemo()
+NOTHING_SHARED = NothingShared()
 
 
-def bring_memo(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def start_sharing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Give a call of the base model an empty memo, unless it brings one; a forward pre-hook."""
     if ARGUMENT in kwargs or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return args, kwargs
-    return args, {**kwargs, ARGUMENT: CallMemo()}
+    return args, {**kwargs, ARGUMENT: SharedInCall()}

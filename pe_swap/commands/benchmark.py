@@ -25,9 +25,9 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
+from pe_swap.errors import ConfigError
 from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.runs.config import BenchmarkConfig, resolved
-from pe_swap.errors import ConfigError
 from pe_swap.runs.records import Stopwatch, environment, write_record
 from pe_swap.runs.report import benchmark_plot, benchmark_table
 from pe_swap.schemes import SCHEMES

@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pe_swap.commands.evaluate import evaluate
+from pe_swap.errors import CheckpointError, ConfigError, DivergedError
 from pe_swap.runs import data as text
 from pe_swap.runs.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, TrainSection, build, resolved
-from pe_swap.errors import CheckpointError, ConfigError, DivergedError
-from pe_swap.commands.evaluate import evaluate
 from pe_swap.runs.models import is_configuration
 from pe_swap.runs.records import Stopwatch, environment, read_record, write_record
 from pe_swap.runs.report import write_report
 from pe_swap.schemes import SCHEMES, build_options
-from pe_swap.training.trainer import finetune, run_fingerprint, text_digest, whole_checkpoints
+from pe_swap.training.trainer import complete_checkpoints, finetune, run_fingerprint, text_digest
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _finetune_once(config: FinetuneConfig, label: str, text_key: str) -> None:
     if same and record["status"] == "done":
         print(f"{label}: done before, kept", flush=True)
         return
-    started = bool(whole_checkpoints(out))
+    started = bool(complete_checkpoints(out))
     if started and not same and record.get("status") == "running":
         raise CheckpointError(
             f"'{out}' holds checkpoints of a part that was stopped, of another configuration, text or model. Bring those back to continue "

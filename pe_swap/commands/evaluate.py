@@ -15,14 +15,14 @@ import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from pe_swap.runs import data as text
-from pe_swap.runs.config import EvalConfig, MeasureSection, resolved
 from pe_swap.errors import CheckpointError, DataError, PESwapError
 from pe_swap.evaluation.evaluator import NOTHING, Evaluator
-from pe_swap.saving.model_card import record_evaluation
+from pe_swap.runs import data as text
+from pe_swap.runs.config import EvalConfig, MeasureSection, resolved
 from pe_swap.runs.models import content_hashes, load_model, scheme_name
 from pe_swap.runs.records import Stopwatch, environment, fingerprint, read_record, write_record
 from pe_swap.runs.report import write_report
+from pe_swap.saving.model_card import record_evaluation
 
 PARTS = "models"
 """Folder of the kept results of each model, in an evaluation's output folder."""
@@ -78,7 +78,7 @@ def evaluate(config: EvalConfig, texts: Sequence[str] | None = None) -> dict[str
         found = [{**row, "model": label} for row in part["results"]]
         rows += found
         if getattr(configurations[name], "pe_swap", None):
-            _tell_the_card(Path(name), found)
+            _update_card(Path(name), found)
     if len(failures) == len(config.models):
         raise next(iter(failures.values()))
     record = {
@@ -126,7 +126,7 @@ def _error_rows(config: EvalConfig, label: str, error: str) -> list[dict[str, An
     ]
 
 
-def _tell_the_card(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _update_card(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write what the first protocol measured into the model card of a local folder; a hub cache is not ours to write to."""
     if not folder.is_dir() or any(part.startswith("models--") for part in folder.resolve().parts):
         return

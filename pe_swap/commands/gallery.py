@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pe_swap.errors import OptionError
-from pe_swap.schemes.positions import Positions, slots_from
 from pe_swap.schemes import SCHEMES, Geometry, Scheme, build_options
+from pe_swap.schemes.positions import Positions, slots_from
 
 HEAD_DIM = 64
 """Width of a head in pictures, as in GPT-2 and BERT."""
@@ -179,7 +179,7 @@ def drawable(*, is_causal: bool = True) -> list[str]:
 def panels_of(scheme: Scheme) -> list[str]:
     """Return the hooks that get a panel each; a bias that belongs to a rotation is drawn with it."""
     found = [hook for hook in PANELS if hook in scheme.hooks]
-    return [hook for hook in found if hook != "score_bias" or "rotate" not in found]
+    return [hook for hook in found if hook != "score_bias" or "transform_query_key" not in found]
 
 
 def _vectors(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
@@ -200,9 +200,9 @@ def _rotation(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
     heads, head_dim = scheme.geometry.num_heads, scheme.geometry.head_dim
     ones = torch.ones(1, heads, length, head_dim)
     slots = slots_from(0, length, torch.device("cpu"))
-    rotation = scheme.rotation(slots[None])
-    query = scheme.rotate(ones, rotation, role="query", layer=0)[:, :, -1:]
-    key = scheme.rotate(ones, rotation, role="key", layer=0)
+    rotation = scheme.prepare_positions(slots[None])
+    query = scheme.transform_query_key(ones, rotation, role="query", layer=0)[:, :, -1:]
+    key = scheme.transform_query_key(ones, rotation, role="key", layer=0)
     scaling = head_dim**-0.5
     scores = scaling * query @ key.transpose(-1, -2)
     if "score_bias" in scheme.hooks:
@@ -231,7 +231,7 @@ def _scores(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
     query, key = torch.randn(shape), torch.randn(shape)
     slots = slots_from(0, length, torch.device("cpu"))
     hidden_states = torch.randn(1, length, scheme.geometry.hidden_size)
-    carried = scheme.carry(hidden_states, layer=0) if "carry" in scheme.hooks else None
+    carried = scheme.extra_key_channels(hidden_states, layer=0) if "extra_key_channels" in scheme.hooks else None
     positions = Positions(slots, slots, slots[None], slots[None], carried)
     bias = scheme.score_bias(query, key, positions, scaling=scheme.geometry.head_dim**-0.5, layer=0)
     head = bias.expand(1, scheme.geometry.num_heads, length, length)[0, 0].float()
@@ -261,7 +261,7 @@ def _image(axes: Any, figure: Figure, values: Tensor, labels: tuple[str, str, st
 PANELS: dict[str, Callable[[Any, Figure, Scheme, int], None]] = {
     "encode": _vectors,
     "embed": _vectors,
-    "rotate": _rotation,
+    "transform_query_key": _rotation,
     "relative_bias": _bias,
     "score_bias": _scores,
     "query_scale": _query_scale,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pe_swap.families import ADAPTERS, family_of
-from pe_swap.runs.config import MeasureSection
-from pe_swap.runs.data import document_start
 from pe_swap.errors import DataError, PositionRangeError
 from pe_swap.evaluation.bootstrap import perplexity_interval
 from pe_swap.evaluation.losses import check_head, target_losses
 from pe_swap.evaluation.measures.masked import masked_windows, masks
 from pe_swap.evaluation.measures.protocols import windows
+from pe_swap.families import FAMILIES, family_name
+from pe_swap.runs.config import MeasureSection
+from pe_swap.runs.data import document_start
 
 Example = tuple[list[int], list[int], list[bool]]
 """Inputs, targets, and which targets are scored; of one length."""
@@ -204,9 +204,9 @@ def by_position(losses: Iterable[Tensor], positions: Iterable[Tensor]) -> list[d
 
 def is_causal(model: PreTrainedModel) -> bool:
     """Tell whether a model looks back only, so that perplexity is defined."""
-    family = family_of(model.config.model_type)
+    family = family_name(model.config.model_type)
     return (
-        ADAPTERS[family].is_causal(model.config) if family in ADAPTERS else bool(getattr(model, "can_generate", lambda: True)())
+        FAMILIES[family].is_causal(model.config) if family in FAMILIES else bool(getattr(model, "can_generate", lambda: True)())
     )
 
 

@@ -11,15 +11,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from pe_swap.errors import AdapterError, UnsupportedModelError
+from pe_swap.errors import FamilyError, UnsupportedModelError
 from pe_swap.registry import Registry
 from pe_swap.schemes.base import Geometry
 
-ADAPTERS: Registry[Adapter] = Registry("model family")
+FAMILIES: Registry[Family] = Registry("model family")
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Family:
     """Where one `model_type` of transformers keeps its positions.
 
     Module paths are relative to the base model (`model.base_model`).
@@ -64,13 +64,13 @@ class Adapter:
         """Return the module at `path`.
 
         Raises:
-            AdapterError: it is not there; nothing has been patched yet.
+            FamilyError: it is not there; nothing has been patched yet.
         """
         try:
             return base_model.get_submodule(path)
         except AttributeError as error:
-            raise AdapterError(
-                f"{type(base_model).__name__} has no module '{path}', where the adapter '{self.model_type}' expects one. Nothing "
+            raise FamilyError(
+                f"{type(base_model).__name__} has no module '{path}', where the family '{self.model_type}' expects one. Nothing "
                 "was patched. This transformers version may have moved it: update pe_swap, or use a version it was tested with."
             ) from error
 
@@ -78,12 +78,12 @@ class Adapter:
         """Return the self-attention modules, one a layer, in order.
 
         Raises:
-            AdapterError: fewer or more of them than the configuration has layers.
+            FamilyError: fewer or more of them than the configuration has layers.
         """
         modules = [self.find(base_model, self.self_attention.format(layer=layer)) for layer in range(config.num_hidden_layers)]
         stack = self.find(base_model, self.self_attention.split(".{layer}")[0])
         if len(list(stack.children())) != len(modules):
-            raise AdapterError(
+            raise FamilyError(
                 f"{type(base_model).__name__} has {len(list(stack.children()))} layers, but its configuration says "
                 f"{len(modules)} (num_hidden_layers). Set the field to the true number before the swap."
             )
@@ -101,11 +101,11 @@ class Adapter:
         )
 
 
-def adapter_for(model: object) -> Adapter:
-    """Return the adapter of a model.
+def family_for(model: object) -> Family:
+    """Return the family of a model.
 
     Raises:
-        UnsupportedModelError: it is not a transformers model, or a wrapper around one, or of a family without an adapter.
+        UnsupportedModelError: it is not a transformers model, or a wrapper around one, or of a family without an family.
     """
     if not isinstance(model, PreTrainedModel):
         wraps = not isinstance(model, type) and (hasattr(model, "module") or hasattr(model, "base_model"))
@@ -117,21 +117,21 @@ def adapter_for(model: object) -> Adapter:
         raise UnsupportedModelError(
             f"pe_swap patches transformers models (PreTrainedModel), got {type(model).__module__}.{type(model).__name__}{way_out}"
         )
-    model_type = family_of(model.config.model_type)
-    if model_type not in ADAPTERS:
+    model_type = family_name(model.config.model_type)
+    if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"No adapter for the model family '{model_type}' ({type(model).__name__}). Families: {', '.join(ADAPTERS.names())}. "
-            "A family is one file in pe_swap/adapters/; for an encoder-decoder model, swap its encoder and its decoder, "
+            f"No family for the model family '{model_type}' ({type(model).__name__}). Families: {', '.join(FAMILIES.names())}. "
+            "A family is one file in pe_swap/families/; for an encoder-decoder model, swap its encoder and its decoder, "
             "then set model.config.encoder = model.encoder.config and model.config.decoder = model.decoder.config."
         )
-    return ADAPTERS[model_type]
+    return FAMILIES[model_type]
 
 
 SWAPPED_PREFIX = "pe_swap_"
 """What `model_type` of a swapped model starts with; the family follows."""
 
 
-def family_of(model_type: str) -> str:
+def family_name(model_type: str) -> str:
     """Return the family of a `model_type`, swapped or not."""
     return model_type.removeprefix(SWAPPED_PREFIX)
 

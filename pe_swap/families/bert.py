@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.models.bert import configuration_bert, modeling_bert
 
-from pe_swap.families.base import ADAPTERS, Adapter
+from pe_swap.families.base import FAMILIES, Family
 
 
 def is_causal(config: Any) -> bool:
@@ -12,8 +12,8 @@ def is_causal(config: Any) -> bool:
     return bool(config.is_decoder)
 
 
-ADAPTERS.register("bert")(
-    Adapter(
+FAMILIES.register("bert")(
+    Family(
         model_type="bert",
         modeling=modeling_bert,
         config_class=configuration_bert.BertConfig,

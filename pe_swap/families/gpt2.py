@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers.models.gpt2 import configuration_gpt2, modeling_gpt2
 
-from pe_swap.families.base import ADAPTERS, Adapter
+from pe_swap.families.base import FAMILIES, Family
 
 
 def is_causal(config: Any) -> bool:
@@ -12,8 +12,8 @@ def is_causal(config: Any) -> bool:
     return bool(getattr(config, "is_causal", True))
 
 
-ADAPTERS.register("gpt2")(
-    Adapter(
+FAMILIES.register("gpt2")(
+    Family(
         model_type="gpt2",
         modeling=modeling_gpt2,
         config_class=configuration_gpt2.GPT2Config,

@@ -12,17 +12,17 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
-from pe_swap.patching.holder import Positional
+from pe_swap.patching.holder import SchemeHolder
 from pe_swap.schemes.base import Scheme
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def bring_back_offloaded(positional: Positional) -> None:
+def bring_back_offloaded(holder: SchemeHolder) -> None:
     """Load every positional weight that accelerate keeps on disk or on another device, for good: they are few, and in use all the time."""
-    if not hasattr(positional, "_hf_hook"):  # what accelerate leaves on whatever it has placed
+    if not hasattr(holder, "_hf_hook"):  # what accelerate leaves on whatever it has placed
         return
-    for module in positional.schemes.modules():
+    for module in holder.schemes.modules():
         hook = getattr(module, "_hf_hook", None)
         if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             hook.pre_forward(module)

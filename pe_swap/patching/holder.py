@@ -38,13 +38,13 @@ class TokenTable:
         return weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenTable:
-        """Follow the owner into its copy where it is being copied too; a copy of `Positional` alone keeps the same tokens."""
+        """Follow the owner into its copy where it is being copied too; a copy of `SchemeHolder` alone keeps the same tokens."""
         return TokenTable(memo.get(id(self.owner), self.owner), self.attribute)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a model's `Positional` stands. A plain object, as `TokenTable`.
+class HolderRef:
+    """Where a model's `SchemeHolder` stands. A plain object, as `TokenTable`.
 
     Looked up at each call: tools put copies and wrappers there (PEFT's `modules_to_save`), and those are what has to act.
 
@@ -57,8 +57,8 @@ class Place:
     attribute: str
 
     @property
-    def positional(self) -> Positional:
-        """What stands there: a `Positional`, or a wrapper that passes its methods on.
+    def holder(self) -> SchemeHolder:
+        """What stands there: a `SchemeHolder`, or a wrapper that passes its methods on.
 
         Raises:
             SwapStateError: it is something else, so that a call would run without its positions.
@@ -69,8 +69,8 @@ class Place:
                 f"{type(self.owner).__name__}.{self.attribute} is a {type(found).__name__}, where the schemes of this swapped model "
                 "were: something else has replaced them. Undo that patch, or load the model again."
             )
-        positional: Positional = found
-        return positional
+        holder: SchemeHolder = found
+        return holder
 
 
 @dataclass
@@ -104,7 +104,7 @@ def stand_in_weight() -> Tensor:
     return torch.zeros(1)
 
 
-class Positional(nn.Module):
+class SchemeHolder(nn.Module):
     """Every scheme of one model, under one state-dict prefix.
 
     Called with position ids in the place of the model's position table, it returns the vectors that the input scheme adds, or a
@@ -165,7 +165,7 @@ class Positional(nn.Module):
         vectors = scheme.encode(position_ids)
         return vectors.to(weight.dtype)
 
-    def specification(self) -> dict[str, Any]:
+    def assignment(self) -> dict[str, Any]:
         """Return schemes, options and assignment as plain values: all a reload needs besides the weights."""
         return {
             "schemes": [

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from pe_swap.attention.backends import autocasts, is_ours
-from pe_swap.patching.binding import LayerBinding, PositionalContext, SchemeCall
-from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, LayerCache, self_attention_cache
+from pe_swap.attention.backends import BINDING_ATTRIBUTE, autocasts, is_ours
+from pe_swap.attention.call import AttentionCall, CallShared
 from pe_swap.attention.kept_with_cache import kept_for
-from pe_swap.attention.shared_in_call import ARGUMENT, NO_MEMO, CallMemo
+from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED, SharedInCall
 from pe_swap.errors import UnsupportedBackendError
+from pe_swap.patching.binding import LayerBinding
 from pe_swap.patching.devices import on_device
+from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, LayerCache, self_attention_cache
 from pe_swap.schemes.positions import slots_from
-
-BINDING_ATTRIBUTE = "pe_swap_binding"
 
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -45,14 +44,25 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     cache = None if given is None else self_attention_cache(given)
     first_slot = 0 if cache is None else cache.get_seq_length(module.layer_idx)
     call = scheme_call(
-        module, binding, cache, first_slot, hidden_states, kwargs.get("position_ids"), kwargs.pop(ARGUMENT, NO_MEMO)
+        module, binding, cache, first_slot, hidden_states, kwargs.get("position_ids"), kwargs.pop(ARGUMENT, NOTHING_SHARED)
     )
-    rotates_into_cache = cache is not None and "rotate" in binding.hooks and call.scheme.caches_rotated_keys
-    carried = call.scheme.carry(hidden_states, layer=binding.layer) if "carry" in binding.hooks else None
-    context = PositionalContext(binding, call, cache is not None, rotates_into_cache, carried if cache is None else None)
-    kwargs["positional"] = context
+    rotates_into_cache = cache is not None and "transform_query_key" in binding.hooks and call.scheme.caches_rotated_keys
+    carried = (
+        call.scheme.extra_key_channels(hidden_states, layer=binding.layer) if "extra_key_channels" in binding.hooks else None
+    )
+    attention_call = AttentionCall(
+        binding.layer,
+        binding.index,
+        binding.hooks,
+        binding.cache_argument,
+        call,
+        cache is not None,
+        rotates_into_cache,
+        carried if cache is None else None,
+    )
+    kwargs["attention_call"] = attention_call
     if cache is not None and (rotates_into_cache or carried is not None):
-        kwargs[cache_argument] = LayerCache(cache, context, carried)
+        kwargs[cache_argument] = LayerCache(cache, attention_call, carried)
     return args, kwargs
 
 
@@ -63,8 +73,8 @@ def scheme_call(
     first_slot: int | Tensor,
     hidden_states: Tensor,
     position_ids: Tensor | None,
-    memo: CallMemo,
-) -> SchemeCall:
+    memo: SharedInCall,
+) -> CallShared:
     """Return what the layers of a scheme share in a call of the model; worked out for the first of them.
 
     A generated token finds the processor's caches full of weights, so that each line run in every layer costs it four times what it
@@ -75,14 +85,14 @@ def scheme_call(
     """
     q_len, device, config = hidden_states.shape[1], hidden_states.device, module.config
 
-    def work_out() -> SchemeCall:
+    def work_out() -> CallShared:
         refuse_foreign_backend(binding, config._attn_implementation)
         slots = slots_from(first_slot, q_len, device)
         ids = slots[None, :] if position_ids is None else position_ids.to(device)
         scheme = on_device(binding.scheme, device)
         with torch.autocast(device.type, enabled=False) if autocasts(hidden_states) else nullcontext():
-            rotation = scheme.rotation(ids) if "rotate" in binding.hooks else None
-        return SchemeCall(scheme, slots, ids, rotation, memo, kept_for(cache, first_slot))
+            rotation = scheme.prepare_positions(ids) if "transform_query_key" in binding.hooks else None
+        return CallShared(scheme, slots, ids, rotation, memo, kept_for(cache, first_slot))
 
     if not isinstance(first_slot, int):  # a static cache counts in place, and will have counted these queries when attention runs
         return work_out()

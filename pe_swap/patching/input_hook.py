@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, CACHE_LENGTH_ARGUMENTS, parameters_of, self_attention_cache
 from pe_swap.errors import UnsupportedModelError
 from pe_swap.patching.devices import bring_back_offloaded, on_device
-from pe_swap.patching.holder import Place
+from pe_swap.patching.holder import HolderRef
+from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, CACHE_LENGTH_ARGUMENTS, parameters_of, self_attention_cache
 from pe_swap.schemes.positions import slots_from
 
 INPUT_ATTRIBUTE = "pe_swap_input"
@@ -20,13 +20,13 @@ class InputBinding:
     """What the input module's pre-hook needs; a plain object, as `LayerBinding`.
 
     Attributes:
-        place: where the model's schemes are.
-        fills_token_type_ids: see `Adapter`.
+        holder_ref: where the model's schemes are.
+        fills_token_type_ids: see `Family`.
         parameters: names of the input module's parameters, in order; read here, once, and not in a compiled graph.
     """
 
-    def __init__(self, place: Place, module: nn.Module, fills_token_type_ids: bool) -> None:
-        self.place = place
+    def __init__(self, holder_ref: HolderRef, module: nn.Module, fills_token_type_ids: bool) -> None:
+        self.holder_ref = holder_ref
         self.fills_token_type_ids = fills_token_type_ids
         self.parameters = parameters_of(module)
 
@@ -34,9 +34,9 @@ class InputBinding:
 def embed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Fill in what the module would look up in buffers of a fixed length, and let a scheme's `embed` replace the embeddings."""
     binding: InputBinding = getattr(module, INPUT_ATTRIBUTE)
-    positional = binding.place.positional
-    bring_back_offloaded(positional)
-    scheme = positional.input_hook("embed")
+    holder = binding.holder_ref.holder
+    bring_back_offloaded(holder)
+    scheme = holder.input_hook("embed")
     if scheme is None and not binding.fills_token_type_ids:
         return args, kwargs
     kwargs = {**dict(zip(binding.parameters, args, strict=False)), **kwargs}
@@ -57,7 +57,7 @@ def embed_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
                     f"The scheme '{scheme.name}' replaces token embeddings and needs input_ids of shape [batch, length], got "
                     f"{list(tokens.shape)}. Flatten the choices into the batch, or use a scheme that adds a vector."
                 )
-            embeddings = positional.tokens.module(tokens)
+            embeddings = holder.tokens.module(tokens)
         kwargs["input_ids"] = None
         kwargs["inputs_embeds"] = on_device(scheme, embeddings.device).embed(embeddings, kwargs["position_ids"])
     return (), kwargs

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from pe_swap.patching.binding import PositionalContext
-from pe_swap.errors import AdapterError, SwapStateError
+from pe_swap.attention.call import AttentionCall
+from pe_swap.errors import FamilyError, SwapStateError
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """What transformers calls the cache in a call of a model or of an attention module: from 5.24 on, and before."""
@@ -35,7 +35,7 @@ def cache_argument(module: nn.Module, names: Sequence[str] = CACHE_ARGUMENTS) ->
     """Return the name under which a module's `forward` takes its cache, one of `names`.
 
     Raises:
-        AdapterError: it takes none by a name that pe_swap knows. Guessing would be worse than failing: a cache that goes by another
+        FamilyError: it takes none by a name that pe_swap knows. Guessing would be worse than failing: a cache that goes by another
             name is used by the module and never seen by the scheme, which then gives a new token the position of the first.
     """
     parameters = parameters_of(module)
@@ -43,7 +43,7 @@ def cache_argument(module: nn.Module, names: Sequence[str] = CACHE_ARGUMENTS) ->
         if name in parameters:
             return name
     listed = ", ".join(f"'{name}'" for name in names)
-    raise AdapterError(
+    raise FamilyError(
         f"{type(module).__name__}.forward takes none of {listed}, by which pe_swap finds the cache of a call; it takes "
         f"{', '.join(parameters)}. Nothing was patched. This transformers version may have renamed it: update pe_swap, or use a "
         "version it was tested with."
@@ -67,7 +67,7 @@ class LayerCache:
         carried: what goes beside the new keys, `[batch, heads, q_len, channels]`, or None.
     """
 
-    def __init__(self, cache: Cache, context: PositionalContext, carried: Tensor | None) -> None:
+    def __init__(self, cache: Cache, context: AttentionCall, carried: Tensor | None) -> None:
         self.cache = cache
         self.context = context
         self.carried = carried
@@ -78,7 +78,7 @@ class LayerCache:
         """Rotate the new keys, `[batch, heads, q_len, head_dim]`, add carried channels, then update the cache as it would itself.
 
         Returns:
-            All keys, `[batch, heads, kv_len, head_dim + channels]`, and all values. `PositionalContext.split` takes keys apart.
+            All keys, `[batch, heads, kv_len, head_dim + channels]`, and all values. `AttentionCall.split` takes keys apart.
 
         Raises:
             SwapStateError: the cache holds keys without these channels.
@@ -93,11 +93,11 @@ class LayerCache:
 
     def _refuse_narrow_keys(self, width: int, layer_idx: int) -> None:
         """Refuse a cache that another scheme filled, or that was allocated by the model's own sizes."""
-        layers, binding = self.cache.layers, self.context.binding
+        layers, context = self.cache.layers, self.context
         keys = layers[layer_idx].keys if layer_idx < len(layers) else None
         if keys is not None and keys.dim() == 4 and keys.shape[-1] != width:
             raise SwapStateError(
-                f"Layer {binding.layer}'s cache holds keys of {keys.shape[-1]} channels, but the scheme '{binding.scheme.name}' needs "
+                f"Layer {context.layer}'s cache holds keys of {keys.shape[-1]} channels, but the scheme '{context.scheme.name}' needs "
                 f"{width}: it keeps numbers of its own beside each key. The cache was filled under another scheme, or allocated ahead "
                 "of time (early_initialization). Pass a new, empty cache."
             )

@@ -178,7 +178,7 @@ Task = Literal["forward", "train", "decode", "memory"]
 class BenchmarkConfig(Section):
     """`scripts/benchmark.py`: what a scheme costs, beside the model it came from and beside models that have it built in."""
 
-    family: str = Field(default="gpt2", description="model family, one of list_adapters()")
+    family: str = Field(default="gpt2", description="model family, one of list_families()")
     schemes: list[str] = Field(default=[], description="schemes; all by default")
     options: dict[str, dict[str, Any]] = Field(default={}, description="options of a scheme, under its name; defaults by default")
     tasks: list[Task] = Field(default=["forward", "train", "decode", "memory"], min_length=1, description="what to measure")
@@ -270,7 +270,7 @@ def parse(config_class: type[ConfigType], arguments: Sequence[str], *, descripti
     known, unknown = parser.parse_known_args(list(arguments))
     given = {key: value for key, value in vars(known).items() if value is not None and key != "config"}
     for key, texts in given.items():
-        if not texts and not _is_list(config_class, key) and bool not in _leaves(_annotation(config_class, key)):
+        if not texts and not _is_list(config_class, key) and bool not in _leaf_types(_annotation(config_class, key)):
             raise ConfigError(f"--{key} has no value. Write one behind it (--{key} VALUE), or leave it out; see --help.")
     values = read_yaml(known.config) if known.config else {}
     if (
@@ -282,7 +282,7 @@ def parse(config_class: type[ConfigType], arguments: Sequence[str], *, descripti
     if any(f"data.{source}" in given for source in SOURCES) and isinstance(values.get("data"), dict):
         values["data"] = {key: value for key, value in values["data"].items() if key not in (*SOURCES, "dataset_config")}
     for key, texts in {**given, **_words(unknown)}.items():
-        _assign(values, key.split("."), _parsed(texts, _is_list(config_class, key), _leaves(_annotation(config_class, key))))
+        _assign(values, key.split("."), _parsed(texts, _is_list(config_class, key), _leaf_types(_annotation(config_class, key))))
     return build(config_class, values)
 
 
@@ -344,13 +344,13 @@ def _is_list(config_class: Any, key: str) -> bool:
     return any(get_origin(part) in (list, tuple) for part in (annotation, *get_args(annotation)))
 
 
-def _leaves(annotation: Any) -> set[Any]:
+def _leaf_types(annotation: Any) -> set[Any]:
     """Return the plain types that a value, or the entries of a list or mapping, may have."""
     if get_origin(annotation) is Literal:
         return {type(value) for value in get_args(annotation)}
     if get_origin(annotation) is Annotated:
-        return _leaves(get_args(annotation)[0])
-    return set().union(*map(_leaves, get_args(annotation))) if get_args(annotation) else {annotation}
+        return _leaf_types(get_args(annotation)[0])
+    return set().union(*map(_leaf_types, get_args(annotation))) if get_args(annotation) else {annotation}
 
 
 def _parsed(texts: Any, is_list: bool, types: set[Any]) -> Any:

@@ -9,11 +9,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from pe_swap.families import ADAPTERS, family_of
+from pe_swap.families import FAMILIES, family_name
 from pe_swap.runs.config import ORIGINAL, SchemeSection, read_yaml
 from pe_swap.errors import CheckpointError, ConfigError, PESwapError
 from pe_swap.runs.records import file_hash
-from pe_swap.swap import positional_of, swap_positional
+from pe_swap.patching.install import holder_of
+from pe_swap.swap import swap_positional
 
 CONTENT = (
     "*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json", "tokenizer*", "vocab*", "merges.txt", "*.model",
@@ -49,8 +50,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 
 def language_model_class(config: Any) -> Any:
     """Return the Auto class of the language model a configuration describes."""
-    family = family_of(config.model_type)
-    is_encoder = family in ADAPTERS and not ADAPTERS[family].is_causal(config)
+    family = family_name(config.model_type)
+    is_encoder = family in FAMILIES and not FAMILIES[family].is_causal(config)
     return AutoModelForMaskedLM if is_encoder else AutoModelForCausalLM
 
 
@@ -67,7 +68,7 @@ def start_model(model: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase)
     settings = read_yaml(model) if isinstance(model, str) else dict(model)
     model_type = settings.pop("model_type", None)
     if not isinstance(model_type, str):
-        raise ConfigError(f"A model configuration needs a model_type ({', '.join(ADAPTERS.names())}, ...), got {model_type!r}.")
+        raise ConfigError(f"A model configuration needs a model_type ({', '.join(FAMILIES.names())}, ...), got {model_type!r}.")
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **settings})
@@ -96,8 +97,8 @@ def apply_scheme(model: PreTrainedModel, scheme: SchemeSection) -> PreTrainedMod
 
 def scheme_name(model: PreTrainedModel) -> str:
     """Return the names of a model's schemes, or 'original'."""
-    family = family_of(model.config.model_type)
-    positional = positional_of(model) if family in ADAPTERS else None
-    if positional is None:
+    family = family_name(model.config.model_type)
+    holder = holder_of(model) if family in FAMILIES else None
+    if holder is None:
         return ORIGINAL
-    return "+".join(dict.fromkeys(positional.scheme_at(index).name for index in range(len(positional.schemes)))) or "none"
+    return "+".join(dict.fromkeys(holder.scheme_at(index).name for index in range(len(holder.schemes)))) or "none"

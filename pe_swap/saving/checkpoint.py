@@ -21,15 +21,15 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto import auto_factory, modeling_auto, tokenization_auto
 
-from pe_swap.families import ADAPTERS, SWAPPED_PREFIX, Adapter, family_of, known_loss_type
+from pe_swap.assignment import FORMAT, checked_format, from_saved, short
 from pe_swap.attention.backends import library_name, name_for
 from pe_swap.errors import CheckpointError
+from pe_swap.families import FAMILIES, SWAPPED_PREFIX, Family, family_name, known_loss_type
+from pe_swap.patching.holder import SchemeHolder
 from pe_swap.patching.install import assemble, attach
 from pe_swap.saving.model_card import auto_class_of, update_model_card
 from pe_swap.saving.peft import name_families
-from pe_swap.patching.holder import Positional
 from pe_swap.schemes.options import LARGEST_LENGTH
-from pe_swap.assignment import FORMAT, checked_format, from_saved, short
 from pe_swap.version import __version__
 
 NO_LIMIT = 2**20
@@ -50,33 +50,33 @@ MISSING_SENTENCE = "The positions of this model were swapped by pe_swap, which i
 class SwappedConfig:
     """What a swapped model's configuration does beyond its family's; mixed in before the family's class."""
 
-    def describe(self: Any, positional: Positional, trained_length: int) -> None:
+    def describe(self: Any, holder: SchemeHolder, trained_length: int) -> None:
         """Write what the model is swapped to, the length it can take, and whether its attention is causal."""
         self.pe_swap = {
             "format": FORMAT,
             "version": __version__,
-            "original_model_type": family_of(self.model_type),
+            "original_model_type": family_name(self.model_type),
             "trained_length": trained_length,
-            "max_length": positional.max_length,
-            "is_causal": self.adapter.is_causal(self),
-            **positional.specification(),
+            "max_length": holder.max_length,
+            "is_causal": self.family.is_causal(self),
+            **holder.assignment(),
         }
-        setattr(self, self.adapter.length_field, positional.max_length or NO_LIMIT)
+        setattr(self, self.family.length_field, holder.max_length or NO_LIMIT)
         self._attn_implementation = self._attn_implementation
 
     def release(self: Any, length: int) -> None:
         """Turn into the family's own configuration again, with its own length."""
         implementation = library_name(self._attn_implementation)
-        adapter = self.adapter
+        family = self.family
         del self.pe_swap
-        self.__class__ = adapter.config_class
-        setattr(self, adapter.length_field, length)
+        self.__class__ = family.config_class
+        setattr(self, family.length_field, length)
         self._attn_implementation = implementation
 
     @property
-    def adapter(self: Any) -> Adapter:
-        """The family's adapter."""
-        return ADAPTERS[family_of(type(self).model_type)]
+    def family(self: Any) -> Family:
+        """The family's family."""
+        return FAMILIES[family_name(type(self).model_type)]
 
     @property
     def _attn_implementation_internal(self: Any) -> str | None:
@@ -120,7 +120,7 @@ class SwappedConfig:
         Raises:
             CheckpointError: what it says of positions cannot be read, was written by a newer pe_swap, or does not fit the model.
         """
-        adapter = ADAPTERS[family_of(cls.model_type)]
+        family = FAMILIES[family_name(cls.model_type)]
         if "pe_swap" not in config_dict:
             raise CheckpointError(
                 f"config.json has the model_type '{cls.model_type}' but no 'pe_swap' object, which says what the positions were "
@@ -133,11 +133,11 @@ class SwappedConfig:
                 f"config.json: 'pe_swap.max_length' is {short(limit)}; it must be null or an integer from 1 to {LARGEST_LENGTH:,}."
             )
         _trained_length(saved)
-        config_dict = {**config_dict, _saved_field(cls, adapter): limit or NO_LIMIT}
+        config_dict = {**config_dict, _saved_field(cls, family): limit or NO_LIMIT}
         result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         built = result[0] if isinstance(result, tuple) else result
         from_saved(saved, built.num_hidden_layers)
-        _refuse_longer(adapter, built, limit)
+        _refuse_longer(family, built, limit)
         return result
 
     def to_dict(self: Any) -> dict[str, Any]:
@@ -151,16 +151,16 @@ class SwappedConfig:
         saved: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
         if "pe_swap" not in saved:
             return saved
-        saved[_saved_field(type(self), self.adapter)] = LENGTH_SENTENCE
+        saved[_saved_field(type(self), self.family)] = LENGTH_SENTENCE
         saved["architectures"] = [_swapped_name(name) for name in saved.get("architectures") or []] or None
-        saved["auto_map"] = _auto_map(self.adapter)
+        saved["auto_map"] = _auto_map(self.family)
         return saved
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `config.json`, the stub and the model card; see the family's class."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{STUB}.py").write_text(_stub(self.adapter), encoding="utf-8")
+        (folder / f"{STUB}.py").write_text(_stub(self.family), encoding="utf-8")
         saved = self.to_diff_dict()
         update_model_card(folder, self.pe_swap, auto_class_of(saved["architectures"], saved["auto_map"]), {})
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
@@ -175,26 +175,27 @@ class SwappedModel:
         Args:
             config: the swapped configuration.
             args: as the family's class.
-            beside_old_table: the checkpoint still has the table's weight, so nothing may stand under its name (`pe_swap.saving.relative_key_bert`).
+            beside_old_table: the checkpoint still has the table's weight, so nothing may stand under its name; see
+                `pe_swap.saving.relative_key_bert`.
             kwargs: as the family's class.
         """
         saved = getattr(config, "pe_swap", None)
-        adapter = ADAPTERS[family_of(type(config).model_type)]
-        specification = from_saved(saved, config.num_hidden_layers)
-        geometry = adapter.geometry(config, _trained_length(saved))
+        family = FAMILIES[family_name(type(config).model_type)]
+        assignment = from_saved(saved, config.num_hidden_layers)
+        geometry = family.geometry(config, _trained_length(saved))
         _refuse_other_causality(saved, geometry.is_causal)
-        length = getattr(config, adapter.length_field)
-        setattr(config, adapter.length_field, 1)
+        length = getattr(config, family.length_field)
+        setattr(config, family.length_field, 1)
         try:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         finally:
-            setattr(config, adapter.length_field, length)
-        schemes = specification.resolve(geometry, None).build(geometry)
+            setattr(config, family.length_field, length)
+        schemes = assignment.resolve(geometry, None).build(geometry)
         base_model = self.base_model
-        positional = assemble(adapter, base_model, config, specification, schemes, original=None)
+        holder = assemble(family, base_model, config, assignment, schemes, original=None)
         if beside_old_table:
-            positional.weight = None
-        attach(adapter, base_model, positional.to(positional.tokens.weight.dtype))
+            holder.weight = None
+        attach(family, base_model, holder.to(holder.tokens.weight.dtype))
         self.loss_type = known_loss_type(self)
 
     @classmethod
@@ -243,7 +244,7 @@ def _refuse_wrong_weights(model_class: Any, what: str, keys: Iterable[str]) -> N
     Raises:
         CheckpointError: one is.
     """
-    path = ADAPTERS[family_of(model_class.config_class.model_type)].position_embedding
+    path = FAMILIES[family_name(model_class.config_class.model_type)].position_embedding
     wrong = sorted(key for key in keys if f".{path}." in f".{key}.")
     if wrong:
         listed = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
@@ -253,16 +254,16 @@ def _refuse_wrong_weights(model_class: Any, what: str, keys: Iterable[str]) -> N
         )
 
 
-def _refuse_longer(adapter: Adapter, config: Any, limit: int | None) -> None:
+def _refuse_longer(family: Family, config: Any, limit: int | None) -> None:
     """Refuse a length field, given beside a saved configuration, beyond where its positions end.
 
     Raises:
         CheckpointError: tools would read it, and send the model what it cannot take.
     """
-    length = getattr(config, adapter.length_field)
+    length = getattr(config, family.length_field)
     if limit is not None and isinstance(length, int) and length > limit:
         raise CheckpointError(
-            f"{adapter.length_field} is given as {length:,}, but the positions of this swapped model end at {limit:,}. Load it without "
+            f"{family.length_field} is given as {length:,}, but the positions of this swapped model end at {limit:,}. Load it without "
             f"the argument, and swap it to a scheme that goes on (learned with max_length={length}, rope, alibi, ...)."
         )
 
@@ -292,9 +293,9 @@ def _swapped_name(name: str) -> str:
     return name if name.startswith(CLASS_PREFIX) else CLASS_PREFIX + name
 
 
-def _saved_field(config_class: Any, adapter: Adapter) -> str:
+def _saved_field(config_class: Any, family: Family) -> str:
     """Return the length field's name in `config.json`: families map the standard name to their own."""
-    name: str = config_class.attribute_map.get(adapter.length_field, adapter.length_field)
+    name: str = config_class.attribute_map.get(family.length_field, family.length_field)
     return name
 
 
@@ -319,21 +320,21 @@ def _is_length(value: object) -> bool:
 
 
 @cache
-def swapped_config_class(adapter: Adapter) -> Any:
+def swapped_config_class(family: Family) -> Any:
     """Return the configuration class of a swapped family."""
     return type(
-        _swapped_name(adapter.config_class.__name__),
-        (SwappedConfig, adapter.config_class),
+        _swapped_name(family.config_class.__name__),
+        (SwappedConfig, family.config_class),
         {
             "__module__": __name__,
-            "__doc__": f"Configuration of a swapped {adapter.model_type} model.",
-            "model_type": SWAPPED_PREFIX + adapter.model_type,
+            "__doc__": f"Configuration of a swapped {family.model_type} model.",
+            "model_type": SWAPPED_PREFIX + family.model_type,
         },
     )
 
 
 @cache
-def swapped_model_class(adapter: Adapter, head: Any) -> Any:
+def swapped_model_class(family: Family, head: Any) -> Any:
     """Return the class that a saved swapped model with this head is loaded into."""
     return type(
         _swapped_name(head.__name__),
@@ -341,7 +342,7 @@ def swapped_model_class(adapter: Adapter, head: Any) -> Any:
         {
             "__module__": __name__,
             "__doc__": f"{head.__name__} with swapped positions.",
-            "config_class": swapped_config_class(adapter),
+            "config_class": swapped_config_class(family),
         },
     )
 
@@ -358,28 +359,28 @@ def _auto_classes() -> dict[str, Any]:
     }
 
 
-def _heads_by_auto_class(adapter: Adapter) -> dict[str, Any]:
+def _heads_by_auto_class(family: Family) -> dict[str, Any]:
     """Return, for every Auto class that knows the family, the head it builds."""
     heads = {}
     for name, auto_class in _auto_classes().items():
-        if adapter.config_class in auto_class._model_mapping:
-            found = auto_class._model_mapping[adapter.config_class]
+        if family.config_class in auto_class._model_mapping:
+            found = auto_class._model_mapping[family.config_class]
             heads[name] = found[0] if isinstance(found, tuple) else found
     return heads
 
 
-def _auto_map(adapter: Adapter) -> dict[str, str]:
+def _auto_map(family: Family) -> dict[str, str]:
     """Return what tells `trust_remote_code=True` which class of the stub to use."""
-    names = {name: _swapped_name(head.__name__) for name, head in _heads_by_auto_class(adapter).items()}
+    names = {name: _swapped_name(head.__name__) for name, head in _heads_by_auto_class(family).items()}
     return {
         auto_class: f"{STUB}.{name}"
-        for auto_class, name in {"AutoConfig": _swapped_name(adapter.config_class.__name__), **names}.items()
+        for auto_class, name in {"AutoConfig": _swapped_name(family.config_class.__name__), **names}.items()
     }
 
 
-def _stub(adapter: Adapter) -> str:
+def _stub(family: Family) -> str:
     """Return the text of the stub: an import of pe_swap's own classes, and what to install."""
-    names = sorted({reference.partition(".")[2] for reference in _auto_map(adapter).values()})
+    names = sorted({reference.partition(".")[2] for reference in _auto_map(family).values()})
     imported = "".join(f"        {name},\n" for name in names)
     return f'''"""{LENGTH_SENTENCE}"""
 
@@ -395,31 +396,29 @@ except ModuleNotFoundError as error:
 
 def __getattr__(name: str) -> Any:
     """Return a generated class by name: pickles and stubs refer to classes as attributes of this module."""
-    for family in ADAPTERS.names():
-        adapter = ADAPTERS[family]
-        if name == _swapped_name(adapter.config_class.__name__):
-            return swapped_config_class(adapter)
-        heads: list[Any] = list(adapter.head_classes())
+    for family in map(FAMILIES.__getitem__, FAMILIES.names()):
+        if name == _swapped_name(family.config_class.__name__):
+            return swapped_config_class(family)
+        heads: list[Any] = list(family.head_classes())
         for head in heads:
             if name == _swapped_name(head.__name__):
-                return swapped_model_class(adapter, head)
+                return swapped_model_class(family, head)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def register_auto_classes() -> None:
     """Tell transformers' Auto classes of every swapped family, as their documentation has custom models do."""
     auto_classes = _auto_classes()
-    for family in ADAPTERS.names():
-        adapter = ADAPTERS[family]
-        heads = _heads_by_auto_class(adapter)
-        config_class = swapped_config_class(adapter)
+    for family in map(FAMILIES.__getitem__, FAMILIES.names()):
+        heads = _heads_by_auto_class(family)
+        config_class = swapped_config_class(family)
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        tokenizer = tokenization_auto.TOKENIZER_MAPPING.get(adapter.config_class, None)
+        tokenizer = tokenization_auto.TOKENIZER_MAPPING.get(family.config_class, None)
         if tokenizer is not None:
             slow, fast = tokenizer if isinstance(tokenizer, tuple) else (None, tokenizer)
             AutoTokenizer.register(config_class, slow_tokenizer_class=slow, fast_tokenizer_class=fast, exist_ok=True)
         for name, head in heads.items():
-            auto_classes[name].register(config_class, swapped_model_class(adapter, head), exist_ok=True)
+            auto_classes[name].register(config_class, swapped_model_class(family, head), exist_ok=True)
 
 
 register_auto_classes()

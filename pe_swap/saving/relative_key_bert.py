@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from transformers import BertConfig, PreTrainedModel
 
-from pe_swap.families import ADAPTERS
-from pe_swap.saving.checkpoint import swapped_config_class, swapped_model_class
+from pe_swap.assignment import FORMAT
 from pe_swap.errors import CheckpointError
+from pe_swap.families import FAMILIES
 from pe_swap.patching.holder import stand_in_weight
+from pe_swap.patching.install import holder_of
 from pe_swap.registry import did_you_mean
+from pe_swap.saving.checkpoint import swapped_config_class, swapped_model_class
 from pe_swap.schemes import build_options
 from pe_swap.schemes.shaw import Shaw
-from pe_swap.assignment import FORMAT
-from pe_swap.swap import positional_of
 from pe_swap.version import __version__
 
 WHERE = frozenset({"subfolder", "revision", "cache_dir", "token", "force_download", "local_files_only"})
@@ -78,7 +78,7 @@ def load_relative_key_bert(
             f"'{path}' is a '{content.get('model_type')}' with position_embedding_type '{kind}'; it must be a 'bert' with "
             f"{' or '.join(map(repr, VARIANTS))}. Load it with an Auto class of transformers."
         )
-    adapter = ADAPTERS["bert"]
+    family = FAMILIES["bert"]
     chosen: Any = _head(content.get("architectures"), path) if head is None else head
     rows = content.get("max_position_embeddings", BertConfig().max_position_embeddings)
     layers = content.get("num_hidden_layers", BertConfig().num_hidden_layers)
@@ -99,9 +99,9 @@ def load_relative_key_bert(
         "layers": [0] * layers,
         "input": 0,
     }
-    config = swapped_config_class(adapter).from_dict(content)
+    config = swapped_config_class(family).from_dict(content)
     try:
-        model: PreTrainedModel = swapped_model_class(adapter, chosen).from_pretrained(
+        model: PreTrainedModel = swapped_model_class(family, chosen).from_pretrained(
             path, config=config, key_mapping=_new_names(layers), beside_old_table=True, **kwargs
         )
     except OSError as error:
@@ -110,11 +110,11 @@ def load_relative_key_bert(
             "transformers 4 once more: model.save_pretrained(folder, safe_serialization=True)."
         ) from error
     model._weight_conversions = None  # or transformers would save the turned tables under their old names
-    positional = positional_of(model)
-    assert positional is not None
-    positional.weight = stand_in_weight().to(positional.tokens.weight)
+    holder = holder_of(model)
+    assert holder is not None
+    holder.weight = stand_in_weight().to(holder.tokens.weight)
     with torch.no_grad():
-        for table in positional.parameters():
+        for table in holder.parameters():
             table.copy_(table.flip(0))
     return model
 
@@ -125,7 +125,7 @@ def _head(architectures: object, path: str | os.PathLike[str]) -> type[PreTraine
     Raises:
         CheckpointError: it names none, or one that this transformers does not have.
     """
-    known = {head.__name__: head for head in ADAPTERS["bert"].head_classes()}
+    known = {head.__name__: head for head in FAMILIES["bert"].head_classes()}
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     if name not in known:
         raise CheckpointError(

@@ -15,21 +15,23 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pe_swap.schemes.positions import Positions
 from pe_swap.registry import Registry
 from pe_swap.schemes.options import SchemeOptions
+from pe_swap.schemes.positions import Positions
 
 SCHEMES: Registry[type[Scheme]] = Registry("positional scheme")
 
 INPUT_HOOKS = frozenset({"encode", "embed"})
 """Hooks that act on the input embeddings, which all layers share."""
 
-ATTENTION_HOOKS = frozenset({"rotate", "relative_bias", "score_bias", "value_bias", "carry", "query_scale"})
+ATTENTION_HOOKS = frozenset(
+    {"transform_query_key", "relative_bias", "score_bias", "value_bias", "extra_key_channels", "query_scale"}
+)
 """Hooks that act inside attention; a scheme with none of them leaves the attention function to transformers."""
 
 
-Paired = tuple[Tensor, Tensor, Tensor | None]
-"""What `Scheme.paired` gives: queries, keys, and what is still to be added to their scaled products."""
+FoldedBias = tuple[Tensor, Tensor, Tensor | None]
+"""What `Scheme.fold_bias_into_query_key` gives: queries, keys, and what is still to be added to their scaled products."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Scheme(nn.Module):
     @property
     def reads_position_ids(self) -> bool:
         """Whether position ids move tokens: False for a scheme that tells positions by counting keys."""
-        return bool(self.hooks & (INPUT_HOOKS | {"rotate"}))
+        return bool(self.hooks & (INPUT_HOOKS | {"transform_query_key"}))
 
     @property
     def counts_slots(self) -> bool:
@@ -165,18 +167,18 @@ class Scheme(nn.Module):
         """
         raise NotImplementedError
 
-    def rotation(self, position_ids: Tensor) -> Any:
-        """Return what `rotate` needs of positions; worked out once for the queries, the keys and the layers of a call.
+    def prepare_positions(self, position_ids: Tensor) -> Any:
+        """Return what `transform_query_key` needs of positions; worked out once for the queries, the keys and the layers of a call.
 
         Args:
             position_ids: `[batch or 1, length]`.
 
         Returns:
-            Whatever `rotate` takes: here the position ids themselves.
+            Whatever `transform_query_key` takes: here the position ids themselves.
         """
         return position_ids
 
-    def rotate(self, x: Tensor, rotation: Any, *, role: Literal["query", "key"], layer: int) -> Tensor:
+    def transform_query_key(self, x: Tensor, rotation: Any, *, role: Literal["query", "key"], layer: int) -> Tensor:
         """Return queries or keys with their positions turned into them; keys before they are cached.
 
         Args:
@@ -191,7 +193,7 @@ class Scheme(nn.Module):
         raise NotImplementedError
 
     def query_scale(self, num_keys: Tensor, *, layer: int) -> Tensor:
-        """Return the factor on each query, after `rotate` and before it meets anything.
+        """Return the factor on each query, after `transform_query_key` and before it meets anything.
 
         This one is log-length scaling, `logit_scale="log_n"` of every scheme: `max(1, log(n) / log(trained_length))` (Su Jianlin,
         "Rectified Rotary Position Embeddings", 2023, its code). Differs from the source: `n` is how many keys a query may look at,
@@ -221,7 +223,7 @@ class Scheme(nn.Module):
         """
         raise NotImplementedError
 
-    def carry(self, hidden_states: Tensor, *, layer: int) -> Tensor:
+    def extra_key_channels(self, hidden_states: Tensor, *, layer: int) -> Tensor:
         """Return a few numbers for every token that `score_bias` will need of it later; they are cached beside its key.
 
         A running sum over tokens is taken in `score_bias`, from what is carried, and never carried itself: a cache that is
@@ -266,7 +268,9 @@ class Scheme(nn.Module):
         """
         raise NotImplementedError
 
-    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Paired | None:
+    def fold_bias_into_query_key(
+        self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int
+    ) -> FoldedBias | None:
         """Return queries and keys whose products, scaled, are a block's scores with what `score_bias` adds, or with a part of it.
 
         No hook, but a shorter way to the result of one, for a scheme that has it: attention then needs no second product.

@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
 from pe_swap.schemes.options import SchemeOptions
+from pe_swap.schemes.positions import Positions
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
 from pe_swap.schemes.options import SchemeOptions
+from pe_swap.schemes.positions import Positions
 
 TABLE_DEVIATION = 0.02
 """Standard deviation of the table's start: what the models' own tables start from."""

@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
+from pe_swap.schemes.positions import Positions
 
 SMALLEST = 1e-6
 """Added to the denominator, as in the authors' code."""

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
 from pe_swap.schemes.options import SchemeOptions
+from pe_swap.schemes.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Fox(Scheme):
         for bias in self.gate_biases.values():
             nn.init.constant_(bias, initial_bias(self.options.initial_reach))
 
-    def carry(self, hidden_states: Tensor, *, layer: int) -> Tensor:
-        """Return `log f`, `[batch, heads, length, 1]`; see `Scheme.carry`."""
+    def extra_key_channels(self, hidden_states: Tensor, *, layer: int) -> Tensor:
+        """Return `log f`, `[batch, heads, length, 1]`; see `Scheme.extra_key_channels`."""
         weight, bias = self.gate_weights[str(layer)], self.gate_biases[str(layer)]
         logits = F.linear(hidden_states, weight, bias)
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32

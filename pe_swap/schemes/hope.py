@@ -1,6 +1,6 @@
 """HoPE: rotary positions with the slow planes left standing.
 
-Chen et al., "HoPE: A Novel Positional Encoding Without Long-Term Decay for Enhanced Context Awareness and Extrapolation" (ACL 2025,
+Chen et al., "HoPE: A Novel SchemeHolder Encoding Without Long-Term Decay for Enhanced Context Awareness and Extrapolation" (ACL 2025,
 arXiv:2410.21216): of RoPE's planes only those of high frequency turn; the components of the others do not depend on the
 position. A plane of low frequency does not finish a turn within the trained length, so that longer input shows it angles it has not met.
 
@@ -94,10 +94,12 @@ class Hope(Scheme):
         """Return radians per position of each plane, zero where it stands still, `[head_dim / 2]`, float32."""
         return torch.tensor(self._inv_freq, dtype=torch.float32, device=device)
 
-    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and signed sines; see `rotation_by` and `Scheme.rotation`."""
+    def prepare_positions(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines; see `rotation_by` and `Scheme.prepare_positions`."""
         return rotation_by(position_ids[:, None, :, None].float() * self.inv_freq(position_ids.device), self.options.layout)
 
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int) -> Tensor:
-        """Return `x` turned by its positions; see `Scheme.rotate`."""
+    def transform_query_key(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int
+    ) -> Tensor:
+        """Return `x` turned by its positions; see `Scheme.transform_query_key`."""
         return turn(x, rotation, self.options.layout)

@@ -1,8 +1,8 @@
 """No positions at all ("NoPE"), and what keeps such a model working on longer input ("DroPE").
 
-Haviv et al., "Transformer Language Models without Positional Encodings Still Learn Positional Information" (Findings of EMNLP
-2022, arXiv:2203.16634); Kazemnejad et al., "The Impact of Positional Encoding on Length Generalization in Transformers" (NeurIPS
-2023, arXiv:2305.19466). Gelberg et al., "Extending the Context of Pretrained LLMs by Dropping Their Positional Embeddings" (2025,
+Haviv et al., "Transformer Language Models without SchemeHolder Encodings Still Learn SchemeHolder Information" (Findings of EMNLP
+2022, arXiv:2203.16634); Kazemnejad et al., "The Impact of SchemeHolder Encoding on Length Generalization in Transformers" (NeurIPS
+2023, arXiv:2305.19466). Gelberg et al., "Extending the Context of Pretrained LLMs by Dropping Their SchemeHolder Embeddings" (2025,
 arXiv:2512.12167): drop the positions of a trained model, fine-tune at the trained length, normalising queries and keys where
 training is unstable, and multiply the scores by `1 + c ln(s)` on input `s` times as long.
 
@@ -84,7 +84,10 @@ class NoPositions(Scheme):
     def hooks_for(cls, options: SchemeOptions) -> frozenset[str]:
         """Return the hooks in use: without options, none."""
         assert isinstance(options, NoneOptions)
-        used = {"rotate": options.qk_norm, "query_scale": options.temperature is not None or options.logit_scale is not None}
+        used = {
+            "transform_query_key": options.qk_norm,
+            "query_scale": options.temperature is not None or options.logit_scale is not None,
+        }
         return super().hooks_for(options) - {hook for hook, is_used in used.items() if not is_used}
 
     @property
@@ -102,8 +105,8 @@ class NoPositions(Scheme):
         for parameter in self.parameters():
             nn.init.ones_(parameter)
 
-    def rotate(self, x: Tensor, rotation: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
-        """Return `x` over its root mean square, times the gains; positions play no part. See `Scheme.rotate`."""
+    def transform_query_key(self, x: Tensor, rotation: Tensor, *, role: Literal["query", "key"], layer: int) -> Tensor:
+        """Return `x` over its root mean square, times the gains; positions play no part. See `Scheme.transform_query_key`."""
         gains = self.query_gains if role == "query" else self.key_gains
         assert gains is not None
         wide = x if x.dtype == torch.float64 else x.float()

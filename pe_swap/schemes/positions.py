@@ -48,7 +48,7 @@ class Positions:
         query_ids: `[batch or 1, q_len]`, int64.
         key_ids: `[batch or 1, kv_len]`, int64, as far as they are known: a cache keeps no ids, and its keys' are counted back from the
             queries'.
-        carried: what the scheme's `carry` gave for every key, `[batch, heads, kv_len, channels]`, or None where it carries
+        carried: what the scheme's `extra_key_channels` gave for every key, `[batch, heads, kv_len, channels]`, or None where it carries
             nothing.
         prepared: what the scheme's `prepare` gave for the whole call, or None where nobody asked it yet.
         queries_after: queries of the call after this block's last.

@@ -42,8 +42,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pe_swap.errors import OptionError
-from pe_swap.schemes.hf_rope import RotaryConfig, transformers_frequencies
 from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
+from pe_swap.schemes.hf_rope import RotaryConfig, transformers_frequencies
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
 from pe_swap.schemes.sinusoidal import inverse_frequencies
 
@@ -393,10 +393,12 @@ class Rope(Scheme):
         """
         return position_ids[:, None, :, None].float() * self.inv_freq(position_ids)
 
-    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and signed sines; see `rotation_by` and `Scheme.rotation`."""
+    def prepare_positions(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines; see `rotation_by` and `Scheme.prepare_positions`."""
         return rotation_by(self.angles(position_ids), self.options.layout, self.attention_factor)
 
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int) -> Tensor:
-        """Return `x` turned by its positions; see `Scheme.rotate`."""
+    def transform_query_key(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int
+    ) -> Tensor:
+        """Return `x` turned by its positions; see `Scheme.transform_query_key`."""
         return turn(x, rotation, self.options.layout)

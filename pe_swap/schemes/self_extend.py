@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pe_swap.schemes.positions import Positions
-from pe_swap.schemes.base import SCHEMES, Geometry, Paired, Scheme
+from pe_swap.schemes.base import SCHEMES, FoldedBias, Geometry, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
+from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.rope import Rope, RopeOptions
 
 
@@ -78,13 +78,15 @@ class WindowedRope(Scheme):
         """Return the positions of queries or keys of distant pairs, the shape of `position_ids`."""
         raise NotImplementedError
 
-    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rotation to its own positions; see `Scheme.rotation`."""
-        return self.rope.rotation(position_ids)
+    def prepare_positions(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rotation to its own positions; see `Scheme.prepare_positions`."""
+        return self.rope.prepare_positions(position_ids)
 
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int) -> Tensor:
-        """Return `x` turned by its own positions; see `Scheme.rotate`."""
-        return self.rope.rotate(x, rotation, role=role, layer=layer)
+    def transform_query_key(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int
+    ) -> Tensor:
+        """Return `x` turned by its own positions; see `Scheme.transform_query_key`."""
+        return self.rope.transform_query_key(x, rotation, role=role, layer=layer)
 
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return what remapping changes, zero within the window; see `Scheme.score_bias`."""
@@ -94,16 +96,18 @@ class WindowedRope(Scheme):
         if not distant:
             return bias
         query, key, key_ids = query.to(wide), key[:, :, :distant].to(wide), positions.key_ids[:, :distant]
-        query_turn = self.rope.rotation(self.remapped(positions.query_ids, "query") - positions.query_ids)
-        key_turn = self.rope.rotation(self.remapped(key_ids, "key") - key_ids)
-        far_query = self.rope.rotate(query, query_turn, role="query", layer=layer)
-        far_key = self.rope.rotate(key, key_turn, role="key", layer=layer)
+        query_turn = self.rope.prepare_positions(self.remapped(positions.query_ids, "query") - positions.query_ids)
+        key_turn = self.rope.prepare_positions(self.remapped(key_ids, "key") - key_ids)
+        far_query = self.rope.transform_query_key(query, query_turn, role="query", layer=layer)
+        far_key = self.rope.transform_query_key(key, key_turn, role="key", layer=layer)
         change = torch.matmul(far_query, far_key.transpose(-1, -2)) - torch.matmul(query, key.transpose(-1, -2))
         is_near = positions.distance[:, :distant] > -self.window
         return torch.cat((change.masked_fill(is_near, 0.0) * scaling, bias[..., distant:]), dim=-1)
 
-    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Paired | None:
-        """Return both as they are where no pair is distant, and distant keys turned on beside one query; see `Scheme.paired`."""
+    def fold_bias_into_query_key(
+        self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int
+    ) -> FoldedBias | None:
+        """Return both as they are where no pair is distant, and distant keys turned on beside one query; see the base class."""
         if not self.reach(key):
             return query, key, None
         if query.shape[2] > 1:
@@ -112,10 +116,10 @@ class WindowedRope(Scheme):
         def rotation() -> Any:
             key_ids, query_ids = positions.key_ids, positions.query_ids
             seen_from = query_ids - self.remapped(query_ids, "query") + self.remapped(key_ids, "key")
-            return self.rope.rotation((seen_from - key_ids).masked_fill(positions.distance > -self.window, 0))
+            return self.rope.prepare_positions((seen_from - key_ids).masked_fill(positions.distance > -self.window, 0))
 
         turn = positions.once((self.options, "turn"), rotation)  # near keys turn by nothing: one pass serves all
-        return query, self.rope.rotate(key, turn, role="key", layer=layer), None
+        return query, self.rope.transform_query_key(key, turn, role="key", layer=layer), None
 
     def reach(self, key: Tensor) -> int:
         """Return how many keys, from the first, can be distant from a query that may look at them: all but those within the window.

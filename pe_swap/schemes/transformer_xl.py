@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pe_swap.schemes.positions import Positions, pairs_of
-from pe_swap.schemes.base import SCHEMES, Geometry, Paired, Scheme
+from pe_swap.schemes.base import SCHEMES, FoldedBias, Geometry, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
+from pe_swap.schemes.positions import Positions, pairs_of
 from pe_swap.schemes.sinusoidal import sinusoids
 
 SINUSOID_BASE = 10_000
@@ -131,8 +131,10 @@ class TransformerXL(Scheme):
         by_key = torch.matmul(key, scaling * content_bias).transpose(-1, -2)
         return self.distance_term(query, positions, scaling, layer) + by_key
 
-    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Paired | None:
-        """Return queries with `u` in them, and the term of distances; see `Scheme.paired`."""
+    def fold_bias_into_query_key(
+        self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int
+    ) -> FoldedBias | None:
+        """Return queries with `u` in them, and the term of distances; see `Scheme.fold_bias_into_query_key`."""
         content_bias = self.content_biases[self._name(layer)].to(query.dtype)[:, None]
         return query + content_bias, key, self.distance_term(query, positions, scaling, layer)
 

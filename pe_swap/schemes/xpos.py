@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from pe_swap.errors import OptionError
-from pe_swap.schemes.positions import Positions
-from pe_swap.schemes.base import SCHEMES, Geometry, Paired, Scheme
+from pe_swap.schemes.base import SCHEMES, FoldedBias, Geometry, Scheme
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions
+from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.rope import rotation_by, turn
 from pe_swap.schemes.sinusoidal import inverse_frequencies
 
@@ -99,13 +99,15 @@ class Xpos(Scheme):
         decay = torch.tensor(self._log_decay, dtype=torch.float32, device=device)
         return torch.cat((decay, decay)) if self.options.layout == "half" else decay.repeat_interleave(2)
 
-    def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and signed sines; see `rotation_by` and `Scheme.rotation`."""
+    def prepare_positions(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines; see `rotation_by` and `Scheme.prepare_positions`."""
         inv_freq = torch.tensor(self._inv_freq, dtype=torch.float32, device=position_ids.device)
         return rotation_by(position_ids[:, None, :, None].float() * inv_freq, self.options.layout)
 
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int) -> Tensor:
-        """Return `x` turned by its positions, without decay; see `Scheme.rotate`."""
+    def transform_query_key(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], *, role: Literal["query", "key"], layer: int
+    ) -> Tensor:
+        """Return `x` turned by its positions, without decay; see `Scheme.transform_query_key`."""
         return turn(x, rotation, self.options.layout)
 
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
@@ -124,8 +126,10 @@ class Xpos(Scheme):
         decayed = torch.matmul(query * query_factor, (key * key_factor).transpose(-1, -2))
         return decayed - torch.matmul(query, key.transpose(-1, -2))
 
-    def paired(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Paired | None:
-        """Return queries and keys with their decay from the last query, where it is small; see `Scheme.paired`."""
+    def fold_bias_into_query_key(
+        self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int
+    ) -> FoldedBias | None:
+        """Return queries and keys with their decay from the last query, where it is small; see `Scheme.fold_bias_into_query_key`."""
         if -self._log_decay[0] * (query.shape[2] - 1) > LARGEST_PAIRED_EXPONENT:
             return None
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32

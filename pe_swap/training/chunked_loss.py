@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from pe_swap.families import known_loss_type
 from pe_swap.errors import UnsupportedModelError
 from pe_swap.evaluation.losses import LOGITS_IN_A_CHUNK, check_head, vocabulary_head
+from pe_swap.families import known_loss_type
 
 IGNORED = -100
 """Label of a token without a target, as in transformers."""

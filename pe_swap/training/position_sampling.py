@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pe_swap.runs.config import PositionSampling
 from pe_swap.errors import ConfigError
-from pe_swap.swap import positional_of
+from pe_swap.patching.install import holder_of
+from pe_swap.runs.config import PositionSampling
 
 
 def randomized(length: int, max_length: int) -> Tensor:
     """Return a sorted random subset of `[0, max_length)`, `[length]`, int64, from torch's own generator.
 
-    Ruoss et al., "Randomized Positional Encodings Boost Length Generalization of Transformers" (ACL 2023, arXiv:2305.16843), section 3.
+    Ruoss et al., "Randomized SchemeHolder Encodings Boost Length Generalization of Transformers" (ACL 2023, arXiv:2305.16843), section 3.
     Differs from the paper: none in training; it samples in evaluation too.
     """
     return torch.randperm(max_length)[:length].sort().values
@@ -33,7 +33,7 @@ def pose(length: int, max_length: int) -> Tensor:
 
     The skip comes after a first part of 1 to `(length + 1) // 2` tokens, and is 0 to `max_length - length` positions long.
 
-    Zhu et al., "PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise Training" (ICLR 2024, arXiv:2309.10400),
+    Zhu et al., "PoSE: Efficient Context Window Extension of LLMs via SchemeHolder Skip-wise Training" (ICLR 2024, arXiv:2309.10400),
     with two chunks, and the draws of the authors' code. Differs from the paper: the text goes on where the first part ends, where
     theirs takes the second from further down the document.
     """
@@ -77,10 +77,10 @@ def refuse_sampling(model: PreTrainedModel, sampling: PositionSampling, block_si
             f"train.positions.max_length is {sampling.max_length:,}, but the model's positions end at {limit:,}. Use at most {limit:,}, "
             "or swap to a scheme that goes on."
         )
-    positional = positional_of(model)
-    if positional is None:
+    holder = holder_of(model)
+    if holder is None:
         return  # the model's own table reads them
-    schemes = [positional.scheme_at(index) for index in range(len(positional.schemes))]
+    schemes = [holder.scheme_at(index) for index in range(len(holder.schemes))]
     if not any(scheme.reads_position_ids for scheme in schemes):
         names = ", ".join(f"'{scheme.name}'" for scheme in schemes) or "no scheme"
         raise ConfigError(

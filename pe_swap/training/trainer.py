@@ -22,16 +22,16 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from pe_swap.runs import data as text
-from pe_swap.runs.config import DataSection, FinetuneConfig, MeasureSection, PositionSampling, TrainSection, resolved
 from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError
 from pe_swap.evaluation.evaluator import Evaluator, is_causal, longest_input
-from pe_swap.saving.model_card import record_fine_tuning
+from pe_swap.patching.install import positional_parameters
+from pe_swap.runs import data as text
+from pe_swap.runs.config import DataSection, FinetuneConfig, MeasureSection, PositionSampling, TrainSection, resolved
 from pe_swap.runs.models import apply_scheme, content_hashes, is_configuration, load_model, scheme_name, start_model
-from pe_swap.training.position_sampling import refuse_sampling, with_sampled_positions
 from pe_swap.runs.records import Stopwatch, environment, fingerprint, read_record, write_record
-from pe_swap.swap import positional_parameters
+from pe_swap.saving.model_card import record_fine_tuning
 from pe_swap.training.chunked_loss import loss_in_chunks
+from pe_swap.training.position_sampling import refuse_sampling, with_sampled_positions
 
 CHECKPOINTS = "checkpoints"
 """Folder of the Trainer's checkpoints in a run's output folder."""
@@ -240,7 +240,7 @@ def _arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments
         ) from error
 
 
-def whole_checkpoints(out: Path) -> list[Path]:
+def complete_checkpoints(out: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first, without any that a kill left half written.
 
     The Trainer writes `trainer_state.json` last, so a folder in which it cannot be read is not whole.
@@ -260,7 +260,7 @@ def last_checkpoint(out: Path) -> str:
     Raises:
         CheckpointError: there is none.
     """
-    found = whole_checkpoints(out)
+    found = complete_checkpoints(out)
     if not found:
         raise CheckpointError(f"There is no checkpoint to resume from in '{out / CHECKPOINTS}'. Run without --resume to start.")
     return str(found[-1])
@@ -272,7 +272,7 @@ def _refuse_stopped(out: Path, previous: dict[str, Any] | None) -> None:
     Raises:
         CheckpointError: it is one.
     """
-    if whole_checkpoints(out) and (previous is None or previous.get("status") == "running"):
+    if complete_checkpoints(out) and (previous is None or previous.get("status") == "running"):
         raise CheckpointError(
             f"'{out}' holds checkpoints of a run that was stopped. Continue it with --resume, or start anew in another --out."
         )
@@ -287,7 +287,7 @@ def _refuse_another(out: Path, previous: dict[str, Any], key: str, settings: dic
     """
     if previous.get("fingerprint") in (None, key):
         return
-    changed = _changed_keys(_deciding(previous.get("config") or {}), _deciding(settings))
+    changed = _changed_keys(_settings_that_matter(previous.get("config") or {}), _settings_that_matter(settings))
     if changed:
         raise ConfigError(
             f"'{out}' holds a run with another configuration (another {', '.join(changed)}); resuming would mix the two. Use the same "
@@ -344,10 +344,12 @@ def run_fingerprint(config: FinetuneConfig, text_key: str) -> str:
         config: the run's.
         text_key: `text_digest` of its text. Of local models, tokenizers and configurations the content counts too.
     """
-    return fingerprint([_deciding(resolved(config)), text_key, content_hashes(config.model), content_hashes(config.tokenizer)])
+    return fingerprint(
+        [_settings_that_matter(resolved(config)), text_key, content_hashes(config.model), content_hashes(config.tokenizer)]
+    )
 
 
-def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+def _settings_that_matter(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that a run's numbers depend on."""
     return {name: value for name, value in settings.items() if name not in ("out", "resume")}
 
@@ -395,7 +397,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     record["perplexity"]["after_swap"] = perplexity(model, evaluator)
     is_main = _is_main_process()
 
-    def make_room() -> None:
+    def discard_previous_run() -> None:
         """Let go of the run before: of its checkpoints, which a later resume would take for this run's own, and its record."""
         if is_main:
             if not config.resume and (out / CHECKPOINTS).exists():
@@ -411,7 +413,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         seed=config.seed,
         out=out,
         resume=config.resume,
-        on_start=make_room,
+        on_start=discard_previous_run,
     )
     trained = config.train.max_steps > 0
     record["perplexity"]["after_training"] = perplexity(model, evaluator) if trained else None

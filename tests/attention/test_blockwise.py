@@ -11,8 +11,8 @@ from torch import Tensor
 from pe_swap.attention import blockwise
 from pe_swap.attention.blockwise import blockwise_attention
 from pe_swap.attention.plain import plain_attention
+from pe_swap.schemes.base import FoldedBias
 from pe_swap.schemes.positions import Positions, slots_from
-from pe_swap.schemes.base import Paired
 from tests.support.calls import Call, calls, left_padded_call, looks_somewhere
 from tests.support.memory import Largest
 
@@ -78,7 +78,7 @@ def test_pairs_that_have_their_bias_in_them_equal_the_plain_form_of_it(call: Cal
     def bias(query: Tensor, key: Tensor, positions: Positions) -> Tensor:
         return 0.4 * query @ (scaled(key, positions) - key).transpose(-1, -2)
 
-    def paired(query: Tensor, key: Tensor, positions: Positions) -> Paired | None:
+    def paired(query: Tensor, key: Tensor, positions: Positions) -> FoldedBias | None:
         way = int(positions.query_slots[0]) // block % 3
         if way == 0:
             return query, scaled(key, positions), None

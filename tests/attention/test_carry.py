@@ -53,7 +53,7 @@ def test_the_cache_holds_one_channel_more_and_the_same_numbers() -> None:
         scheme = model.transformer.wpe.scheme_at(0)
         assert past.layers[0].keys.shape == (1, 12, 5, 9)
         assert past.layers[0].values.shape == (1, 12, 5, 8)
-        assert torch.equal(past.layers[0].keys[..., 8:], scheme.carry(hidden[0], layer=0))
+        assert torch.equal(past.layers[0].keys[..., 8:], scheme.extra_key_channels(hidden[0], layer=0))
 
 
 def test_a_cache_of_another_scheme_or_allocated_ahead_is_refused() -> None:

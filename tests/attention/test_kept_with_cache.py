@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pe_swap.attention import kept
 from pe_swap.attention.kept_with_cache import Kept
-from pe_swap.swap import positional_of, positional_parameters
+from pe_swap.patching.install import holder_of, positional_parameters
 from tests.support.models import swapped, token_ids, with_cache
 
 CASES = ["transformer-xl", "deberta", "deberta-log", "deberta-clip"]
@@ -163,13 +163,13 @@ def test_gradients_reach_the_weights_from_a_token_with_a_cache(case: str) -> Non
     model, ids, cache = swapped("gpt2", case), token_ids(2, 10), DynamicCache()
     step(model, cache, ids[:, :8]), step(model, cache, ids[:, 8:9])
     model(ids[:, 9:], **with_cache(model, cache)).logits.square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in positional_of(model).parameters())
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in holder_of(model).parameters())
 
 
 def test_a_table_of_distances_grows_with_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pe_swap.schemes.transformer_xl.KEPT_ROWS", 4)
     model, ids, cache = swapped("gpt2", "transformer-xl"), token_ids(1, 14), DynamicCache()
-    scheme = positional_of(model).scheme_at(0)
+    scheme = holder_of(model).scheme_at(0)
     rows, vectors = [], scheme.distance_vectors
     monkeypatch.setattr(scheme, "distance_vectors", lambda distance: rows.append(len(distance)) or vectors(distance))
     parts = [step(model, cache, part) for part in ids.split((3, *[1] * 11), dim=1)]

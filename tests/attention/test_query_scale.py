@@ -7,8 +7,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import pe_swap
 from pe_swap.errors import OptionError, UnsupportedBackendError
 from pe_swap.schemes import SCHEMES, build_options
-from tests.support.models import FAMILIES, build, disturb, token_ids, with_cache
 from tests.references import length_scale as reference
+from tests.support.models import FAMILIES, build, disturb, token_ids, with_cache
 from tests.support.schemes import build as build_scheme
 
 SCALED = [

@@ -15,9 +15,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 import pe_swap
 from pe_swap.attention import backends
-from pe_swap.attention.shared_in_call import ARGUMENT, CallMemo
 from pe_swap.attention.relative import relative_bias_attention
-from pe_swap.swap import positional_of
+from pe_swap.attention.shared_in_call import ARGUMENT, SharedInCall
+from pe_swap.patching.install import holder_of
 from tests.support.models import CASES, disturb, swapped, token_ids, with_cache
 
 HOOK = {"rope": "rotation", "alibi": "relative_bias", "t5": "relative_bias", "kerple-power": "relative_bias"}
@@ -26,7 +26,7 @@ SHARED = ["rope", "alibi", "t5"]
 
 def count_calls(model: PreTrainedModel, case: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     calls: Counter[str] = Counter()
-    scheme, hook = positional_of(model).scheme_at(0), HOOK[case]
+    scheme, hook = holder_of(model).scheme_at(0), HOOK[case]
     function = getattr(scheme, hook)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ def test_a_decoded_token_has_its_distances_worked_out_once(case: str, method: st
     model, ids = swapped("gpt2", case), token_ids(2, 9)
     cache = DynamicCache(config=model.config)
     calls: Counter[str] = Counter()
-    scheme = positional_of(model).scheme_at(0)
+    scheme = holder_of(model).scheme_at(0)
     function = getattr(scheme, method)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -146,16 +146,16 @@ def test_threads_do_not_meet() -> None:
 
 def test_nothing_stays_on_the_model() -> None:
     model, ids = swapped("gpt2", "rope"), token_ids(1, 12)
-    size = len(pickle.dumps(positional_of(model)))
+    size = len(pickle.dumps(holder_of(model)))
     with torch.no_grad():
         model(ids)
-    assert len(pickle.dumps(positional_of(model))) == size
+    assert len(pickle.dumps(holder_of(model))) == size
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
 
 
 def test_a_tensor_freed_meanwhile_lends_its_identity_to_no_other() -> None:
-    memo = CallMemo()
+    memo = SharedInCall()
     with torch.no_grad():
         for value in range(50):  # each is freed before the next is made, unless the memo keeps it
             assert memo.once("double", (one := torch.tensor(value),), lambda: int(one) * 2) == 2 * value
@@ -174,4 +174,4 @@ def test_the_argument_reaches_no_attention_function(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         model(token_ids(1, 5))
     assert len(seen) == 2
-    assert all("positional" in keywords and ARGUMENT not in keywords for keywords in seen)
+    assert all("attention_call" in keywords and ARGUMENT not in keywords for keywords in seen)

@@ -10,9 +10,9 @@ import torch
 
 from pe_swap.commands import benchmark as measuring
 from pe_swap.commands.benchmark import benchmark, build, memory_rows
-from pe_swap.runs.config import BenchmarkConfig, parse
 from pe_swap.errors import ConfigError, UnknownNameError
-from pe_swap.swap import positional_of
+from pe_swap.patching.install import holder_of
+from pe_swap.runs.config import BenchmarkConfig, parse
 
 TINY = {"layers": 1, "hidden_size": 24, "heads": 2, "vocab_size": 32, "pairs": 3, "seconds": 0.01, "threads": 1}
 
@@ -65,8 +65,8 @@ def test_rows_are_kept_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_contestants_are_one_model_with_and_without_the_swap() -> None:
     config = BenchmarkConfig(**TINY)
     plain, swapped = (build(config, name, 16) for name in ("original", "rope"))
-    assert positional_of(plain) is None
-    assert positional_of(swapped).scheme_at(0).name == "rope"
+    assert holder_of(plain) is None
+    assert holder_of(swapped).scheme_at(0).name == "rope"
     own = plain.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in swapped.state_dict().items() if not name.startswith("wpe."))
 
@@ -75,7 +75,7 @@ def test_options_of_a_scheme(tmp_path: Path) -> None:
     given = {"lengths": [8], "tasks": ["forward", "memory"], "peers": False, "out": str(tmp_path)}
     config = parse(BenchmarkConfig, ["--options.alibi.trainable", "true", "--schemes", "alibi", "t5"], description="x")
     config = config.model_copy(update={**TINY, **given})
-    assert positional_of(build(config, "alibi", 8)).scheme_at(0).options.trainable is True
+    assert holder_of(build(config, "alibi", 8)).scheme_at(0).options.trainable is True
     rows = benchmark(config)["results"]
     assert [row["model"] for row in rows] == ["alibi (trainable=True)", "t5"] * 2
     assert "| alibi (trainable=True) |" in (tmp_path / "report.md").read_text()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pe_swap.__main__ import main
-from pe_swap.runs.config import run
-from pe_swap.errors import OptionError
 from pe_swap.commands.gallery import HEAD_DIM, describe, drawable, show, show_several
+from pe_swap.errors import OptionError
+from pe_swap.runs.config import run
 from pe_swap.schemes import SCHEMES
 from pe_swap.schemes.alibi import Alibi
 
@@ -96,9 +96,11 @@ def test_all_are_those_that_act_on_something_alike_ones_together(tmp_path: Path)
     assert set(drawable(is_causal=False)) == {name for name in drawable() if not SCHEMES[name].causal_only}
     assert run(main, ["show", "all", "--heads", "1", "--length", "8", "--out", str(tmp_path / "x.png")]) == 0
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    hooks = [sorted(SCHEMES[name].hooks_for(SCHEMES[name].Options()) - {"carry", "score_bias"}) for name in drawable()]
+    hooks = [
+        sorted(SCHEMES[name].hooks_for(SCHEMES[name].Options()) - {"extra_key_channels", "score_bias"}) for name in drawable()
+    ]
     groups = [group for previous, group in zip([None, *hooks], hooks, strict=False) if group != previous]
-    assert groups == [["encode"], ["embed"], ["rotate"], ["relative_bias"], []]
+    assert groups == [["encode"], ["embed"], ["transform_query_key"], ["relative_bias"], []]
 
 
 def test_several_pictures_go_to_one_file_and_take_no_options(

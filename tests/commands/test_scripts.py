@@ -18,10 +18,10 @@ import yaml
 from transformers import Trainer
 
 from pe_swap.commands import compare as comparing
-from pe_swap.runs.config import run
 from pe_swap.errors import PESwapError
 from pe_swap.evaluation import suite
 from pe_swap.evaluation.evaluator import DIVERGED
+from pe_swap.runs.config import run
 from pe_swap.runs.report import COLUMNS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -11,10 +11,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from pe_swap.runs.config import MeasureSection
+from pe_swap.commands.evaluate import short_labels
 from pe_swap.errors import DataError
 from pe_swap.evaluation.evaluator import DIVERGED, Evaluator, by_position
-from pe_swap.commands.evaluate import short_labels
+from pe_swap.runs.config import MeasureSection
 from tests.support.models import TRAINED_LENGTH, VOCABULARY, build, swapped
 
 DOCUMENTS = [[5 + (index * index + 7 * document) % 80 for index in range(size)] for document, size in enumerate((150, 70, 33))]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pe_swap.swap import positional_parameters
+from pe_swap.patching.install import positional_parameters
 from tests.interop import distributed_run
-from tests.support.processes import ROOT, environment
 from tests.support.models import swapped
+from tests.support.processes import ROOT, environment
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

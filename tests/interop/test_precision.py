@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import pe_swap
+from pe_swap.patching.install import holder_of, positional_parameters
 from pe_swap.schemes import Scheme
-from pe_swap.swap import positional_of, positional_parameters
 from tests.support.models import BACKENDS, CASES, build, disturb, token_ids, with_cache
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -53,7 +53,7 @@ def swapped(case: str) -> PreTrainedModel:
 
 def in_both(case: str, dtype: torch.dtype) -> tuple[Scheme, Scheme]:
     """Return a scheme in a narrow dtype, and the same rounded numbers in float32."""
-    scheme = positional_of(swapped(case)).scheme_at(0)
+    scheme = holder_of(swapped(case)).scheme_at(0)
     narrow = copy.deepcopy(scheme).to(dtype)
     return narrow, copy.deepcopy(narrow).float()
 
@@ -80,15 +80,17 @@ def test_vectors_are_float32_until_they_are_added(case: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("case", cases_with("rotate"))
+@pytest.mark.parametrize("case", cases_with("transform_query_key"))
 def test_angles_are_float32_and_the_rotation_is_rounded_once(case: str, dtype: torch.dtype) -> None:
     narrow, wide = in_both(case, dtype)
     position_ids = torch.tensor([EDGES])
     x = torch.randn(1, HEADS, 1, HEAD_DIM).expand(1, HEADS, len(EDGES), HEAD_DIM).to(dtype)
     for role in ("query", "key"):
-        found = narrow.rotate(x, narrow.rotation(position_ids), role=role, layer=0)
+        found = narrow.transform_query_key(x, narrow.prepare_positions(position_ids), role=role, layer=0)
         assert found.dtype == dtype
-        assert torch.equal(found, wide.rotate(x.float(), wide.rotation(position_ids), role=role, layer=0).to(dtype))
+        assert torch.equal(
+            found, wide.transform_query_key(x.float(), wide.prepare_positions(position_ids), role=role, layer=0).to(dtype)
+        )
         if case == "rope":
             assert (found.diff(dim=2).abs().amax(dim=(0, 1, 3)) > 0.01).all(), "two positions turn alike"
 
@@ -114,12 +116,12 @@ QUERIES = 4
 def random_cache(model: PreTrainedModel, length: int, dtype: torch.dtype) -> DynamicCache:
     """Return a cache of random keys and values, as if `length` tokens had been read."""
     generator, cache = torch.Generator().manual_seed(3), DynamicCache(config=model.config)
-    positional = positional_of(model)
+    positional = holder_of(model)
     for layer in range(2):
         keys, values = (torch.randn(1, HEADS, length, HEAD_DIM, generator=generator).to(dtype) for _ in range(2))
-        if positional is not None and "carry" in positional.scheme_at(0).hooks:
+        if positional is not None and "extra_key_channels" in positional.scheme_at(0).hooks:
             states = torch.randn(1, length, HEADS * HEAD_DIM, generator=generator).to(dtype)
-            keys = torch.cat((keys, positional.scheme_at(0).carry(states, layer=layer)), dim=-1)
+            keys = torch.cat((keys, positional.scheme_at(0).extra_key_channels(states, layer=layer)), dim=-1)
         cache.update(keys, values, layer)
     return cache
 
@@ -204,7 +206,7 @@ def test_no_future_key_outweighs_the_mask(scheme: str, options: dict[str, Any], 
     model = pe_swap.swap_positional(build("gpt2", backend), scheme, **options)
     if scheme == "fox":
         with torch.no_grad():
-            for bias in positional_of(model).schemes[0].gate_biases.values():
+            for bias in holder_of(model).schemes[0].gate_biases.values():
                 bias.fill_(-400.0)
     model.to(dtype)
     ids = token_ids(1, 300)

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, GenerationConfig, PreTrainedModel, pipeline
 
 import pe_swap
-from pe_swap.swap import positional_parameters
+from pe_swap.patching.install import positional_parameters
 from tests.interop import training_run
+from tests.support.models import TRAINED_LENGTH, VOCABULARY, build, checkpoint_activations, swapped, token_ids
 from tests.support.processes import ROOT, environment
 from tests.support.words import WORDS, word_tokenizer
-from tests.support.models import TRAINED_LENGTH, VOCABULARY, build, checkpoint_activations, swapped, token_ids
 
 LONG = 3 * TRAINED_LENGTH
 """Tokens: well beyond the trained length."""

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import pe_swap
-from pe_swap.swap import positional_of
+from pe_swap.patching.install import holder_of
 from tests.support.weights import LAYERS, TRAINED_LENGTH, copy_linear, gpt2, randomize
 
 HEADS, HEAD_DIM, LENGTH = 12, 8, 200
@@ -28,7 +28,7 @@ def t5_attention(is_decoder: bool) -> Any:
 
 def set_table(model: Any, attention: Any) -> None:
     with torch.no_grad():
-        positional_of(model).scheme_at(0).table.copy_(attention.relative_attention_bias.weight * 8)
+        holder_of(model).scheme_at(0).table.copy_(attention.relative_attention_bias.weight * 8)
         attention.relative_attention_bias.weight.mul_(8)
 
 
@@ -50,7 +50,7 @@ def test_decoder_attention_is_t5s(layer: int) -> None:
     causal = torch.full((LENGTH, LENGTH), torch.finfo(torch.float32).min).triu(1)[None, None]
     expected = theirs(hidden, mask=causal)[0]
     found = attention(hidden)[0]
-    positional_of(ours).scheme_at(0).table.zero_()
+    holder_of(ours).scheme_at(0).table.zero_()
     check(found, expected, attention(hidden)[0])
 
 
@@ -73,5 +73,5 @@ def test_encoder_attention_is_t5s(layer: int) -> None:
     hidden = torch.randn(2, LENGTH, WIDTH)
     expected = theirs(hidden)[0]
     found = theirs.o(attention(hidden)[0])
-    positional_of(ours).scheme_at(0).table.zero_()
+    holder_of(ours).scheme_at(0).table.zero_()
     check(found, expected, theirs.o(attention(hidden)[0]))

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from pe_swap.patching.devices import on_device
+from pe_swap.patching.install import holder_of
 from pe_swap.schemes.base import ATTENTION_HOOKS
-from pe_swap.swap import positional_of
 from tests.support.models import CASES, build, swapped, token_ids
 
 FIRST, SECOND = torch.device("cpu"), torch.device("meta")
@@ -23,7 +23,7 @@ FIRST, SECOND = torch.device("cpu"), torch.device("meta")
 
 def read_by_layers(case: str) -> bool:
     """Tell whether a case has weights that act inside attention."""
-    scheme = positional_of(swapped("gpt2", case)).scheme_at(0)
+    scheme = holder_of(swapped("gpt2", case)).scheme_at(0)
     return bool(scheme.hooks & ATTENTION_HOOKS) and next(scheme.parameters(), None) is not None
 
 
@@ -53,7 +53,7 @@ def test_weights_kept_on_disk_are_read_all_the_same(family: str, case: str, laye
         expected = model(ids).logits
         assert torch.equal(loaded(ids).logits, expected)
         assert torch.equal(loaded(ids).logits, expected)
-    assert not any(parameter.is_meta for parameter in positional_of(loaded).parameters())
+    assert not any(parameter.is_meta for parameter in holder_of(loaded).parameters())
 
 
 def spread(model: PreTrainedModel, mode: FakeTensorMode) -> PreTrainedModel:
@@ -87,7 +87,7 @@ def test_layers_on_another_device_than_the_positional_weights(case: str, backend
 
 @pytest.mark.parametrize("case", ["t5", "fire", "deberta-log", "none-norm"])
 def test_a_stand_in_has_every_weight_and_passes_gradients_on(case: str) -> None:
-    scheme = positional_of(swapped("gpt2", case)).scheme_at(0)
+    scheme = holder_of(swapped("gpt2", case)).scheme_at(0)
     assert on_device(scheme, torch.device("cpu")) is scheme
     stand_in = on_device(scheme, torch.device("meta"))
     assert {weight.device.type for weight in scheme.parameters()} == {"cpu"}
@@ -101,7 +101,7 @@ def test_a_stand_in_has_every_weight_and_passes_gradients_on(case: str) -> None:
 
 
 def test_a_scheme_without_weights_is_itself_anywhere() -> None:
-    scheme = positional_of(swapped("gpt2", "rope")).scheme_at(0)
+    scheme = holder_of(swapped("gpt2", "rope")).scheme_at(0)
     assert on_device(scheme, torch.device("meta")) is scheme
 
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pe_swap.families import ADAPTERS
-from pe_swap.saving.checkpoint import swapped_config_class
+from pe_swap.assignment import Assignment, from_saved
 from pe_swap.errors import CheckpointError, OptionError, PESwapError
+from pe_swap.families import FAMILIES
+from pe_swap.saving.checkpoint import swapped_config_class
 from pe_swap.schemes import SCHEMES, Geometry, build_options
-from pe_swap.assignment import Specification, from_saved
 from tests.support.models import CASES, swapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
@@ -88,9 +88,9 @@ specifications = st.one_of(
 )
 
 
-def numbers(specification: Specification, geometry: Geometry = GEOMETRY) -> int:
-    """Return how many numbers the schemes of a specification hold, building them where nothing is allocated."""
-    resolved = specification.resolve(geometry, torch.ones(geometry.trained_length, geometry.hidden_size))
+def numbers(assignment: Assignment, geometry: Geometry = GEOMETRY) -> int:
+    """Return how many numbers the schemes of a assignment hold, building them where nothing is allocated."""
+    resolved = assignment.resolve(geometry, torch.ones(geometry.trained_length, geometry.hidden_size))
     with torch.device("meta"):
         built = resolved.build(geometry)
     return max((parameter.numel() for scheme in built for parameter in scheme.parameters()), default=0)
@@ -106,26 +106,26 @@ def test_options_are_accepted_or_refused(data: st.DataObject, name: str) -> None
         return
     assert build_options(SCHEMES[name].Options, json.loads(json.dumps(options.to_dict()))) == options
     with contextlib.suppress(OptionError):  # options that do not fit this geometry
-        assert numbers(Specification((options,), (0,) * LAYERS, 0)) <= MOST_NUMBERS
+        assert numbers(Assignment((options,), (0,) * LAYERS, 0)) <= MOST_NUMBERS
 
 
 @settings(max_examples=300, deadline=None)
 @given(saved=specifications)
 def test_a_saved_specification_is_read_or_refused(saved: Any) -> None:
     try:
-        specification = from_saved(saved, LAYERS)
+        assignment = from_saved(saved, LAYERS)
     except PESwapError:
         return
-    assert len(specification.layers) == LAYERS
-    assert all(at is None or at < len(specification.options) for at in (*specification.layers, specification.input))
+    assert len(assignment.layers) == LAYERS
+    assert all(at is None or at < len(assignment.options) for at in (*assignment.layers, assignment.input))
     with contextlib.suppress(OptionError):
-        assert numbers(specification) <= MOST_NUMBERS
+        assert numbers(assignment) <= MOST_NUMBERS
 
 
 @settings(max_examples=300, deadline=None)
 @given(saved=specifications)
 def test_a_configuration_is_loaded_or_refused(saved: Any) -> None:
-    config_class = swapped_config_class(ADAPTERS["gpt2"])
+    config_class = swapped_config_class(FAMILIES["gpt2"])
     content = {"model_type": "pe_swap_gpt2", "n_layer": LAYERS, "n_head": 12, "n_embd": 96, "n_positions": "a sentence"}
     try:
         config = config_class.from_dict({**content, "pe_swap": saved})

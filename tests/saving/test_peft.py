@@ -1,4 +1,4 @@
-"""PEFT on swapped models: adapters around the weights, and the positional weights trained beside them."""
+"""PEFT on swapped models: families around the weights, and the positional weights trained beside them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, Trainer, TrainingArguments
 
 import pe_swap
-from pe_swap.families import ADAPTERS
-from pe_swap.swap import positional_of, positional_parameters
+from pe_swap.families import FAMILIES
+from pe_swap.patching.install import holder_of, positional_parameters
 from tests.support.models import VOCABULARY, build, swapped, token_ids
 
 ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
@@ -43,7 +43,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def disturb_adapter(model: nn.Module) -> None:
-    """Move every trainable parameter: the B matrices of LoRA start at zero, where an adapter does nothing."""
+    """Move every trainable parameter: the B matrices of LoRA start at zero, where an family does nothing."""
     torch.manual_seed(4)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -77,7 +77,7 @@ def test_merged_is_unmerged(family: str, case: str) -> None:
         assert torch.equal(logits(model, ids), before)
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged, ids), unmerged, **ROUNDING)
-    assert positional_of(merged) is not None
+    assert holder_of(merged) is not None
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
@@ -87,10 +87,10 @@ def test_a_saved_adapter_comes_back_on_a_swapped_base(family: str, case: str, tm
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(copy.deepcopy(base), lora(family))
     disturb_adapter(model)
-    model.save_pretrained(tmp_path / "adapter")
-    on_reloaded = PeftModel.from_pretrained(auto_class_of(family).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "family")
+    on_reloaded = PeftModel.from_pretrained(auto_class_of(family).from_pretrained(tmp_path / "base"), tmp_path / "family")
     assert torch.equal(logits(on_reloaded, ids), logits(model, ids))
-    on_swapped = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    on_swapped = PeftModel.from_pretrained(base, tmp_path / "family")
     assert torch.equal(logits(on_swapped, ids), logits(model, ids))
 
 
@@ -99,9 +99,9 @@ def test_an_adapter_alone_names_its_base_and_loads_it(tmp_path: Path) -> None:
     model, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "base"), token_ids(2, 20)
     model = get_peft_model(model, lora("gpt2"))
     disturb_adapter(model)
-    model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), ids), logits(model, ids))
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), ids), logits(model, ids))
+    model.save_pretrained(tmp_path / "family")
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "family"), ids), logits(model, ids))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "family"), ids), logits(model, ids))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
@@ -169,7 +169,7 @@ def test_a_restore_after_merging_puts_the_own_table_back(family: str) -> None:
     merged = get_peft_model(model, lora(family)).merge_and_unload()
     pe_swap.restore_positional(merged)
     torch.testing.assert_close(logits(merged, token_ids(2, 20)), logits(plain, token_ids(2, 20)), **ROUNDING)
-    table = ADAPTERS[family].position_embedding
+    table = FAMILIES[family].position_embedding
     assert torch.equal(merged.base_model.get_submodule(table).weight, plain.base_model.get_submodule(table).weight)
 
 

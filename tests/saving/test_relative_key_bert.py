@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMas
 
 import pe_swap
 from pe_swap.errors import CheckpointError
+from pe_swap.patching.install import holder_of
 from pe_swap.saving.relative_key_bert import load_relative_key_bert
-from pe_swap.swap import positional_of
 from tests.interop.make_relative_key_golden import CASES, CONFIG, GOLDEN, inputs, weight
 
 EXPECTED = json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]
@@ -69,7 +69,7 @@ def test_it_saves_and_loads_and_swaps_as_any_other(tmp_path: Path) -> None:
     again = AutoModelForMaskedLM.from_pretrained(tmp_path / "new")
     assert torch.equal(logits(again), logits(model))
     assert "position_embedding_type" not in json.loads((tmp_path / "new" / "config.json").read_text())
-    scheme = positional_of(again).scheme_at(0)
+    scheme = holder_of(again).scheme_at(0)
     assert (scheme.options.max_distance, scheme.options.variant) == (15, "key_query")
     long = torch.ones(1, 40, dtype=torch.long)
     with torch.no_grad():

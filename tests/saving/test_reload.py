@@ -30,12 +30,12 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 import pe_swap
-from pe_swap.families import ADAPTERS
-from pe_swap.saving.checkpoint import _heads_by_auto_class
 from pe_swap.errors import CheckpointError
-from pe_swap.swap import positional_of
-from tests.support.processes import python
+from pe_swap.families import FAMILIES
+from pe_swap.patching.install import holder_of
+from pe_swap.saving.checkpoint import _heads_by_auto_class
 from tests.support.models import PAIRS, TRAINED_LENGTH, VOCABULARY, build, disturb, swapped, token_ids
+from tests.support.processes import python
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
 
@@ -45,7 +45,7 @@ PER_LAYER = "rope+alibi"
 SCHEMES_ENOUGH = ["rope", "t5", "learned", "concat-learned"]
 """For what does not depend on the scheme: none of its weights in the file, some, a limit, some at the input."""
 
-AUTO_CLASSES = [(family, name) for family in ADAPTERS.names() for name in _heads_by_auto_class(ADAPTERS[family])]
+AUTO_CLASSES = [(family, name) for family in FAMILIES.names() for name in _heads_by_auto_class(FAMILIES[family])]
 
 
 def mixed(family: str) -> PreTrainedModel:
@@ -194,13 +194,11 @@ def test_without_pe_swap_every_way_fails_and_says_what_to_install(strangers: Any
 @pytest.mark.parametrize(("family", "auto_class"), AUTO_CLASSES)
 @pytest.mark.parametrize("case", SCHEMES_ENOUGH)
 def test_every_auto_class_loads_its_head(family: str, auto_class: str, case: str, tmp_path: Path) -> None:
-    adapter = ADAPTERS[family]
-    head = _heads_by_auto_class(adapter)[auto_class]
+    family = FAMILIES[family]
+    head = _heads_by_auto_class(family)[auto_class]
     torch.manual_seed(1)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": VOCABULARY, "pad_token_id": 0}
-    config = adapter.config_class(
-        **sizes, max_position_embeddings=TRAINED_LENGTH, is_decoder=auto_class == "AutoModelForCausalLM"
-    )
+    config = family.config_class(**sizes, max_position_embeddings=TRAINED_LENGTH, is_decoder=auto_class == "AutoModelForCausalLM")
     model = head(config)
     name, options = {"rope": ("rope", {}), "t5": ("t5", {}), "learned": ("learned", {"max_length": 40})}.get(
         case, ("concat", {"table": "learned", "dim": 7})
@@ -455,5 +453,5 @@ def test_a_loaded_model_swaps_on_and_its_limits_follow(tmp_path: Path) -> None:
     pe_swap.swap_positional(loaded, "rope").save_pretrained(tmp_path / "b")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
     assert again.config.n_positions == 2**20
-    assert positional_of(again).max_length is None
+    assert holder_of(again).max_length is None
     assert_same(loaded, again, token_ids(1, 90))

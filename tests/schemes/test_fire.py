@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pe_swap.errors import OptionError
-from pe_swap.schemes.positions import Positions
 from pe_swap.schemes.fire import Fire
+from pe_swap.schemes.positions import Positions
 from tests.references import fire as reference
 from tests.support.schemes import build, geometry, positions
 

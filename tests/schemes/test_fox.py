@@ -54,12 +54,12 @@ def test_a_start_lets_older_tokens_fade_by_the_trained_length(trained_length: in
 def test_gates_read_the_hidden_state() -> None:
     scheme = build("fox", sizes=SMALL, initial_reach=320)
     hidden = torch.randn(2, 5, 24)
-    start = scheme.carry(hidden, layer=1)
+    start = scheme.extra_key_channels(hidden, layer=1)
     assert start.shape == (2, 3, 5, 1)
     torch.testing.assert_close(start, torch.full_like(start, -1 / 320))
     torch.nn.init.normal_(scheme.gate_weights["1"])
     expected = (hidden @ scheme.gate_weights["1"].T + scheme.gate_biases["1"]).sigmoid().log()
-    torch.testing.assert_close(scheme.carry(hidden, layer=1)[..., 0].transpose(1, 2), expected)
+    torch.testing.assert_close(scheme.extra_key_channels(hidden, layer=1)[..., 0].transpose(1, 2), expected)
 
 
 def test_far_back_in_bf16_nothing_is_lost_but_the_gates_rounding() -> None:

@@ -10,9 +10,9 @@ from tests.support.schemes import at_positions, build
 
 def test_hooks_are_those_asked_for() -> None:
     assert build("none").hooks == frozenset()
-    assert build("none", qk_norm=True).hooks == {"rotate"}
+    assert build("none", qk_norm=True).hooks == {"transform_query_key"}
     assert build("none", temperature="log").hooks == {"query_scale"}
-    assert build("none", logit_scale="log_n", qk_norm=True).hooks == {"rotate", "query_scale"}
+    assert build("none", logit_scale="log_n", qk_norm=True).hooks == {"transform_query_key", "query_scale"}
 
 
 @pytest.mark.parametrize("coefficient", [0.1, 0.4])

@@ -24,8 +24,8 @@ def test_a_blocks_scores_are_those_of_the_whole(name: str, is_causal: bool, firs
         torch.nn.init.normal_(parameter)
     query, key = torch.randn(2, 3, q_len, 8), torch.randn(2, 3, kv_len, 8)
     call = positions(first_query, q_len, kv_len)
-    if "carry" in scheme.hooks:
-        call = replace(call, carried=scheme.carry(torch.randn(2, kv_len, 24), layer=1))
+    if "extra_key_channels" in scheme.hooks:
+        call = replace(call, carried=scheme.extra_key_channels(torch.randn(2, kv_len, 24), layer=1))
     prepared = replace(call, prepared=scheme.prepare(call, layer=1))
     whole = scheme.score_bias(query, key, call, scaling=0.5, layer=1)
     assert whole.abs().max() > 0.1

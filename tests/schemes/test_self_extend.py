@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pe_swap.patching.binding import key_ids
+from pe_swap.attention.call import key_ids
 from pe_swap.errors import OptionError
 from pe_swap.schemes.positions import Positions
 from tests.references import windowed_rope as reference
@@ -58,7 +58,7 @@ def test_beside_one_query_turned_keys_say_what_the_bias_says(name: str, options:
     here = Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids))
     query, key = torch.randn(2, 3, 1, 8, dtype=torch.float64), torch.randn(2, 3, 19 + tail, 8, dtype=torch.float64)
     expected = query @ key.transpose(-1, -2) + scheme.score_bias(query, key, here, scaling=1.0, layer=0)
-    pair = scheme.paired(query, key, here, scaling=1.0, layer=0)
+    pair = scheme.fold_bias_into_query_key(query, key, here, scaling=1.0, layer=0)
     assert pair is not None
     found = pair[0] @ pair[1].transpose(-1, -2)
     torch.testing.assert_close(found[..., :19], expected[..., :19], atol=2e-6, rtol=1e-6)  # angles are float32
@@ -69,12 +69,12 @@ def test_beside_one_query_turned_keys_say_what_the_bias_says(name: str, options:
 def test_queries_and_keys_stay_as_they_are_where_no_pair_is_distant(name: str, options: dict[str, int]) -> None:
     scheme, window = build(name, sizes=SMALL, **options), options["window"]
     query, key = torch.randn(1, 3, window, 8), torch.randn(1, 3, window, 8)
-    pair = scheme.paired(query, key, positions(0, window, window), scaling=1.0, layer=0)
+    pair = scheme.fold_bias_into_query_key(query, key, positions(0, window, window), scaling=1.0, layer=0)
     assert pair is not None
     assert pair[0] is query
     assert pair[1] is key
     assert (
-        scheme.paired(
+        scheme.fold_bias_into_query_key(
             query.repeat(1, 1, 2, 1), key.repeat(1, 1, 2, 1), positions(0, 2 * window, 2 * window), scaling=1.0, layer=0
         )
         is None

@@ -55,7 +55,7 @@ def test_a_score_depends_on_the_difference_alone_wherever_it_stands(start: int) 
     scheme = xpos(8)
     query, key = torch.randn(1, 2, 300, 8), torch.randn(1, 2, 300, 8)
     here = torch.arange(300)
-    scheme.rotate = lambda x, position_ids, *, role, layer: x  # float32 angles are another matter, that of rope
+    scheme.transform_query_key = lambda x, position_ids, *, role, layer: x  # float32 angles are another matter, that of rope
     near, far = (scores(scheme, query, key, here + at, here + at).tril() for at in (0, start))
     assert torch.equal(near, far)
 
@@ -121,7 +121,7 @@ def test_decayed_queries_and_keys_say_what_the_bias_says(dtype: torch.dtype, tol
     here = positions(first, q_len, kv_len)
     plain = query.double() @ key.double().transpose(-1, -2)
     expected = (plain + scheme.score_bias(query, key, here, scaling=1.0, layer=0)).tril(first)
-    pair = scheme.paired(query, key, here, scaling=1.0, layer=0)
+    pair = scheme.fold_bias_into_query_key(query, key, here, scaling=1.0, layer=0)
     assert pair is not None
     found = (pair[0].double() @ pair[1].double().transpose(-1, -2)).tril(first)
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
@@ -131,8 +131,8 @@ def test_decayed_queries_and_keys_say_what_the_bias_says(dtype: torch.dtype, tol
 def test_a_steep_decay_is_left_to_the_bias() -> None:
     scheme = xpos(8, gamma=0.01, scale_base=1)
     query, key = torch.randn(1, 2, 300, 8), torch.randn(1, 2, 300, 8)
-    assert scheme.paired(query, key, positions(0, 300, 300), scaling=1.0, layer=0) is None
-    assert scheme.paired(query[:, :, -1:], key, positions(299, 1, 300), scaling=1.0, layer=0) is not None
+    assert scheme.fold_bias_into_query_key(query, key, positions(0, 300, 300), scaling=1.0, layer=0) is None
+    assert scheme.fold_bias_into_query_key(query[:, :, -1:], key, positions(299, 1, 300), scaling=1.0, layer=0) is not None
 
 
 def test_keys_that_nobody_sees_stay_finite_and_have_no_gradient_of_their_own() -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, Cache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import pe_swap
+from pe_swap.patching.install import positional_parameters
 from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.schemes import SCHEMES
-from pe_swap.swap import positional_parameters
 
 VOCABULARY = 89
 TRAINED_LENGTH = 32

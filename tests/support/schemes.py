@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pe_swap.schemes.positions import Positions, slots_from
 from pe_swap.schemes import SCHEMES, Geometry, Scheme, build_options
+from pe_swap.schemes.positions import Positions, slots_from
 
 
 def geometry(**changes: Any) -> Geometry:
@@ -36,4 +36,4 @@ def positions(first_query: int, q_len: int, kv_len: int) -> Positions:
 
 def at_positions(scheme: Scheme, x: Tensor, position_ids: Tensor, *, role: str = "query", layer: int = 0) -> Tensor:
     """Return `x` as a model would have it rotated at `position_ids`."""
-    return scheme.rotate(x, scheme.rotation(position_ids), role=role, layer=layer)  # type: ignore[arg-type]
+    return scheme.transform_query_key(x, scheme.prepare_positions(position_ids), role=role, layer=layer)  # type: ignore[arg-type]

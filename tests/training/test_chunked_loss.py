@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertForNextSentencePrediction
 
-from pe_swap.training import chunked_loss as training_loss
 from pe_swap.errors import UnsupportedModelError
+from pe_swap.training import chunked_loss as training_loss
 from pe_swap.training.chunked_loss import loss_in_chunks
 from tests.support.memory import Largest
 from tests.support.models import VOCABULARY, build, swapped, token_ids

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import pe_swap
-from pe_swap.runs.config import PositionSampling
 from pe_swap.errors import ConfigError
+from pe_swap.runs.config import PositionSampling
 from pe_swap.training.position_sampling import SAMPLERS, pose, randomized, with_sampled_positions
 from pe_swap.training.trainer import finetune
 from tests.support.models import build, token_ids

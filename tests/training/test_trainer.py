@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer
 
-from pe_swap.training import trainer as training
-from pe_swap.runs.config import FinetuneConfig, SchemeSection
 from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError, PESwapError
-from pe_swap.swap import positional_parameters
+from pe_swap.patching.install import positional_parameters
+from pe_swap.runs.config import FinetuneConfig, SchemeSection
+from pe_swap.training import trainer as training
 from pe_swap.training.trainer import (
     CHECKPOINTS,
     PositionalTrainer,
     causal_batch,
+    complete_checkpoints,
     finetune,
     last_checkpoint,
     run_fingerprint,
     train,
-    whole_checkpoints,
 )
 from tests.evaluation.test_evaluator import tokenizer
 from tests.support.models import TRAINED_LENGTH, build, swapped
@@ -176,7 +176,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
-    assert [folder.name for folder in whole_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20"]
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20"]
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
