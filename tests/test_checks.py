@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pe_swap
-from pe_swap.attention import binding
+from pe_swap.attention import call
 from pe_swap.patching.install import holder_of
 from tests.support.models import BACKENDS, PAIRS, TRAINED_LENGTH, build, swapped
 
@@ -61,7 +61,7 @@ def test_keys_at_wrong_positions_in_a_cache_are_seen(monkeypatch: pytest.MonkeyP
         ids = position_ids - position_ids[:, :1] if role == "key" else position_ids
         return rotate(x, rotation(ids), role=role, layer=layer)
 
-    monkeypatch.setattr(scheme, "rotation", lambda position_ids: position_ids)
+    monkeypatch.setattr(scheme, "prepare_positions", lambda position_ids: position_ids)
     monkeypatch.setattr(scheme, "transform_query_key", from_zero)
     found = outcome(pe_swap.check_positional(model))
     assert found["cached = uncached"] is False
@@ -72,7 +72,7 @@ def test_a_bias_dropped_by_a_backend_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     model = swapped("gpt2", "t5")
     assert pe_swap.check_positional(model).passed
     monkeypatch.setattr(
-        "pe_swap.patching.binding.AttentionCall.bias_by_distance",
+        "pe_swap.attention.call.AttentionCall.bias_by_distance",
         lambda context, q_len, kv_len, device: torch.zeros(12, q_len + kv_len - 1),
     )
     found = outcome(pe_swap.check_positional(model))

@@ -20,7 +20,7 @@ from pe_swap.attention.shared_in_call import ARGUMENT, SharedInCall
 from pe_swap.patching.install import holder_of
 from tests.support.models import CASES, disturb, swapped, token_ids, with_cache
 
-HOOK = {"rope": "rotation", "alibi": "relative_bias", "t5": "relative_bias", "kerple-power": "relative_bias"}
+HOOK = {"rope": "prepare_positions", "alibi": "relative_bias", "t5": "relative_bias", "kerple-power": "relative_bias"}
 SHARED = ["rope", "alibi", "t5"]
 
 
