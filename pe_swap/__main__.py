@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from pe_swap.commands.gallery import describe, drawable, markdown_table, show, show_several
-from pe_swap.runs.config import free_options, run
+from pe_swap.runs.command_line import free_options, run
 from pe_swap.schemes import SCHEMES
 
 EVERY = "all"

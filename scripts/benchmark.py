@@ -6,7 +6,8 @@ Usage: python scripts/benchmark.py [--key value ...]; --help lists the keys.
 from collections.abc import Sequence
 
 from pe_swap.commands.benchmark import benchmark
-from pe_swap.runs.config import BenchmarkConfig, parse, run
+from pe_swap.runs.command_line import parse, run
+from pe_swap.runs.config import BenchmarkConfig
 from pe_swap.runs.records import flush_denormals
 
 

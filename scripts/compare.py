@@ -6,7 +6,8 @@ Usage: python scripts/compare.py --config configs/... [--key value ...]; --help 
 from collections.abc import Sequence
 
 from pe_swap.commands.compare import compare
-from pe_swap.runs.config import CompareConfig, parse, run
+from pe_swap.runs.command_line import parse, run
+from pe_swap.runs.config import CompareConfig
 from pe_swap.runs.records import flush_denormals
 
 

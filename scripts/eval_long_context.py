@@ -6,7 +6,8 @@ Usage: python scripts/eval_long_context.py --config configs/... [--key value ...
 from collections.abc import Sequence
 
 from pe_swap.commands.evaluate import evaluate
-from pe_swap.runs.config import EvalConfig, parse, run
+from pe_swap.runs.command_line import parse, run
+from pe_swap.runs.config import EvalConfig
 from pe_swap.runs.records import flush_denormals
 
 

@@ -5,9 +5,10 @@ Usage: python scripts/finetune.py --config configs/... [--key value ...]; --help
 
 from collections.abc import Sequence
 
-from pe_swap.runs.config import FinetuneConfig, parse, run
+from pe_swap.commands.finetune import finetune
+from pe_swap.runs.command_line import parse, run
+from pe_swap.runs.config import FinetuneConfig
 from pe_swap.runs.records import flush_denormals
-from pe_swap.training.trainer import finetune
 
 
 def main(arguments: Sequence[str]) -> None:

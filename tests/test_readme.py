@@ -10,6 +10,7 @@ import yaml
 
 from pe_swap.commands.gallery import markdown_table
 from pe_swap.runs import config as configs
+from pe_swap.runs.command_line import parse
 from pe_swap.schemes import SCHEMES
 
 ROOT = Path(__file__).parents[1]
@@ -40,9 +41,7 @@ def test_commands_name_scripts_and_files_that_exist_and_arguments_that_parse() -
     for line in lines:
         script, arguments = re.search(r"scripts/(\w+)\.py(.*)", line).groups()
         assert (ROOT / "scripts" / f"{script}.py").exists()
-        configs.parse(
-            classes[script], [word.replace("configs/", f"{ROOT}/configs/") for word in arguments.split()], description=""
-        )
+        parse(classes[script], [word.replace("configs/", f"{ROOT}/configs/") for word in arguments.split()], description="")
         seen.add(script)
     assert seen == set(classes)
 

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from pe_swap.commands.evaluate import evaluate
+from pe_swap.commands.finetune import finetune, run_fingerprint, text_digest
 from pe_swap.errors import CheckpointError, ConfigError, DivergedError
-from pe_swap.runs import data as text
+from pe_swap.runs import data
 from pe_swap.runs.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, TrainSection, build, resolved
 from pe_swap.runs.models import is_configuration
 from pe_swap.runs.records import Stopwatch, environment, read_record, write_record
 from pe_swap.runs.report import write_report
 from pe_swap.schemes import SCHEMES, build_options
-from pe_swap.training.trainer import complete_checkpoints, finetune, run_fingerprint, text_digest
+from pe_swap.training.resume import complete_checkpoints
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def _finetune_once(config: FinetuneConfig, label: str, text_key: str) -> None:
 def _evaluate(config: CompareConfig, folders: list[str], out: Path) -> dict[str, Any]:
     """Evaluate all models on the held-out text; each model that was measured before on the same is kept."""
     settings = {"models": folders, "data": resolved(config.data), "seed": config.seed, "out": str(out)}
-    return evaluate(build(EvalConfig, {**resolved(config.eval), **settings}), text.texts(config.data, "eval"))
+    return evaluate(build(EvalConfig, {**resolved(config.eval), **settings}), data.load_documents(config.data, "eval"))
 
 
 def _perplexities(folder: Path) -> dict[str, Any]:

@@ -51,7 +51,9 @@ def evaluate(config: EvalConfig, texts: Sequence[str] | None = None) -> dict[str
                 f"The tokenizer has {len(tokenizer):,} tokens, the model '{name}' knows {configuration.vocab_size:,}. Models compared "
                 "on the same tokens need one vocabulary; name it with --tokenizer, or evaluate this model alone."
             )
-    documents = text.tokenized(text.texts(_all_for_evaluation(config).data, "eval") if texts is None else texts, tokenizer)
+    documents = text.tokenized(
+        text.load_documents(_all_for_evaluation(config).data, "eval") if texts is None else texts, tokenizer
+    )
     evaluator = Evaluator(documents, tokenizer, config, config.seed)
     shared = _shared_key(config, documents, tokenizer)
     labels = short_labels(config.models)

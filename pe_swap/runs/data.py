@@ -23,7 +23,7 @@ END_OF_TEXT = "<|endoftext|>"
 Part = Literal["train", "eval"]
 
 
-def texts(data: DataSection, part: Part) -> list[str]:
+def load_documents(data: DataSection, part: Part) -> list[str]:
     """Return the documents of a part, one text each.
 
     Raises:

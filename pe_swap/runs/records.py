@@ -51,6 +51,14 @@ def flushes_denormals() -> bool:
     return bool(torch.full((1,), 1e-38).mul(0.01) == 0)
 
 
+def is_main_process() -> bool:
+    """Tell whether this process writes files: the first of a distributed run, or the only one.
+
+    From the launcher's variable, as the process group exists only once the Trainer does.
+    """
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _git(*arguments: str) -> str | None:
     """Return what git says of the folder this package lies in, or None where it is no checkout."""
     try:

@@ -22,7 +22,7 @@ from pe_swap.runs.config import PositionSampling
 def randomized(length: int, max_length: int) -> Tensor:
     """Return a sorted random subset of `[0, max_length)`, `[length]`, int64, from torch's own generator.
 
-    Ruoss et al., "Randomized SchemeHolder Encodings Boost Length Generalization of Transformers" (ACL 2023, arXiv:2305.16843), section 3.
+    Ruoss et al., "Randomized Positional Encodings Boost Length Generalization of Transformers" (ACL 2023, arXiv:2305.16843), section 3.
     Differs from the paper: none in training; it samples in evaluation too.
     """
     return torch.randperm(max_length)[:length].sort().values
@@ -33,7 +33,7 @@ def pose(length: int, max_length: int) -> Tensor:
 
     The skip comes after a first part of 1 to `(length + 1) // 2` tokens, and is 0 to `max_length - length` positions long.
 
-    Zhu et al., "PoSE: Efficient Context Window Extension of LLMs via SchemeHolder Skip-wise Training" (ICLR 2024, arXiv:2309.10400),
+    Zhu et al., "PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise Training" (ICLR 2024, arXiv:2309.10400),
     with two chunks, and the draws of the authors' code. Differs from the paper: the text goes on where the first part ends, where
     theirs takes the second from further down the document.
     """
@@ -60,7 +60,7 @@ def with_sampled_positions(batch: Mapping[str, Any], sampling: PositionSampling)
     return {**batch, "position_ids": position_ids.to(tokens.device), "attention_mask": torch.ones_like(tokens)}
 
 
-def refuse_sampling(model: PreTrainedModel, sampling: PositionSampling, block_size: int, limit: int | None) -> None:
+def require_positions(model: PreTrainedModel, sampling: PositionSampling, block_size: int, limit: int | None) -> None:
     """Refuse positions that the model has none of, too few of, never reads, or reads in part.
 
     Raises:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,23 +14,18 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
-from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError
-from pe_swap.evaluation.evaluator import Evaluator, is_causal, longest_input
+from pe_swap.errors import CheckpointError, ConfigError, DataError
 from pe_swap.patching.install import positional_parameters
-from pe_swap.runs import data as text
-from pe_swap.runs.config import DataSection, FinetuneConfig, MeasureSection, PositionSampling, TrainSection, resolved
-from pe_swap.runs.models import apply_scheme, content_hashes, is_configuration, load_model, scheme_name, start_model
-from pe_swap.runs.records import Stopwatch, environment, fingerprint, read_record, write_record
+from pe_swap.runs import data
+from pe_swap.runs.config import PositionSampling, TrainSection
+from pe_swap.runs.models import is_causal, longest_input
+from pe_swap.runs.records import fingerprint, is_main_process
 from pe_swap.saving.model_card import record_fine_tuning
 from pe_swap.training.chunked_loss import loss_in_chunks
-from pe_swap.training.position_sampling import refuse_sampling, with_sampled_positions
-
-CHECKPOINTS = "checkpoints"
-"""Folder of the Trainer's checkpoints in a run's output folder."""
+from pe_swap.training.position_sampling import require_positions, with_sampled_positions
+from pe_swap.training.resume import CHECKPOINTS, last_checkpoint
 
 
 class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
@@ -105,7 +96,7 @@ def train(
     """
     if section.max_steps == 0:
         on_start()
-        if _is_main_process():
+        if is_main_process():
             model.save_pretrained(out)
             _save_tokenizer(tokenizer, model, out)
         return {"steps": 0, "train_loss": None, "blocks": 0, "dropped_tokens": 0, "log": []}
@@ -115,7 +106,7 @@ def train(
             f"data.block_size is {block_size:,}, but the model's positions end at {limit:,}. Use blocks of at most {limit:,}, or swap "
             "to a scheme that goes on."
         )
-    packed, dropped = text.blocks(documents, tokenizer, block_size, causal=is_causal(model))
+    packed, dropped = data.blocks(documents, tokenizer, block_size, causal=is_causal(model))
     arguments = _arguments(section, seed, out)
     if section.gradient_checkpointing:  # on the model, as the Trainer's argument changes its name within v5
         _checkpoint_activations(model)
@@ -125,7 +116,7 @@ def train(
             raise DataError("The tokenizer has no mask token, which an encoder's training needs. Name the model's own tokenizer.")
         collator = MaskedBatch(tokenizer, section.mlm_probability, seed)
     if section.positions is not None:
-        refuse_sampling(model, section.positions, block_size, limit)
+        require_positions(model, section.positions, block_size, limit)
     trainer = PositionalTrainer(
         model=model,
         args=arguments,
@@ -238,221 +229,3 @@ def _arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments
         raise ConfigError(
             f"transformers refuses the section 'train': {error}. Correct it in the YAML file or as --train.*."
         ) from error
-
-
-def complete_checkpoints(out: Path) -> list[Path]:
-    """Return a run's checkpoints, oldest first, without any that a kill left half written.
-
-    The Trainer writes `trainer_state.json` last, so a folder in which it cannot be read is not whole.
-    """
-    found = []
-    for folder in (out / CHECKPOINTS).glob("checkpoint-*"):
-        try:
-            found.append((int(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]), folder))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return [folder for _, folder in sorted(found)]
-
-
-def last_checkpoint(out: Path) -> str:
-    """Return the newest whole checkpoint of a run.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    found = complete_checkpoints(out)
-    if not found:
-        raise CheckpointError(f"There is no checkpoint to resume from in '{out / CHECKPOINTS}'. Run without --resume to start.")
-    return str(found[-1])
-
-
-def _refuse_stopped(out: Path, previous: dict[str, Any] | None) -> None:
-    """Refuse to start in the folder of a run that was stopped before its end: its checkpoints are all there is of it.
-
-    Raises:
-        CheckpointError: it is one.
-    """
-    if complete_checkpoints(out) and (previous is None or previous.get("status") == "running"):
-        raise CheckpointError(
-            f"'{out}' holds checkpoints of a run that was stopped. Continue it with --resume, or start anew in another --out."
-        )
-
-
-def _refuse_another(out: Path, previous: dict[str, Any], key: str, settings: dict[str, Any], text_key: str) -> None:
-    """Refuse to resume a run with anything that would change its numbers.
-
-    Raises:
-        ConfigError: the configuration, or a file of the model, is not what it was.
-        DataError: the text is not what it was.
-    """
-    if previous.get("fingerprint") in (None, key):
-        return
-    changed = _changed_keys(_settings_that_matter(previous.get("config") or {}), _settings_that_matter(settings))
-    if changed:
-        raise ConfigError(
-            f"'{out}' holds a run with another configuration (another {', '.join(changed)}); resuming would mix the two. Use the same "
-            "options, or another --out."
-        )
-    if (previous.get("data") or {}).get("sha256") != text_key:
-        raise DataError(
-            f"'{out}' holds a run on another text: what 'data' names has changed since; resuming would mix the two. Bring the text back, "
-            "or start anew in another --out."
-        )
-    raise ConfigError(
-        f"'{out}' holds a run from another model or tokenizer: their files have changed since; resuming would mix the two. Bring them "
-        "back, or start anew in another --out."
-    )
-
-
-def _changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return the dotted keys whose values differ."""
-    found = []
-    for name in dict.fromkeys([*before, *after]):
-        old, new = before.get(name), after.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _changed_keys(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(f"{prefix}{name}")
-    return found
-
-
-def perplexity(model: PreTrainedModel, evaluator: Evaluator) -> float | None:
-    """Return the perplexity at the evaluator's first length, or None where the model cannot take it."""
-    was_training = model.training
-    model.eval()
-    protocol = "nonoverlapping" if is_causal(model) else "masked"
-    measured = evaluator.measured(model, protocol, evaluator.measure.lengths[0])
-    model.train(was_training)
-    found: float | None = measured["perplexity"]
-    return found
-
-
-def text_digest(data: DataSection) -> str:
-    """Return a hash of the text that a section names, of both parts: the text itself, wherever it lies."""
-    return _joint_digest(text.texts(data, "train"), text.texts(data, "eval"))
-
-
-def _joint_digest(train_texts: Sequence[str], eval_texts: Sequence[str]) -> str:
-    """Return one hash of a text's two parts."""
-    return fingerprint([text.digest(train_texts), text.digest(eval_texts)])
-
-
-def run_fingerprint(config: FinetuneConfig, text_key: str) -> str:
-    """Return a short hash of all that decides a run's numbers.
-
-    Args:
-        config: the run's.
-        text_key: `text_digest` of its text. Of local models, tokenizers and configurations the content counts too.
-    """
-    return fingerprint(
-        [_settings_that_matter(resolved(config)), text_key, content_hashes(config.model), content_hashes(config.tokenizer)]
-    )
-
-
-def _settings_that_matter(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a run's numbers depend on."""
-    return {name: value for name, value in settings.items() if name not in ("out", "resume")}
-
-
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Swap, fine-tune and save; return the record, which is also written to the output folder.
-
-    Whatever the output folder holds of a run before stays as it is until all input has been checked.
-
-    Raises:
-        DivergedError: the training ended with losses or weights that are not finite; the record says so too.
-        PESwapError: the configuration, the text, the model or the scheme cannot be used.
-    """
-    watch, out = Stopwatch(), Path(config.out)
-    settings = resolved(config)
-    train_texts, eval_texts = text.texts(config.data, "train"), text.texts(config.data, "eval")
-    text_key = _joint_digest(train_texts, eval_texts)
-    key = run_fingerprint(config, text_key)
-    previous = read_record(out)
-    if not config.resume:
-        _refuse_stopped(out, previous)
-    elif previous is not None:
-        _refuse_another(out, previous, key, settings, text_key)
-    set_seed(config.seed)
-    tokenizer = _tokenizer(config, train_texts)
-    train_documents, eval_documents = (text.tokenized(part, tokenizer) for part in (train_texts, eval_texts))
-    length = min(config.data.block_size, max(len(document) for document in eval_documents))
-    measure = MeasureSection(lengths=[length], max_document_tokens=16 * length, max_documents=20)
-    evaluator = Evaluator(eval_documents, tokenizer, measure, config.seed)
-    scratch = is_configuration(config.model)
-    model = start_model(config.model, tokenizer) if scratch else load_model(str(config.model))
-    record: dict[str, Any] = {
-        "kind": "finetune",
-        "status": "running",
-        "fingerprint": key,
-        "config": settings,
-        **environment(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "seed": config.seed,
-        "data": {"train": text.describe(train_documents), "eval": text.describe(eval_documents), "sha256": text_key},
-        "perplexity": {"length": length, "before_swap": perplexity(model, evaluator)},
-    }
-    apply_scheme(model, config.scheme)
-    record["scheme"] = scheme_name(model)
-    record["perplexity"]["after_swap"] = perplexity(model, evaluator)
-    is_main = _is_main_process()
-
-    def discard_previous_run() -> None:
-        """Let go of the run before: of its checkpoints, which a later resume would take for this run's own, and its record."""
-        if is_main:
-            if not config.resume and (out / CHECKPOINTS).exists():
-                shutil.rmtree(out / CHECKPOINTS)
-            write_record(out, record)
-
-    record["training"] = train(
-        model,
-        tokenizer,
-        train_documents,
-        config.train,
-        block_size=config.data.block_size,
-        seed=config.seed,
-        out=out,
-        resume=config.resume,
-        on_start=discard_previous_run,
-    )
-    trained = config.train.max_steps > 0
-    record["perplexity"]["after_training"] = perplexity(model, evaluator) if trained else None
-    diverged = trained and has_diverged(model, record)
-    record |= {"status": "diverged" if diverged else "done", "seconds": watch.seconds}
-    if is_main:
-        write_record(out, record)
-    if diverged:
-        raise DivergedError(
-            f"The training in '{out}' diverged: its losses or weights are not finite, and the model saved there is of no use "
-            f"(train.learning_rate {config.train.learning_rate:g}). Train again with a lower --train.learning_rate, or more "
-            "--train.warmup_steps."
-        )
-    return record
-
-
-def has_diverged(model: PreTrainedModel, record: dict[str, Any]) -> bool:
-    """Tell whether training left a loss, a weight or a perplexity that is not finite."""
-    lost = record["perplexity"]["after_training"] is None and record["perplexity"]["after_swap"] is not None
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
-    return lost or not finite or not math.isfinite(record["training"]["train_loss"])
-
-
-def _is_main_process() -> bool:
-    """Tell whether this process writes files: the first of a distributed run, or the only one.
-
-    From the launcher's variable, as the process group exists only once the Trainer does.
-    """
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _tokenizer(config: FinetuneConfig, documents: Sequence[str]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer a configuration asks for."""
-    if config.vocab_size is not None:
-        return text.train_tokenizer(documents, config.vocab_size)
-    if config.tokenizer is not None:
-        return text.load_tokenizer(config.tokenizer)
-    if is_configuration(config.model):
-        raise ConfigError(
-            "A model started from a configuration needs a tokenizer. Name one (--tokenizer), or train one (--vocab_size 1024)."
-        )
-    return text.load_tokenizer(str(config.model))

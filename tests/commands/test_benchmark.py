@@ -12,7 +12,8 @@ from pe_swap.commands import benchmark as measuring
 from pe_swap.commands.benchmark import benchmark, build, memory_rows
 from pe_swap.errors import ConfigError, UnknownNameError
 from pe_swap.patching.install import holder_of
-from pe_swap.runs.config import BenchmarkConfig, parse
+from pe_swap.runs.command_line import parse
+from pe_swap.runs.config import BenchmarkConfig
 
 TINY = {"layers": 1, "hidden_size": 24, "heads": 2, "vocab_size": 32, "pairs": 3, "seconds": 0.01, "threads": 1}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pe_swap.__main__ import main
 from pe_swap.commands.gallery import HEAD_DIM, describe, drawable, show, show_several
 from pe_swap.errors import OptionError
-from pe_swap.runs.config import run
+from pe_swap.runs.command_line import run
 from pe_swap.schemes import SCHEMES
 from pe_swap.schemes.alibi import Alibi
 

@@ -18,10 +18,10 @@ import yaml
 from transformers import Trainer
 
 from pe_swap.commands import compare as comparing
+from pe_swap.commands import evaluate as evaluating
 from pe_swap.errors import PESwapError
-from pe_swap.evaluation import suite
 from pe_swap.evaluation.evaluator import DIVERGED
-from pe_swap.runs.config import run
+from pe_swap.runs.command_line import run
 from pe_swap.runs.report import COLUMNS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -232,7 +232,7 @@ def test_an_evaluation_that_was_killed_keeps_the_models_it_measured(
     assert call("compare", "--config", str(quick), "--out", str(out)) == 0
     line = ["--models", str(out / "control"), str(out / "alibi"), "--lengths", "16", "--data.text_files", *texts]
     line += ["--out", str(tmp_path / "e")]
-    loaded, original = [], suite.load_model
+    loaded, original = [], evaluating.load_model
 
     def counted(name: str, *args: Any) -> Any:
         loaded.append(Path(name).name)
@@ -240,7 +240,7 @@ def test_an_evaluation_that_was_killed_keeps_the_models_it_measured(
             raise KilledError
         return original(name, *args)
 
-    monkeypatch.setattr(suite, "load_model", counted)
+    monkeypatch.setattr(evaluating, "load_model", counted)
     with pytest.raises(KilledError):
         call("eval_long_context", *line)
     assert not (tmp_path / "e" / "record.json").exists()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pe_swap.runs.config import CompareConfig, EvalConfig, FinetuneConfig, Section, parse, resolved, run
+from pe_swap.runs.command_line import parse, run
+from pe_swap.runs.config import CompareConfig, EvalConfig, FinetuneConfig, Section, resolved
 from pe_swap.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pe_swap.runs.config import DataSection
-from pe_swap.runs.data import blocks, digest, document_start, sotu_texts, texts, tokenized, train_tokenizer
+from pe_swap.runs.data import blocks, digest, document_start, load_documents, sotu_texts, tokenized, train_tokenizer
 from pe_swap.errors import DataError
 from tests.evaluation.test_evaluator import tokenizer
 
@@ -21,18 +21,18 @@ def write(folder: Path, **contents: str) -> list[str]:
 
 def test_the_last_files_are_held_out(tmp_path: Path) -> None:
     data = DataSection(text_files=write(tmp_path, a="one", b="two", c="three"))
-    assert (texts(data, "train"), texts(data, "eval")) == (["one", "two"], ["three"])
+    assert (load_documents(data, "train"), load_documents(data, "eval")) == (["one", "two"], ["three"])
 
 
 def test_the_end_of_a_single_file_is_held_out(tmp_path: Path) -> None:
     data = DataSection(text_files=write(tmp_path, a="x" * 90 + "y" * 10))
-    assert (texts(data, "train"), texts(data, "eval")) == (["x" * 90], ["y" * 10])
+    assert (load_documents(data, "train"), load_documents(data, "eval")) == (["x" * 90], ["y" * 10])
 
 
 def test_named_files_are_held_out(tmp_path: Path) -> None:
     paths = write(tmp_path, a="one", b="two")
     data = DataSection(text_files=paths[:1], eval_text_files=paths[1:])
-    assert (texts(data, "train"), texts(data, "eval")) == (["one"], ["two"])
+    assert (load_documents(data, "train"), load_documents(data, "eval")) == (["one"], ["two"])
 
 
 def test_years_never_overlap_and_other_speeches_are_left_out() -> None:
@@ -71,19 +71,19 @@ def test_too_little_text_for_a_block_is_refused() -> None:
 )
 def test_sources_that_cannot_be_used(data: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        texts(DataSection(**data), "train")
+        load_documents(DataSection(**data), "train")
 
 
 def test_an_empty_file_is_named(tmp_path: Path) -> None:
     paths = write(tmp_path, a="some", b=" \n")
     with pytest.raises(DataError, match=r"The text file '.*b\.txt' is empty; a document must hold some text\. Leave it out"):
-        texts(DataSection(text_files=paths), "train")
+        load_documents(DataSection(text_files=paths), "train")
 
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(DataError, match=r"latin\.txt' is not UTF-8 .* at byte 3"):
-        texts(DataSection(text_files=[str(tmp_path / "latin.txt")]), "train")
+        load_documents(DataSection(text_files=[str(tmp_path / "latin.txt")]), "train")
 
 
 def test_a_trained_tokenizer_is_the_same_each_time_and_gives_the_text_back() -> None:
@@ -110,7 +110,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_without_a_text_is_named(row: str, shown: str, tmp_path: Path) -> None:
     name = rows_of(tmp_path / "set", '{"text": "a"}', row)
     with pytest.raises(DataError) as caught:
-        texts(DataSection(dataset=name), "train")
+        load_documents(DataSection(dataset=name), "train")
     assert str(caught.value) == (
         f"Row 1 of the data set '{name}' (split 'train') has {shown} in the column 'text'; every row needs a text there. Drop or correct "
         "such rows, or name another column with --data.text_column."
@@ -121,7 +121,7 @@ def test_a_row_without_a_text_is_named(row: str, shown: str, tmp_path: Path) -> 
 def test_a_malformed_file_of_a_data_set_is_named(tmp_path: Path) -> None:
     name = rows_of(tmp_path / "set", '{"text": "a"}', '{"text": broken')
     with pytest.raises(DataError) as caught:
-        texts(DataSection(dataset=name), "train")
+        load_documents(DataSection(dataset=name), "train")
     assert str(caught.value) == (
         f"Cannot read the data set '{name}' (split 'train'), column 'text': JSON parse error: Invalid value. in row 1. Correct the file "
         "that datasets names above, or name another data set with --data.dataset."

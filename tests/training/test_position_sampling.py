@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import pe_swap
+from pe_swap.commands.finetune import finetune
 from pe_swap.errors import ConfigError
 from pe_swap.runs.config import PositionSampling
 from pe_swap.training.position_sampling import SAMPLERS, pose, randomized, with_sampled_positions
-from pe_swap.training.trainer import finetune
 from tests.support.models import build, token_ids
 from tests.training.test_trainer import KilledError, config, killed_after, weights
 
@@ -105,7 +105,8 @@ def test_refusals(tmp_path: Path, scheme: dict[str, Any], max_length: int, text:
 
 
 def test_the_section_names_what_is_wrong(tmp_path: Path) -> None:
-    from pe_swap.runs.config import FinetuneConfig, parse
+    from pe_swap.runs.command_line import parse
+    from pe_swap.runs.config import FinetuneConfig
 
     given = ["--train.positions.name", "pose", "--train.positions.max_length", "4096"]
     assert parse(FinetuneConfig, given, description="").train.positions == PositionSampling(name="pose", max_length=4096)

@@ -12,20 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer
 
+from pe_swap.commands.finetune import finetune, run_fingerprint
 from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError, PESwapError
 from pe_swap.patching.install import positional_parameters
 from pe_swap.runs.config import FinetuneConfig, SchemeSection
 from pe_swap.training import trainer as training
-from pe_swap.training.trainer import (
-    CHECKPOINTS,
-    PositionalTrainer,
-    causal_batch,
-    complete_checkpoints,
-    finetune,
-    last_checkpoint,
-    run_fingerprint,
-    train,
-)
+from pe_swap.training.resume import CHECKPOINTS, complete_checkpoints, last_checkpoint
+from pe_swap.training.trainer import PositionalTrainer, causal_batch, train
 from tests.evaluation.test_evaluator import tokenizer
 from tests.support.models import TRAINED_LENGTH, build, swapped
 
