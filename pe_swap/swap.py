@@ -16,7 +16,7 @@ from pe_swap.errors import FamilyError, SwapStateError
 from pe_swap.families import Family, family_for, known_loss_type
 from pe_swap.patching.holder import Original, SchemeHolder
 from pe_swap.patching.install import assemble, attach, detach, holder_of
-from pe_swap.saving.checkpoint import swapped_config_class
+from pe_swap.saving.class_names import swapped_config_class
 from pe_swap.schemes import Scheme, SchemeOptions
 
 Model = TypeVar("Model", bound=PreTrainedModel)

@@ -19,7 +19,7 @@ from pe_swap.families import FAMILIES
 from pe_swap.patching.holder import stand_in_weight
 from pe_swap.patching.install import holder_of
 from pe_swap.registry import did_you_mean
-from pe_swap.saving.checkpoint import swapped_config_class, swapped_model_class
+from pe_swap.saving.class_names import swapped_config_class, swapped_model_class
 from pe_swap.schemes import build_options
 from pe_swap.schemes.shaw import Shaw
 from pe_swap.version import __version__

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pe_swap.assignment import Assignment, from_saved
 from pe_swap.errors import CheckpointError, OptionError, PESwapError
 from pe_swap.families import FAMILIES
-from pe_swap.saving.checkpoint import swapped_config_class
+from pe_swap.saving.class_names import swapped_config_class
 from pe_swap.schemes import SCHEMES, Geometry, build_options
 from tests.support.models import CASES, swapped
 

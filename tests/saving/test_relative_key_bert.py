@@ -16,7 +16,7 @@ import pe_swap
 from pe_swap.errors import CheckpointError
 from pe_swap.patching.install import holder_of
 from pe_swap.saving.relative_key_bert import load_relative_key_bert
-from tests.interop.make_relative_key_golden import CASES, CONFIG, GOLDEN, inputs, weight
+from tests.saving.make_relative_key_golden import CASES, CONFIG, GOLDEN, inputs, weight
 
 EXPECTED = json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]
 

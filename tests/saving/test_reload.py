@@ -33,7 +33,7 @@ import pe_swap
 from pe_swap.errors import CheckpointError
 from pe_swap.families import FAMILIES
 from pe_swap.patching.install import holder_of
-from pe_swap.saving.checkpoint import _heads_by_auto_class
+from pe_swap.saving.auto_classes import heads_by_auto_class
 from tests.support.models import PAIRS, TRAINED_LENGTH, VOCABULARY, build, disturb, swapped, token_ids
 from tests.support.processes import python
 
@@ -45,7 +45,7 @@ PER_LAYER = "rope+alibi"
 SCHEMES_ENOUGH = ["rope", "t5", "learned", "concat-learned"]
 """For what does not depend on the scheme: none of its weights in the file, some, a limit, some at the input."""
 
-AUTO_CLASSES = [(family, name) for family in FAMILIES.names() for name in _heads_by_auto_class(FAMILIES[family])]
+AUTO_CLASSES = [(family, name) for family in FAMILIES.names() for name in heads_by_auto_class(FAMILIES[family])]
 
 
 def mixed(family: str) -> PreTrainedModel:
@@ -195,7 +195,7 @@ def test_without_pe_swap_every_way_fails_and_says_what_to_install(strangers: Any
 @pytest.mark.parametrize("case", SCHEMES_ENOUGH)
 def test_every_auto_class_loads_its_head(family: str, auto_class: str, case: str, tmp_path: Path) -> None:
     family = FAMILIES[family]
-    head = _heads_by_auto_class(family)[auto_class]
+    head = heads_by_auto_class(family)[auto_class]
     torch.manual_seed(1)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": VOCABULARY, "pad_token_id": 0}
     config = family.config_class(**sizes, max_position_embeddings=TRAINED_LENGTH, is_decoder=auto_class == "AutoModelForCausalLM")

@@ -1,0 +1,119 @@
+"""The model classes of loaded swapped models: built around their schemes, and refused where weights are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pe_swap.assignment import from_saved, short
+from pe_swap.errors import CheckpointError
+from pe_swap.families import FAMILIES, family_name, known_loss_type
+from pe_swap.patching.install import assemble, attach
+from pe_swap.saving.swapped_config import trained_length_of
+
+
+class SwappedModel:
+    """What the classes of loaded swapped models do beyond their family's; mixed in before the family's class."""
+
+    def __init__(self: Any, config: Any, *args: Any, beside_old_table: bool = False, **kwargs: Any) -> None:
+        """Build the model around its schemes; the family's table is never built at its real size.
+
+        Args:
+            config: the swapped configuration.
+            args: as the family's class.
+            beside_old_table: the checkpoint still has the table's weight, so nothing may stand under its name; see
+                `pe_swap.saving.relative_key_bert`.
+            kwargs: as the family's class.
+        """
+        saved = getattr(config, "pe_swap", None)
+        family = FAMILIES[family_name(type(config).model_type)]
+        assignment = from_saved(saved, config.num_hidden_layers)
+        geometry = family.geometry(config, trained_length_of(saved))
+        _refuse_other_causality(saved, geometry.is_causal)
+        length = getattr(config, family.length_field)
+        setattr(config, family.length_field, 1)
+        try:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            setattr(config, family.length_field, length)
+        schemes = assignment.resolve(geometry, None).build(geometry)
+        base_model = self.base_model
+        holder = assemble(family, base_model, config, assignment, schemes, original=None)
+        if beside_old_table:
+            holder.weight = None
+        attach(family, base_model, holder.to(holder.tokens.weight.dtype))
+        self.loss_type = known_loss_type(self)
+
+    @classmethod
+    def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a saved swapped model; see the family's class.
+
+        Raises:
+            CheckpointError: positional weights are missing, superfluous or of another shape, or a file is damaged.
+        """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise CheckpointError(
+                "use_safetensors is False, but swapped models are saved as safetensors only: pickled weights can run code. Leave the "
+                "argument out."
+            )
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                *args, output_loading_info=True, use_safetensors=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"The weights in '{args[0] if args else kwargs.get('pretrained_model_name_or_path')}' cannot be read: {error}. A file is "
+                "damaged or was cut short; copy or download the folder again."
+            ) from error
+        except RuntimeError as error:
+            # transformers reports the loading in a `finally`, and may raise there over the error that was on its way.
+            if isinstance(error.__context__, CheckpointError):
+                raise error.__context__ from None
+            raise
+        _refuse_wrong_weights(cls, "not in the checkpoint", info["missing_keys"])
+        _refuse_wrong_weights(cls, "of another shape", [entry[0] for entry in info["mismatched_keys"]])
+        _refuse_wrong_weights(cls, "not in the scheme", info["unexpected_keys"])
+        return (model, info) if output_loading_info else model
+
+    def _move_missing_keys_from_meta_to_device(self: Any, missing_keys: Iterable[str], *args: Any, **kwargs: Any) -> None:
+        """Refuse missing positional weights before transformers allocates them at the size that `config.json` names.
+
+        A method of transformers' own, called by its loading; without it the same refusal comes later, in `from_pretrained`.
+        """
+        _refuse_wrong_weights(type(self), "not in the checkpoint, or of another shape", missing_keys)
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)  # type: ignore[misc]
+
+
+def _refuse_wrong_weights(model_class: Any, what: str, keys: Iterable[str]) -> None:
+    """Refuse a checkpoint if any of `keys`, which are wrong in some way, is a positional weight.
+
+    Raises:
+        CheckpointError: one is.
+    """
+    path = FAMILIES[family_name(model_class.config_class.model_type)].position_embedding
+    wrong = sorted(key for key in keys if f".{path}." in f".{key}.")
+    if wrong:
+        listed = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise CheckpointError(
+            f"The checkpoint's positional weights do not fit the scheme in its config.json ({what}: {listed}). Loading it would give a "
+            "model with wrong positions. Save the model again with save_pretrained, or load the folder it was made from."
+        )
+
+
+def _refuse_other_causality(saved: Any, is_causal: bool) -> None:
+    """Refuse a configuration whose attention looks where it did not at the swap: the same weights would mean other positions.
+
+    Raises:
+        CheckpointError: it does, or it is not said.
+    """
+    swapped_as = saved.get("is_causal")
+    if not isinstance(swapped_as, bool):
+        raise CheckpointError(f"config.json: 'pe_swap.is_causal' is {short(swapped_as)}; it must be true or false.")
+    if swapped_as != is_causal:
+        kinds = {True: "a decoder (causal attention)", False: "an encoder (two-sided attention)"}
+        raise CheckpointError(
+            f"This model was swapped as {kinds[swapped_as]} and is being built as {kinds[is_causal]}, where its positional weights would "
+            "mean something else. Load it as it was saved; or build the other kind from the unswapped model, and swap that."
+        )
