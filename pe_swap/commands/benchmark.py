@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import json
 import multiprocessing
 import os
@@ -25,11 +26,12 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
+from pe_swap.commands.benchmark_report import BenchmarkRow, benchmark_plot, benchmark_table
 from pe_swap.errors import ConfigError
+from pe_swap.families import FAMILIES
 from pe_swap.patching.layer_cache import cache_argument
-from pe_swap.runs.config import BenchmarkConfig, resolved
+from pe_swap.runs.config import BenchmarkConfig, Task, resolved
 from pe_swap.runs.records import Stopwatch, environment, write_record
-from pe_swap.runs.report import benchmark_plot, benchmark_table
 from pe_swap.schemes import SCHEMES
 from pe_swap.swap import swap_positional
 
@@ -53,18 +55,19 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     Raises:
         ConfigError: options of a scheme that is not measured, or lengths for memory on a system without peak figures.
         UnsupportedModelError: a scheme that the family cannot have.
-        UnknownNameError: no scheme has that name.
+        UnknownNameError: no scheme or family has that name.
     """
     watch, out = Stopwatch(), Path(config.out)
     torch.set_num_threads(config.threads)
-    schemes = config.schemes or [name for name in SCHEMES.names() if config.family != "bert" or not SCHEMES[name].causal_only]
+    causal = is_causal(config)
+    schemes = config.schemes or [name for name in SCHEMES.names() if causal or not SCHEMES[name].causal_only]
     for name in (*schemes, *config.options):
         SCHEMES[name]
     if unused := [name for name in config.options if name not in schemes]:
         raise ConfigError(
             f"options names {', '.join(unused)}, but schemes does not; options are of a scheme that is measured. Add it."
         )
-    rows: list[dict[str, Any]] = []
+    rows: list[BenchmarkRow] = []
     record = {
         "kind": "benchmark",
         "status": "running",
@@ -88,14 +91,20 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     return record
 
 
-def all_rows(config: BenchmarkConfig, schemes: Sequence[str]) -> Iterator[dict[str, Any]]:
+def is_causal(config: BenchmarkConfig) -> bool:
+    """Tell whether the family's models look back only, so that they decode and peers can be set beside them."""
+    return FAMILIES[config.family].is_causal(AutoConfig.for_model(config.family))
+
+
+def all_rows(config: BenchmarkConfig, schemes: Sequence[str]) -> Iterator[BenchmarkRow]:
     """Yield the rows of every task, then those of the peers."""
+    causal = is_causal(config)
     for task in config.tasks:
         if task == "memory":
             yield from memory_rows(config, schemes)
-        elif task != "decode" or config.family != "bert":
+        elif task != "decode" or causal:
             yield from timed_rows(config, schemes, task)
-    if config.peers and config.family == "gpt2":
+    if config.peers and causal:
         yield from peer_rows(config)
 
 
@@ -117,7 +126,7 @@ def build(config: BenchmarkConfig, contestant: str, longest: int) -> PreTrainedM
         longest: positions that a model with a table gets; a swapped one starts from the same.
     """
     torch.manual_seed(0)
-    model = AutoModel.from_config(AutoConfig.for_model(config.family, **_sizes(config, config.family, longest)))
+    model = AutoModel.from_config(AutoConfig.for_model(config.family, **sizes(config, config.family, longest)))
     if contestant != ORIGINAL:
         swap_positional(model, contestant, **config.options.get(contestant, {}))
     return model.eval()
@@ -129,36 +138,56 @@ def label(config: BenchmarkConfig, scheme: str) -> str:
     return f"{scheme} ({', '.join(f'{name}={value}' for name, value in options.items())})" if options else scheme
 
 
-def _sizes(config: BenchmarkConfig, family: str, longest: int) -> dict[str, Any]:
-    """Return a family's configuration: the same shape under each family's names."""
-    width, layers, heads, vocab = config.hidden_size, config.layers, config.heads, config.vocab_size
-    no_dropout = {
-        "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
-        "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        "bloom": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
-        "mpt": {},
-        "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
-    }[family]
-    shape = {
-        "gpt2": {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": longest},
-        "bert": {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads},
-        "bloom": {"hidden_size": width, "n_layer": layers, "n_head": heads},
-        "mpt": {"d_model": width, "n_layers": layers, "n_heads": heads, "max_seq_len": longest},
-        "gpt_neox": {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads},
-    }[family]
-    if family in ("bert", "gpt_neox"):
-        shape |= {"intermediate_size": 4 * width, "max_position_embeddings": longest}
-    return {**shape, **no_dropout, "vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0}
+FEED_FORWARD = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim")
+"""Names of the width between the two dense layers of a block; transformers has no common one."""
+
+MOST_POSITIONS = ("max_position_embeddings", "max_seq_len")
 
 
-def _peer(config: BenchmarkConfig, family: str, longest: int) -> PreTrainedModel:
-    """Return a model of another family; of T5 its decoder alone, without cross-attention."""
-    if family != "t5_decoder":
-        return AutoModel.from_config(AutoConfig.for_model(family, **_sizes(config, family, longest))).eval()
-    sizes = {"d_model": config.hidden_size, "d_ff": 4 * config.hidden_size, "d_kv": config.hidden_size // config.heads}
-    settings = {**sizes, "num_layers": config.layers, "num_heads": config.heads, "dropout_rate": 0.0}
-    t5 = AutoModel.from_config(AutoConfig.for_model("t5", vocab_size=config.vocab_size, **settings))
-    return t5.decoder.eval()
+def sizes(config: BenchmarkConfig, model_type: str, longest: int) -> dict[str, Any]:
+    """Return the arguments of a configuration: one shape, under each family's names, every dropout 0.
+
+    transformers' names (`hidden_size`, `num_hidden_layers`, `num_attention_heads`, ...) become a family's own by its
+    `attribute_map`; what a family does not have is left out.
+
+    Args:
+        config: the shape.
+        model_type: the family, any of transformers.
+        longest: positions; a table gets as many, and those rows before its first where ids count from the padding.
+    """
+    default = AutoConfig.for_model(model_type)
+    heads, padding = config.heads, getattr(default, "pad_token_id", None) or 0
+    wanted: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.key_value_heads or heads,
+        "vocab_size": config.vocab_size,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "word_embed_proj_dim": config.hidden_size,
+        "embedding_size": config.hidden_size,
+        **dict.fromkeys(("head_dim", "d_kv"), config.hidden_size // heads),
+        **dict.fromkeys(FEED_FORWARD, 4 * config.hidden_size),
+        **dict.fromkeys(MOST_POSITIONS, longest + (padding + 1 if padding else 0)),
+    }
+    names, fields = default.attribute_map, default.to_dict()
+    if config.key_value_heads and config.key_value_heads != heads and "num_key_value_heads" not in fields:
+        raise ConfigError(
+            f"key_value_heads is {config.key_value_heads}, but models of the family '{model_type}' have as many key heads as query heads. "
+            "Leave it out, or name a family with grouped heads."
+        )
+    if padding >= config.vocab_size:
+        wanted["pad_token_id"] = 0
+    found = {names.get(name, name): value for name, value in wanted.items() if names.get(name, name) in fields}
+    dropouts = [name for name in fields if "dropout" in name or name.endswith("pdrop")]
+    return {**found, **{name: 0.0 for name in dropouts if isinstance(getattr(default, name), float)}}
+
+
+def _peer(config: BenchmarkConfig, model_type: str, longest: int) -> PreTrainedModel:
+    """Return a model of another family; of an encoder-decoder its decoder alone, without cross-attention."""
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes(config, model_type, longest)))
+    return (model.decoder if model.config.is_encoder_decoder else model).eval()
 
 
 def forward_run(model: PreTrainedModel, ids: Tensor) -> Run:
@@ -203,13 +232,13 @@ def decode_run(model: PreTrainedModel, ids: Tensor) -> Run:
 
 def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
     """Return the argument that turns the cache off, for models that have one."""
-    return {"use_cache": False} if model.config.model_type.removeprefix("pe_swap_") != "bert" else {}
+    return {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
 
 
 RUNS = {"forward": forward_run, "train": train_run, "decode": decode_run}
 
 
-def timed_rows(config: BenchmarkConfig, schemes: Sequence[str], task: str) -> Iterator[dict[str, Any]]:
+def timed_rows(config: BenchmarkConfig, schemes: Sequence[str], task: Task) -> Iterator[BenchmarkRow]:
     """Yield one row a scheme and length: its time over the unswapped model's."""
     lengths = config.train_lengths if task == "train" else config.lengths
     cases = [(length, name) for length in lengths for name in schemes]
@@ -220,22 +249,18 @@ def timed_rows(config: BenchmarkConfig, schemes: Sequence[str], task: str) -> It
         yield {"task": task, "model": label(config, name), "reference": ORIGINAL, "length": length, **ratio(config, *runs)}
 
 
-def peer_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
+def peer_rows(config: BenchmarkConfig) -> Iterator[BenchmarkRow]:
     """Yield one row a peer: its time over that of the unswapped family with the same scheme."""
     ids = token_ids(config, config.peer_length)
     for task in ("forward", "train"):
         if task not in config.tasks:
             continue
         for family, scheme in tqdm(PEERS.items(), desc=f"peers {task}"):
-            peer = _peer(config, "t5_decoder" if family == "t5" else family, config.peer_length)
+            peer = _peer(config, family, config.peer_length)
             ours = build(config, scheme, config.peer_length)
             found = ratio(config, RUNS[task](peer, ids), RUNS[task](ours, ids))
-            yield {
-                "task": task,
-                "model": family,
-                "reference": f"{config.family} with {label(config, scheme)}",
-                "length": config.peer_length,
-            } | found
+            reference = f"{config.family} with {label(config, scheme)}"
+            yield {"task": task, "model": family, "reference": reference, "length": config.peer_length, **found}
 
 
 def token_ids(config: BenchmarkConfig, length: int) -> Tensor:
@@ -243,7 +268,7 @@ def token_ids(config: BenchmarkConfig, length: int) -> Tensor:
     return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
 
 
-def ratio(config: BenchmarkConfig, run: Run, reference: Run) -> dict[str, Any]:
+def ratio(config: BenchmarkConfig, run: Run, reference: Run) -> BenchmarkRow:
     """Return the median ratio of paired runs, its quartiles, and both median times in seconds."""
     run(), reference()  # the first calls allocate
     gc.collect()
@@ -274,7 +299,7 @@ def timed(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def memory_rows(config: BenchmarkConfig, schemes: Sequence[str]) -> Iterator[dict[str, Any]]:
+def memory_rows(config: BenchmarkConfig, schemes: Sequence[str]) -> Iterator[BenchmarkRow]:
     """Yield one row a scheme and length: the peak of a forward pass over the unswapped model's, each in its own process."""
     for length in tqdm(config.lengths, desc=f"{config.family} memory"):
         peaks = {name: _in_a_process(peak_bytes, config.model_dump_json(), name, length) for name in (ORIGINAL, *schemes)}

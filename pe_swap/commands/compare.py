@@ -14,11 +14,11 @@ from typing import Any
 from pe_swap.commands.evaluate import evaluate
 from pe_swap.commands.finetune import finetune, run_fingerprint, text_digest
 from pe_swap.errors import CheckpointError, ConfigError, DivergedError
+from pe_swap.evaluation.report import write_report
 from pe_swap.runs import data
 from pe_swap.runs.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, TrainSection, build, resolved
 from pe_swap.runs.models import is_configuration
 from pe_swap.runs.records import Stopwatch, environment, read_record, write_record
-from pe_swap.runs.report import write_report
 from pe_swap.schemes import SCHEMES, build_options
 from pe_swap.training.resume import complete_checkpoints
 

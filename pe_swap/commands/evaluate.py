@@ -17,11 +17,11 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from pe_swap.errors import CheckpointError, DataError, PESwapError
 from pe_swap.evaluation.evaluator import NOTHING, Evaluator
+from pe_swap.evaluation.report import write_report
 from pe_swap.runs import data as text
 from pe_swap.runs.config import EvalConfig, MeasureSection, resolved
 from pe_swap.runs.models import content_hashes, load_model, scheme_name
 from pe_swap.runs.records import Stopwatch, environment, fingerprint, read_record, write_record
-from pe_swap.runs.report import write_report
 from pe_swap.saving.model_card import record_evaluation
 
 PARTS = "models"

@@ -17,9 +17,9 @@ from pe_swap.evaluation.bootstrap import perplexity_interval
 from pe_swap.evaluation.losses import check_head, target_losses
 from pe_swap.evaluation.measures.masked import masked_windows, masks
 from pe_swap.evaluation.measures.protocols import windows
-from pe_swap.families import FAMILIES, family_name
 from pe_swap.runs.config import MeasureSection
 from pe_swap.runs.data import document_start
+from pe_swap.runs.models import is_causal, longest_input
 
 Example = tuple[list[int], list[int], list[bool]]
 """Inputs, targets, and which targets are scored; of one length."""
@@ -200,17 +200,3 @@ def by_position(losses: Iterable[Tensor], positions: Iterable[Tensor]) -> list[d
         if chosen.any():
             rows.append({"from": low, "to": high, "tokens": int(chosen.sum()), "loss": float(loss[chosen].mean())})
     return rows
-
-
-def is_causal(model: PreTrainedModel) -> bool:
-    """Tell whether a model looks back only, so that perplexity is defined."""
-    family = family_name(model.config.model_type)
-    return (
-        FAMILIES[family].is_causal(model.config) if family in FAMILIES else bool(getattr(model, "can_generate", lambda: True)())
-    )
-
-
-def longest_input(model: PreTrainedModel) -> int | None:
-    """Return the most tokens a model can take, by its configuration, or None where that does not say."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return int(limit) if limit is not None else None

@@ -185,6 +185,7 @@ class BenchmarkConfig(Section):
     layers: PositiveInt = Field(default=6, description="layers of every model")
     hidden_size: PositiveInt = Field(default=768, description="width of every model")
     heads: PositiveInt = Field(default=12, description="attention heads of every model")
+    key_value_heads: PositiveInt | None = Field(default=None, description="key heads, in families with grouped heads; else as many")
     vocab_size: PositiveInt = Field(default=1024, description="vocabulary of every model")
     threads: PositiveInt = Field(default=2, description="CPU threads")
     pairs: PositiveInt = Field(default=7, description="most pairs of runs behind a ratio")

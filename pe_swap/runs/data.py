@@ -15,8 +15,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pe_swap.runs.config import DataSection
 from pe_swap.errors import DataError
+from pe_swap.runs.config import DataSection
 
 END_OF_TEXT = "<|endoftext|>"
 

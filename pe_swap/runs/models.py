@@ -9,11 +9,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from pe_swap.errors import CheckpointError, ConfigError, PESwapError
 from pe_swap.families import FAMILIES, family_name
-from pe_swap.runs.config import ORIGINAL, SchemeSection, read_yaml
-from pe_swap.errors import CheckpointError, ConfigError, PESwapError, UnsupportedModelError
-from pe_swap.runs.records import file_hash
 from pe_swap.patching.install import holder_of
+from pe_swap.runs.config import ORIGINAL, SchemeSection, read_yaml
+from pe_swap.runs.records import file_hash
 from pe_swap.swap import swap_positional
 
 CONTENT = (
@@ -116,19 +116,3 @@ def longest_input(model: PreTrainedModel) -> int | None:
     """Return the most tokens a model can take, by its configuration, or None where that does not say."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return int(limit) if limit is not None else None
-
-
-def vocabulary_head(model: PreTrainedModel) -> Any:
-    """Return the module from last hidden states to logits.
-
-    Raises:
-        UnsupportedModelError: the model has no head for words.
-    """
-    for name in ("lm_head", "cls"):
-        head = getattr(model, name, None)
-        if head is not None:
-            return head
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no vocabulary head (lm_head or cls), so it has no perplexity. Load the checkpoint as a causal or "
-        "masked language model."
-    )

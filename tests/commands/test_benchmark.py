@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 from pe_swap.commands import benchmark as measuring
-from pe_swap.commands.benchmark import benchmark, build, memory_rows
+from pe_swap.commands.benchmark import benchmark, build, memory_rows, sizes
 from pe_swap.errors import ConfigError, UnknownNameError
 from pe_swap.patching.install import holder_of
 from pe_swap.runs.command_line import parse
@@ -93,6 +94,38 @@ def test_a_peak_is_the_processs_own() -> None:
     assert held.nbytes / 2**20 > 1500
     assert 50 < row["reference_megabytes"] < 1200
     assert 50 < row["megabytes"] < 1200
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "bert", "roberta", "distilbert", "electra", "llama", "opt", "bloom", "mpt", "gpt_neox", "t5", "falcon"]
+)
+def test_every_family_gets_the_same_shape_without_dropout(model_type: str) -> None:
+    """By transformers' own names, so that a family nobody thought of has the sizes asked for, and takes the longest length."""
+    found = AutoConfig.for_model(model_type, **sizes(BenchmarkConfig(**{**TINY, "layers": 3}), model_type, 40))
+    assert (found.hidden_size, found.num_hidden_layers, found.num_attention_heads) == (24, 3, 2)
+    model = AutoModel.from_config(found)
+    model = model.decoder if found.is_encoder_decoder else model
+    assert [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p] == []
+    with torch.no_grad():
+        assert model(torch.full((1, 40), 5)).last_hidden_state.shape == (1, 40, 24)
+    inner = {"n_inner", "intermediate_size", "ffn_dim", "d_ff", "hidden_dim"} & found.to_dict().keys()
+    assert all(getattr(found, name) == 96 for name in inner)
+
+
+def test_grouped_heads() -> None:
+    config = BenchmarkConfig(**{**TINY, "heads": 4, "key_value_heads": 2})
+    model = AutoModel.from_config(AutoConfig.for_model("llama", **sizes(config, "llama", 16)))
+    assert model.layers[0].self_attn.k_proj.weight.shape == (2 * 6, 24)
+    with pytest.raises(ConfigError, match="key_value_heads is 2, but models of the family 'gpt2' have as many key heads"):
+        sizes(config, "gpt2", 16)
+
+
+def test_an_encoder_is_not_decoded_and_has_no_peers(tmp_path: Path) -> None:
+    tasks = ["forward", "train", "decode"]
+    config = BenchmarkConfig(
+        **TINY, family="bert", schemes=["rope"], tasks=tasks, lengths=[8], train_lengths=[8], out=str(tmp_path)
+    )
+    assert [row["task"] for row in benchmark(config)["results"]] == ["forward", "train"]
 
 
 def test_a_scheme_that_is_not_there(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from pe_swap.commands import compare as comparing
 from pe_swap.commands import evaluate as evaluating
 from pe_swap.errors import PESwapError
 from pe_swap.evaluation.evaluator import DIVERGED
+from pe_swap.evaluation.report import COLUMNS
 from pe_swap.runs.command_line import run
-from pe_swap.runs.report import COLUMNS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 WORDS = "we the people of the united states in order to form a more perfect union establish justice "

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from pe_swap.runs.report import COLUMNS, markdown_table, plot, position_table, refusals, start_table, write_report
+from pe_swap.evaluation.report import COLUMNS, markdown_table, plot, position_table, refusals, start_table, write_report
 
 
 def row(model: str, length: int, perplexity: float | None, error: str | None = None) -> dict[str, Any]:
