@@ -1,0 +1,1 @@
+"""What every run needs: configuration, command line, data, models, records, report."""
