@@ -1,7 +1,7 @@
-"""Every error pe_swap raises on purpose.
+"""Every error that pe_swap raises on purpose.
 
-Each kind derives from `PESwapError` and from the builtin a caller would catch anyway, so `except ValueError` keeps working.
-A message names the thing, the value, the rule and a way out.
+Each class derives from `PESwapError` and from the builtin that a caller would catch anyway, so `except ValueError` keeps working.
+A message has two sentences: what is wrong (the thing, its value, the rule), and what to do.
 """
 
 
@@ -10,19 +10,19 @@ class PESwapError(Exception):
 
 
 class UnknownNameError(PESwapError, ValueError):
-    """A scheme or a model family that no file in the registry's folder defines."""
+    """A name of a scheme or a model family that is not registered."""
 
 
 class OptionError(PESwapError, ValueError):
-    """A scheme option that does not exist or whose value breaks its rule."""
+    """A scheme option that does not exist, or whose value breaks its rule."""
 
 
 class LayerError(PESwapError, ValueError):
-    """A `layers` argument that names no layer, a layer the model lacks, or a layer a scheme cannot be limited to."""
+    """A `layers` argument that is empty, names a layer that the model does not have, or limits a scheme that acts on the input."""
 
 
 class UnsupportedModelError(PESwapError, TypeError):
-    """A model, or a kind of model, that the scheme or pe_swap cannot be put into."""
+    """A model, or a kind of model, that pe_swap or the scheme does not support."""
 
 
 class UnsupportedBackendError(PESwapError, ValueError):
@@ -30,11 +30,11 @@ class UnsupportedBackendError(PESwapError, ValueError):
 
 
 class SwapStateError(PESwapError, RuntimeError):
-    """A restore or a check of a model in a state that does not allow it."""
+    """A swap, restore or check of a model in a state that does not allow it."""
 
 
 class FamilyError(PESwapError, RuntimeError):
-    """A model whose modules are not where its family says: nothing is patched rather than a part of it."""
+    """A model whose modules are not where its family says; nothing was patched."""
 
 
 class PositionRangeError(PESwapError, IndexError):
@@ -50,7 +50,7 @@ class ConfigError(PESwapError, ValueError):
 
 
 class DataError(PESwapError, ValueError):
-    """Text that is missing, empty, or too short for what was asked of it."""
+    """Text that is missing, empty, or too short for the configuration."""
 
 
 class DivergedError(PESwapError, ArithmeticError):

@@ -1,4 +1,4 @@
-"""Names to classes, filled by the files of a folder and never edited by hand."""
+"""A registry: names and what is registered under them, filled by importing the files of a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string where none is near."""
+    """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string where no name is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
 
@@ -22,7 +22,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 class Registry(Generic[T]):
     """A mapping from a name to what one file registers under it.
 
-    The decorator in that file is the only statement of the name. `scan` imports every file of the folder once.
+    The decorator in that file is the only place that states the name. `scan` imports every file of the folder once.
     """
 
     def __init__(self, kind: str) -> None:
@@ -30,7 +30,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that files its argument under `name`.
+        """Return a decorator that registers its argument under `name`.
 
         Raises:
             UnknownNameError: another entry already has the name.
@@ -56,7 +56,7 @@ class Registry(Generic[T]):
         """Return the entry called `name`.
 
         Raises:
-            UnknownNameError: there is none; the text proposes the nearest name and lists all.
+            UnknownNameError: no entry has that name; the message proposes the nearest name and lists all.
         """
         if not isinstance(name, str) or name not in self._entries:
             raise UnknownNameError(
