@@ -17,6 +17,7 @@ from pe_swap.families import Family, family_for, known_loss_type
 from pe_swap.patching.holder import Original, SchemeHolder
 from pe_swap.patching.install import assemble, attach, detach, holder_of
 from pe_swap.saving.class_names import swapped_config_class
+from pe_swap.saving.relative_key_bert import require_absolute_positions
 from pe_swap.schemes import Scheme, SchemeOptions
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -53,6 +54,7 @@ def swap_positional(
     """
     family = family_for(model)
     base_model, config = model.base_model, model.config
+    require_absolute_positions(config, type(model).__name__)
     current = holder_of(model)
     before = None if current is None else from_saved(config.pe_swap, config.num_hidden_layers)
     wanted = extend(before, options_from(scheme, options), layers, config.num_hidden_layers)

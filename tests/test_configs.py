@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pe_swap.runs.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, Section, build, read_yaml
+from pe_swap.runs.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, Section, build
+from pe_swap.runs.yaml_reader import read_yaml
 from pe_swap.schemes import SCHEMES, build_options
 
 FOLDER = Path(__file__).parents[1] / "configs"

@@ -12,42 +12,76 @@ import yaml
 from pydantic import BaseModel
 
 from pe_swap.errors import ConfigError, PESwapError
-from pe_swap.runs.config import SOURCES, ConfigType, build, read_yaml, section_of
+from pe_swap.runs.config import KEYS_OF_SOURCE, SOURCES, ConfigType, build, section_of
+from pe_swap.runs.files import DISK_ERRORS, disk_error
+from pe_swap.runs.progress import show_bars_on_terminals_only
+from pe_swap.runs.yaml_reader import explain, parse_yaml, read_yaml
 
 
 def parse(config_class: type[ConfigType], arguments: Sequence[str], *, description: str) -> ConfigType:
     """Build a configuration from `--config file.yaml` and overrides `--section.key value`, which win.
 
     Values are read as YAML: `--lengths 512 1024` is a list, `--train.bf16 true` a boolean; where text is expected (a path, a name)
-    they are taken as they are. `--scheme.<option>` takes any option of the scheme; `--scheme.name` with another name than the file's
-    drops the options that the file gives its own.
+    they are taken as they are. `null` takes a value of the file back where a key may be without one. `--scheme.<option>` takes any
+    option of the scheme; `--scheme.name` with another name than the file's drops the options that the file gives its own.
 
     Raises:
         ConfigError: unknown keys or values that break their rules.
         SystemExit: `--help`, with status 0.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=True)
-    parser.add_argument("--config", help="a YAML file; what follows overrides it")
+    parser = argparse.ArgumentParser(
+        description=description,
+        usage="%(prog)s [--config FILE] [--key value ...]",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file; the other arguments override it")
     _add_arguments(parser, config_class, "")
     parser.exit_on_error = False
     parser.error = _raise_config_error  # type: ignore[method-assign]  # a ConfigError instead of a usage dump
     known, unknown = parser.parse_known_args(list(arguments))
-    given = {key: value for key, value in vars(known).items() if value is not None and key != "config"}
-    for key, texts in given.items():
-        if not texts and not _is_list(config_class, key) and bool not in _leaf_types(_annotation(config_class, key)):
-            raise ConfigError(f"--{key} has no value. Write one behind it (--{key} VALUE), or leave it out; see --help.")
-    values = read_yaml(known.config) if known.config else {}
-    if (
-        "scheme.name" in given
-        and isinstance(values.get("scheme"), dict)
-        and values["scheme"].get("name") != given["scheme.name"][0]
-    ):
-        values["scheme"] = {}  # the file's options belong to the file's scheme
-    if any(f"data.{source}" in given for source in SOURCES) and isinstance(values.get("data"), dict):
-        values["data"] = {key: value for key, value in values["data"].items() if key not in (*SOURCES, "dataset_config")}
-    for key, texts in {**given, **_words(unknown)}.items():
-        _assign(values, key.split("."), _parsed(texts, _is_list(config_class, key), _leaf_types(_annotation(config_class, key))))
+    words: dict[str, list[str]] = vars(known)
+    path = words.pop("config", None)
+    values = read_yaml(str(path)) if path else {}
+    given = {key: _value(config_class, key, texts) for key, texts in words.items()}
+    _drop_what_is_replaced(values, given)
+    for key, value in {**given, **free_options(unknown)}.items():
+        _assign(values, key.split("."), value)
     return build(config_class, values)
+
+
+def _value(config_class: Any, key: str, texts: list[str]) -> Any:
+    """Return the value of a known key.
+
+    Raises:
+        ConfigError: the key needs a value and has none.
+    """
+    annotation, is_list = _annotation(config_class, key), _is_list(config_class, key)
+    types = _leaf_types(annotation)
+    if not texts and not is_list and bool not in types:
+        raise ConfigError(f"--{key} has no value. Write one after it (--{key} VALUE), or leave it out; see --help.")
+    if texts == ["null"] and NoneType in get_args(annotation):
+        return None
+    return _parsed(texts, is_list, types)
+
+
+def _drop_what_is_replaced(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Take out of a file's values what another scheme, or another source of text, on the command line makes meaningless."""
+    scheme, data = values.get("scheme"), values.get("data")
+    if "scheme.name" in given and isinstance(scheme, dict) and scheme.get("name") != given["scheme.name"]:
+        values["scheme"] = {}
+    sources = [source for source in SOURCES if given.get(f"data.{source}")]
+    if sources and isinstance(data, dict):
+        others = [key for source in SOURCES if source not in sources for key in KEYS_OF_SOURCE[source]]
+        values["data"] = {key: value for key, value in data.items() if key not in (*SOURCES, "dataset_config", *others)}
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """argparse's help, with `VALUE` after a key that takes one value and `VALUE ...` after a list."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return str(action.metavar) if action.nargs == "*" else super()._format_args(action, default_metavar)
 
 
 def _raise_config_error(message: str) -> NoReturn:
@@ -60,12 +94,26 @@ def _add_arguments(parser: argparse.ArgumentParser, section: Any, prefix: str) -
         inner = section_of(field.annotation)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             _add_arguments(parser, inner, f"{prefix}{name}.")
-        else:
-            shown = "" if field.is_required() else f" (default: {field.default})"
-            help_text = (field.description or name) + shown
-            parser.add_argument(
-                f"--{prefix}{name}", dest=f"{prefix}{name}", nargs="*", metavar="VALUE", help=help_text.replace("%", "%%")
-            )
+            continue
+        shown = "" if field.is_required() else f" (default: {_shown(field.default)})"
+        types = _leaf_types(field.annotation) - {NoneType}
+        metavar = "true|false" if types == {bool} else "VALUE ..." if _is_list(section, name) else "VALUE"
+        parser.add_argument(
+            f"--{prefix}{name}",
+            dest=f"{prefix}{name}",
+            nargs="*",
+            metavar=metavar,
+            help=((field.description or name) + shown).replace("%", "%%"),
+        )
+
+
+def _shown(default: Any) -> str:
+    """Return a default as it would be written on the command line."""
+    if isinstance(default, list | tuple):
+        return " ".join(map(_shown, default)) or "none"
+    if default is None or isinstance(default, bool):
+        return str(default).lower()
+    return str(default)
 
 
 def free_options(arguments: list[str]) -> dict[str, Any]:
@@ -78,7 +126,7 @@ def free_options(arguments: list[str]) -> dict[str, Any]:
 
 
 def _words(arguments: list[str]) -> dict[str, list[str]]:
-    """Return `--scheme.<option> value...` and anything else that looks like a key; unknown keys fail in `build`."""
+    """Return `--scheme.<option> value...` and everything else that has the form of a key; `build` refuses unknown keys."""
     found: dict[str, list[str]] = {}
     for argument in arguments:
         if argument.startswith("--"):
@@ -131,11 +179,16 @@ def _is_text(text: str, types: set[Any]) -> bool:
 
 
 def _scalar(text: str) -> Any:
-    """Read one word as YAML; YAML 1.1 takes '1e-4' for text, people do not."""
+    """Read one word as YAML.
+
+    Raises:
+        ConfigError: it begins as a mapping or a list and is not one.
+    """
     try:
-        value = yaml.safe_load(text)
-        return float(value) if isinstance(value, str) and value[:1] in "+-.0123456789" else value
-    except (yaml.YAMLError, ValueError):
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        if text[:1] in "{[":
+            raise ConfigError(f"{text!r} is not YAML that can be read: {explain(error)}. Correct it.") from error
         return text
 
 
@@ -150,10 +203,16 @@ def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def run(main: Callable[[Sequence[str]], object], arguments: Sequence[str] | None = None) -> int:
-    """Call a script's `main`; an error of ours is one message and status 2, not a traceback."""
+    """Call a script's `main`; an error of ours, or of a disk, is one message and status 2, not a traceback."""
+    show_bars_on_terminals_only()
     try:
         main(sys.argv[1:] if arguments is None else arguments)
     except PESwapError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {disk_error(error)}", file=sys.stderr)
         return 2
     return 0

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, Strict, StringConstraints, ValidationError
 
 from pe_swap.errors import ConfigError
 from pe_swap.registry import did_you_mean
@@ -15,16 +13,29 @@ from pe_swap.registry import did_you_mean
 ConfigType = TypeVar("ConfigType", bound="Section")
 
 Integer = Annotated[int, Strict()]
-"""An integer and nothing that could be taken for one: `true` is no length of 1, and 512.0 most likely a slip."""
+"""An integer; booleans and floats are rejected."""
 
 PositiveInt = Annotated[int, Strict(), Field(gt=0)]
-"""An integer above 0, as strict."""
+"""An integer above 0; booleans and floats are rejected."""
+
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
+"""A seed that every random generator in use takes: NumPy's ends at 2^32 - 1."""
+
+Folder = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+"""The path of an output folder; an empty one would be the current folder."""
 
 SOURCES = ("text_files", "dataset", "sotu")
 """Keys of `data` that name where text comes from; one of them on the command line replaces the file's."""
 
+KEYS_OF_SOURCE = {
+    "text_files": ("eval_text_files", "eval_fraction"),
+    "dataset": ("dataset_config", "train_split", "eval_split", "text_column"),
+    "sotu": ("train_years", "eval_years"),
+}
+"""Keys of `data` that mean something beside one source alone."""
+
 ORIGINAL = "original"
-"""Scheme name for a model left as it is: the equally trained control."""
+"""Scheme name for a model that is not swapped: the equally trained control."""
 
 
 class Section(BaseModel):
@@ -79,18 +90,23 @@ class TrainSection(Section):
     """How to train; meanings as in transformers' TrainingArguments."""
 
     max_steps: Integer = Field(default=200, ge=0, description="optimizer steps; 0 swaps and saves")
-    batch_size: PositiveInt = Field(default=8, description="blocks a device and step")
-    gradient_accumulation_steps: PositiveInt = Field(default=1, description="batches a step")
+    batch_size: PositiveInt = Field(default=8, description="blocks per device and batch")
+    gradient_accumulation_steps: PositiveInt = Field(default=1, description="batches per step")
     learning_rate: PositiveFloat = Field(default=5e-4, description="peak learning rate")
     positional_learning_rate: PositiveFloat | None = Field(
-        default=None, description="of parameters the swap brought; else learning_rate"
+        default=None, description="of the parameters that the swap adds; else learning_rate"
     )
     warmup_steps: Integer = Field(default=10, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay")
     schedule: str = Field(default="linear", description="transformers' name of the learning rate schedule")
+    schedule_options: dict[str, Any] = Field(
+        default={}, description="arguments of the schedule, such as num_decay_steps of warmup_stable_decay"
+    )
     mlm_probability: float = Field(default=0.15, gt=0, lt=1, description="share of tokens an encoder has to predict")
     positions: PositionSampling | None = Field(default=None, description="position ids drawn at random; else 0, 1, 2, ...")
-    bf16: bool = Field(default=False, description="mixed precision")
+    bf16: bool | Literal["auto"] = Field(
+        default="auto", description="mixed precision; auto: on GPUs that have bfloat16, as CPUs are slower with it"
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     save_steps: PositiveInt = Field(default=100, description="steps between checkpoints")
     logging_steps: PositiveInt = Field(default=10, description="steps between log lines")
@@ -110,9 +126,10 @@ class FinetuneConfig(Section):
     scheme: SchemeSection = SchemeSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
-    seed: Integer = Field(default=0, ge=0, description="of initialisation, data order and dropout")
-    out: str = Field(default="runs/finetune", description="output folder")
+    seed: Seed = Field(default=0, description="of initialisation, data order and dropout")
+    out: Folder = Field(default="runs/finetune", description="output folder")
     resume: bool = Field(default=False, description="continue from the last checkpoint in the output folder")
+    overwrite: bool = Field(default=False, description="delete what an earlier run wrote into the output folder, by its record")
 
 
 Protocol = Literal["nonoverlapping", "sliding", "same_targets"]
@@ -143,8 +160,8 @@ class EvalConfig(MeasureSection):
     tokenizer: str | None = Field(default=None, description="hub name or folder; else the first model's own")
     data: DataSection = DataSection()
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="precision of the models")
-    seed: Integer = Field(default=0, ge=0, description="of masks and intervals")
-    out: str = Field(default="runs/eval", description="output folder")
+    seed: Seed = Field(default=0, description="of masks and intervals")
+    out: Folder = Field(default="runs/eval", description="output folder")
 
 
 class CompareConfig(Section):
@@ -164,8 +181,9 @@ class CompareConfig(Section):
     schemes: dict[str, SchemeSection] = Field(min_length=1, description="label to scheme; include an 'original' control")
     data: DataSection = DataSection()
     eval: MeasureSection = MeasureSection()
-    seed: Integer = Field(default=0, ge=0, description="of every part")
-    out: str = Field(default="runs/compare", description="output folder")
+    seed: Seed = Field(default=0, description="of every part")
+    out: Folder = Field(default="runs/compare", description="output folder")
+    overwrite: bool = Field(default=False, description="train parts anew whose configuration, text or model changed")
 
 
 Task = Literal["forward", "train", "decode", "memory"]
@@ -185,29 +203,14 @@ class BenchmarkConfig(Section):
     layers: PositiveInt = Field(default=6, description="layers of every model")
     hidden_size: PositiveInt = Field(default=768, description="width of every model")
     heads: PositiveInt = Field(default=12, description="attention heads of every model")
-    key_value_heads: PositiveInt | None = Field(default=None, description="key heads, in families with grouped heads; else as many")
+    key_value_heads: PositiveInt | None = Field(
+        default=None, description="key heads, in families with grouped heads; else as many"
+    )
     vocab_size: PositiveInt = Field(default=1024, description="vocabulary of every model")
     threads: PositiveInt = Field(default=2, description="CPU threads")
     pairs: PositiveInt = Field(default=7, description="most pairs of runs behind a ratio")
     seconds: PositiveFloat = Field(default=20.0, description="no further pair after so many seconds, once there are three")
-    out: str = Field(default="runs/benchmark", description="output folder")
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the content of a YAML (or JSON) file.
-
-    Raises:
-        ConfigError: no such file, not YAML, or not a mapping.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Cannot read the configuration '{path}': {error.strerror}. Give the path of a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"'{path}' holds {type(content).__name__}, where a mapping of keys to values was expected.")
-    return content
+    out: Folder = Field(default="runs/benchmark", description="output folder")
 
 
 def build(config_class: type[ConfigType], values: dict[str, Any]) -> ConfigType:

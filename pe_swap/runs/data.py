@@ -16,7 +16,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pe_swap.errors import DataError
-from pe_swap.runs.config import DataSection
+from pe_swap.runs.config import KEYS_OF_SOURCE, SOURCES, DataSection
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -29,11 +29,7 @@ def load_documents(data: DataSection, part: Part) -> list[str]:
     Raises:
         DataError: no source or more than one, an unreadable file, or nothing in it.
     """
-    sources = [name for name in ("text_files", "dataset", "sotu") if getattr(data, name)]
-    if len(sources) != 1:
-        raise DataError(
-            f"data names {' and '.join(sources) or 'no source of text'}; it must name exactly one of text_files, dataset and sotu."
-        )
+    source = require_one_source(data)
     if data.sotu:
         found = sotu_texts(data.train_years if part == "train" else data.eval_years)
     elif data.dataset:
@@ -43,8 +39,74 @@ def load_documents(data: DataSection, part: Part) -> list[str]:
         found = file_texts(data, part)
     found = [text for text in found if text.strip()]
     if not found:
-        raise DataError(f"The {part} text ({sources[0]}) is empty. Name files or years that hold some text.")
+        raise DataError(f"The {part} text ({source}) is empty. Name files or years that hold some text.")
     return found
+
+
+def require_one_source(data: DataSection) -> str:
+    """Return the key that names where text comes from.
+
+    Raises:
+        DataError: there is none or more than one, or a key is set that has no meaning beside it.
+    """
+    sources = [name for name in SOURCES if getattr(data, name)]
+    if len(sources) != 1:
+        raise DataError(
+            f"data names {' and '.join(sources) or 'no source of text'}; it must name exactly one of text_files, dataset and sotu."
+        )
+    for source, keys in KEYS_OF_SOURCE.items():
+        for key in keys if source != sources[0] else ():
+            if getattr(data, key) != DataSection.model_fields[key].default:
+                raise DataError(
+                    f"data.{key} is {getattr(data, key)!r}, but the text comes from data.{sources[0]}, which does not read it. Drop the "
+                    f"key, or take the text from data.{source}."
+                )
+    return sources[0]
+
+
+def load_both_parts(data: DataSection) -> tuple[list[str], list[str]]:
+    """Return the documents to train on and the documents to measure on.
+
+    Raises:
+        DataError: as `load_documents`; or both parts come from the same file, split or year, or all documents of the second are in
+            the first.
+    """
+    require_two_parts(data)
+    train, held_out = load_documents(data, "train"), load_documents(data, "eval")
+    if len(shared_documents(train, held_out)) == len(held_out):
+        raise DataError(
+            "Every document to measure on is also one to train on, so its perplexity would say nothing about other text. Name other "
+            "text under data."
+        )
+    return train, held_out
+
+
+def require_two_parts(data: DataSection) -> None:
+    """Refuse to train and measure on the same source.
+
+    Raises:
+        DataError: a file, a split or a year is named for both.
+    """
+    both: list[str] = []
+    if data.sotu:
+        years = range(max(data.train_years[0], data.eval_years[0]), min(data.train_years[1], data.eval_years[1]) + 1)
+        both = [f"the years {years[0]} to {years[-1]}"] if years else []
+    elif data.dataset:
+        both = [f"the split '{data.train_split}'"] if data.train_split == data.eval_split else []
+    else:
+        held_out = {Path(path).resolve() for path in data.eval_text_files or ()}
+        both = [f"'{path}'" for path in data.text_files or () if Path(path).resolve() in held_out]
+    if both:
+        raise DataError(
+            f"data names {', '.join(both)} both to train on and to measure on, so the perplexity would say nothing about other text. "
+            "Name other text for one of them."
+        )
+
+
+def shared_documents(train: Sequence[str], held_out: Sequence[str]) -> list[str]:
+    """Return the documents to measure on that are also trained on, such as lines that a data set repeats."""
+    seen = {digest([document]) for document in train}
+    return [document for document in held_out if digest([document]) in seen]
 
 
 def file_texts(data: DataSection, part: Part) -> list[str]:
@@ -62,7 +124,7 @@ def file_texts(data: DataSection, part: Part) -> list[str]:
 
 
 def digest(documents: Iterable[str]) -> str:
-    """Return the SHA-256 of a text: other documents, or the same ones parted otherwise, have another."""
+    """Return the SHA-256 of documents; the same text in other documents has another one."""
     found = hashlib.sha256()
     for document in documents:
         content = document.encode("utf-8", "surrogatepass")
@@ -75,16 +137,20 @@ def read_text(path: str) -> str:
     """Return a file's text.
 
     Raises:
-        DataError: it cannot be read, is not UTF-8, or holds no text.
+        DataError: it cannot be read, is not UTF-8, holds NUL bytes, or holds no text.
     """
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except OSError as error:
         raise DataError(f"Cannot read the text file '{path}': {error.strerror}. Give the path of a UTF-8 text file.") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"The text file '{path}' is not UTF-8 ({error.reason} at byte {error.start}). Convert it first."
         ) from error
+    if "\0" in content:
+        raise DataError(
+            f"The text file '{path}' holds NUL bytes, which text has not: it may be UTF-16, or no text. Convert it to UTF-8 first."
+        )
     if not content.strip():
         raise DataError(f"The text file '{path}' is empty; a document must hold some text. Leave it out, or name another.")
     return content
@@ -113,6 +179,11 @@ def hub_texts(name: str, configuration: str | None, split: str, column: str) -> 
             raise DataError(
                 f"Row {index:,} of the data set '{name}' (split '{split}') has {reprlib.repr(value)} in the column '{column}'; every row "
                 "needs a text there. Drop or correct such rows, or name another column with --data.text_column."
+            )
+        if "\0" in value:
+            raise DataError(
+                f"Row {index:,} of the data set '{name}' (split '{split}') has NUL bytes in the column '{column}', which text has not. "
+                "Drop or correct such rows, or name another column with --data.text_column."
             )
     return found
 
@@ -207,6 +278,18 @@ def _around_block(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
     if tokenizer.mask_token_id is None or tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         return [], []
     return [int(tokenizer.cls_token_id)], [int(tokenizer.sep_token_id)]
+
+
+def require_tokens(documents: Sequence[Sequence[int]], part: Part) -> None:
+    """Refuse a text whose tokenizer leaves nothing of it.
+
+    Raises:
+        DataError: there is no token.
+    """
+    if not any(map(len, documents)):
+        raise DataError(
+            f"The {part} text has no tokens: the tokenizer leaves nothing of it. Name other text, or another --tokenizer."
+        )
 
 
 def describe(documents: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto import modeling_auto
 
-from pe_swap.errors import CheckpointError, ConfigError, PESwapError
+from pe_swap.errors import CheckpointError, ConfigError, DataError, PESwapError, UnsupportedModelError
 from pe_swap.families import FAMILIES, family_name
 from pe_swap.patching.install import holder_of
-from pe_swap.runs.config import ORIGINAL, SchemeSection, read_yaml
+from pe_swap.registry import did_you_mean
+from pe_swap.runs.config import ORIGINAL, SchemeSection
 from pe_swap.runs.records import file_hash
+from pe_swap.runs.yaml_reader import read_yaml
+from pe_swap.saving.relative_key_bert import require_absolute_positions
 from pe_swap.swap import swap_positional
 
 CONTENT = (
@@ -36,23 +48,61 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     """Load a language model, swapped or not: a causal one, or a masked one where it is an encoder.
 
     Raises:
-        CheckpointError: it is missing, incomplete or damaged.
+        CheckpointError: it is missing, incomplete (a head without weights, for instance) or damaged.
+        UnsupportedModelError: its positions are of a kind that transformers no longer reads, or it is neither causal nor masked.
     """
     try:
         config = AutoConfig.from_pretrained(name)
-        model: PreTrainedModel = language_model_class(config).from_pretrained(name, dtype=dtype)
+        require_absolute_positions(config, f"'{name}'")
+        model, info = language_model_class(config).from_pretrained(name, dtype=dtype, output_loading_info=True)
     except PESwapError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"Cannot load a model from '{name}': {error}") from error
-    return model
+    missing = sorted(info["missing_keys"])
+    if missing:
+        listed = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise CheckpointError(
+            f"'{name}' has no weights for {listed} of {type(model).__name__}; they would be random, and so would every perplexity. Name a "
+            "checkpoint that was saved with its language model head."
+        )
+    require_one_direction(model, name)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def language_model_class(config: Any) -> Any:
-    """Return the Auto class of the language model a configuration describes."""
+    """Return the Auto class of the language model that a configuration describes."""
+    return AutoModelForCausalLM if is_causal_configuration(config) else AutoModelForMaskedLM
+
+
+def is_causal_configuration(config: Any) -> bool:
+    """Tell whether a configuration describes a model that looks back only: its family says so, else what transformers has for it."""
     family = family_name(config.model_type)
-    is_encoder = family in FAMILIES and not FAMILIES[family].is_causal(config)
-    return AutoModelForMaskedLM if is_encoder else AutoModelForCausalLM
+    if family in FAMILIES:
+        return FAMILIES[family].is_causal(config)
+    return family not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(getattr(config, "is_decoder", False))
+
+
+@torch.no_grad()
+def require_one_direction(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that is taken for a causal one and looks ahead, by what it does on a few tokens.
+
+    Raises:
+        UnsupportedModelError: the logits of early tokens follow a later one.
+    """
+    if not is_causal(model) or model.config.vocab_size < 4:
+        return
+    was_training = model.training
+    model.eval()
+    input_ids = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 0]], device=model.device)
+    first, second = model(input_ids).logits[:, :3].float()
+    model.train(was_training)
+    if torch.isfinite(first).all() and not torch.allclose(first, second, rtol=1e-2, atol=1e-2):
+        raise UnsupportedModelError(
+            f"'{name}' ({type(model).__name__}) was taken for a causal language model, but its outputs follow later tokens: it would know "
+            "what it has to predict. Name a decoder (is_decoder true), or an encoder with a masked language model head."
+        )
 
 
 def start_model(model: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -69,6 +119,7 @@ def start_model(model: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase)
     model_type = settings.pop("model_type", None)
     if not isinstance(model_type, str):
         raise ConfigError(f"A model configuration needs a model_type ({', '.join(FAMILIES.names())}, ...), got {model_type!r}.")
+    _require_known_fields(model_type, settings, model)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **settings})
@@ -76,6 +127,34 @@ def start_model(model: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"transformers refuses the model configuration {settings}: {error}") from error
     return built
+
+
+LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling", "torch_dtype", "num_labels", "attn_implementation"})
+"""Fields that every configuration of transformers takes and keeps under another name."""
+
+
+def _require_known_fields(model_type: str, settings: dict[str, Any], model: str | dict[str, Any]) -> None:
+    """Refuse fields that a model's configuration does not have, which transformers would store and never read.
+
+    A file that transformers itself saved may have more: older versions wrote fields that no model reads.
+
+    Raises:
+        ConfigError: there is one, or no such model type.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"transformers knows no model_type '{model_type}'.{did_you_mean(model_type, CONFIG_MAPPING)} Correct it."
+        )
+    if isinstance(model, str) and "transformers_version" in settings:
+        return
+    config_class = CONFIG_MAPPING[model_type]
+    known = {name for base in config_class.__mro__ for name in inspect.signature(base.__init__).parameters}
+    known |= {*vars(config_class()), *config_class.attribute_map, *LEGACY_FIELDS}
+    for field in settings:
+        if field not in known:
+            raise ConfigError(
+                f"A model of type '{model_type}' has no field '{field}'.{did_you_mean(field, known)} Correct it under 'model', or drop it."
+            )
 
 
 def is_configuration(model: str | dict[str, Any]) -> bool:
@@ -106,13 +185,24 @@ def scheme_name(model: PreTrainedModel) -> str:
 
 def is_causal(model: PreTrainedModel) -> bool:
     """Tell whether a model looks back only, so that perplexity is defined."""
-    family = family_name(model.config.model_type)
-    return (
-        FAMILIES[family].is_causal(model.config) if family in FAMILIES else bool(getattr(model, "can_generate", lambda: True)())
-    )
+    return is_causal_configuration(model.config)
 
 
 def longest_input(model: PreTrainedModel) -> int | None:
     """Return the most tokens a model can take, by its configuration, or None where that does not say."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return int(limit) if limit is not None else None
+
+
+def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with tokens that the model has no row for.
+
+    Raises:
+        DataError: it has.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise DataError(
+            f"The tokenizer has {len(tokenizer):,} tokens, but the model has rows for {rows:,}. Name the model's own tokenizer with "
+            "--tokenizer, or give the model a larger vocab_size."
+        )

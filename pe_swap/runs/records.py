@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from pe_swap.runs.files import write_whole
+
 RECORD = "record.json"
 
 PACKAGES = ("pe-swap", "transformers", "torch", "accelerate", "datasets", "tokenizers")
@@ -71,14 +73,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def write_record(folder: Path, content: dict[str, Any]) -> None:
-    """Write `record.json`; a reader sees the old file or the whole new one.
+    """Write `record.json`; a reader finds the old file or the whole new one.
 
-    NaN and infinities are no JSON, and few readers know them: they are written as null.
+    NaN and infinities are not JSON: they are written as null.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{RECORD}.{os.getpid()}"
-    temporary.write_text(json.dumps(_plain(content), indent=2, default=str, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / RECORD)
+    write_whole(folder / RECORD, json.dumps(_plain(content), indent=2, default=str, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

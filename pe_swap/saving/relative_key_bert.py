@@ -14,7 +14,7 @@ import torch
 from transformers import BertConfig, PreTrainedModel
 
 from pe_swap.assignment import FORMAT
-from pe_swap.errors import CheckpointError
+from pe_swap.errors import CheckpointError, UnsupportedModelError
 from pe_swap.families import FAMILIES
 from pe_swap.patching.holder import stand_in_weight
 from pe_swap.patching.install import holder_of
@@ -35,6 +35,25 @@ REFUSED = {
 
 VARIANTS = {"relative_key": "key", "relative_key_query": "key_query"}
 """transformers 4's `position_embedding_type` to the variant of `shaw`."""
+
+
+def require_absolute_positions(config: Any, name: str) -> None:
+    """Refuse a checkpoint whose `position_embedding_type` transformers 5 no longer reads: its distances would be dropped in silence.
+
+    Args:
+        config: a model's configuration.
+        name: what the message calls the model.
+
+    Raises:
+        UnsupportedModelError: the field is there and is not "absolute".
+    """
+    kind = getattr(config, "position_embedding_type", None)
+    if kind not in (None, "absolute"):
+        raise UnsupportedModelError(
+            f"{name} has position_embedding_type '{kind}', which transformers 5 ignores: it would run with a position table that was "
+            "never trained. Load a BERT of this kind with pe_swap.saving.relative_key_bert.load_relative_key_bert, which makes it a "
+            "model swapped to shaw."
+        )
 
 
 def load_relative_key_bert(

@@ -198,6 +198,13 @@ class MaskedBatch:
         return batch
 
 
+def uses_bf16(section: TrainSection) -> bool:
+    """Tell whether a training runs in mixed precision; 'auto' is where a GPU has bfloat16."""
+    if section.bf16 == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return section.bf16
+
+
 def _arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments:
     """Return a section as the Trainer's arguments.
 
@@ -214,7 +221,7 @@ def _arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments
             warmup_steps=section.warmup_steps,
             weight_decay=section.weight_decay,
             lr_scheduler_type=section.schedule,
-            bf16=section.bf16,
+            bf16=uses_bf16(section),
             save_steps=section.save_steps,
             save_total_limit=2,
             logging_steps=section.logging_steps,

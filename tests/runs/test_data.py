@@ -6,9 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from pe_swap.runs.config import DataSection
-from pe_swap.runs.data import blocks, digest, document_start, load_documents, sotu_texts, tokenized, train_tokenizer
 from pe_swap.errors import DataError
+from pe_swap.runs.config import KEYS_OF_SOURCE, SOURCES, DataSection
+from pe_swap.runs.data import (
+    blocks,
+    digest,
+    document_start,
+    load_both_parts,
+    load_documents,
+    require_tokens,
+    shared_documents,
+    sotu_texts,
+    tokenized,
+    train_tokenizer,
+)
 from tests.evaluation.test_evaluator import tokenizer
 
 
@@ -84,6 +95,66 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(DataError, match=r"latin\.txt' is not UTF-8 .* at byte 3"):
         load_documents(DataSection(text_files=[str(tmp_path / "latin.txt")]), "train")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, mark in (("plain.txt", b""), ("marked.txt", b"\xef\xbb\xbf")):
+        (tmp_path / name).write_bytes(mark + "the union \u2014".encode())
+    data = DataSection(text_files=[str(tmp_path / name) for name in ("plain.txt", "marked.txt", "plain.txt")])
+    assert load_documents(data, "train") == ["the union \u2014"] * 2
+
+
+@pytest.mark.parametrize("content", ["the union".encode("utf-16-le"), b"\0" * 200, b"the\0union"])
+def test_bytes_that_text_has_not_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.txt' holds NUL bytes.*Convert it to UTF-8"):
+        load_documents(DataSection(text_files=[str(tmp_path / "x.txt")]), "train")
+
+
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        ({"text_files": ["a.txt"], "train_years": (1900, 1979)}, "train_years"),
+        ({"text_files": ["a.txt"], "text_column": "content"}, "text_column"),
+        ({"sotu": True, "eval_text_files": ["b.txt"]}, "eval_text_files"),
+        ({"dataset": "d", "eval_years": (1990, 1991)}, "eval_years"),
+    ],
+)
+def test_a_key_of_another_source_is_refused(data: dict[str, object], key: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.{key} is .*which does not read it\. Drop the key"):
+        load_documents(DataSection(**data), "train")
+
+
+def test_every_key_of_a_source_is_a_field() -> None:
+    assert set(KEYS_OF_SOURCE) == set(SOURCES)
+    assert {key for keys in KEYS_OF_SOURCE.values() for key in keys} < set(DataSection.model_fields)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"text_files": ["a.txt", "b.txt"], "eval_text_files": ["./b.txt"]},
+        {"sotu": True, "train_years": (1900, 1980), "eval_years": (1980, 1990)},
+        {"dataset": "d", "eval_split": "train"},
+    ],
+)
+def test_one_text_cannot_be_trained_and_measured_on(data: dict[str, object]) -> None:
+    with pytest.raises(DataError, match="both to train on and to measure on"):
+        load_both_parts(DataSection(**data))
+
+
+def test_documents_in_both_parts_are_found(tmp_path: Path) -> None:
+    paths = write(tmp_path, a="one", b="two", c="one")
+    data = DataSection(text_files=paths[:2], eval_text_files=paths[2:])
+    with pytest.raises(DataError, match="Every document to measure on is also one to train on"):
+        load_both_parts(data)
+    assert shared_documents(["one", "two"], ["three", "one"]) == ["one"]
+    assert load_both_parts(DataSection(text_files=paths[:1], eval_text_files=paths[1:])) == (["one"], ["two", "one"])
+
+
+def test_a_text_of_no_tokens_is_refused() -> None:
+    with pytest.raises(DataError, match="The eval text has no tokens"):
+        require_tokens([[], []], "eval")
 
 
 def test_a_trained_tokenizer_is_the_same_each_time_and_gives_the_text_back() -> None:

@@ -1,0 +1,60 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+"""Errors of a disk that is full, read-only, closed to this user, or broken."""
+
+
+def disk_error(error: OSError) -> str:
+    """Return what a disk's error means, and what to do."""
+    where = f"'{error.filename}'" if error.filename else "a file"
+    return (
+        f"Cannot write {where}: {error.strerror}. Free the disk or correct its permissions, then run the same command again "
+        "(finetune.py with --resume), or name another --out."
+    )
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file: a reader finds the old one or the whole new one, also after a full disk.
+
+    Raises:
+        OSError: the disk; nothing is left of what was begun.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(folder: Path, *, is_writer: bool = True) -> Iterator[Path]:
+    """Give a folder to write into, whose files move to `folder` once all of them are written.
+
+    Args:
+        folder: where the files go.
+        is_writer: whether this process moves them; in a distributed run one does.
+    """
+    temporary = folder / ".writing"
+    if is_writer:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if is_writer:
+            for file in sorted(temporary.iterdir()):
+                file.replace(folder / file.name)
+    finally:
+        if is_writer:
+            shutil.rmtree(temporary, ignore_errors=True)
