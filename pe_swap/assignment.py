@@ -7,15 +7,14 @@ on the input. It comes from a caller or from a file that somebody else wrote, so
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from pe_swap.errors import CheckpointError, LayerError, OptionError, UnsupportedModelError
-from pe_swap.schemes import SCHEMES, Geometry, Scheme, SchemeOptions, build_options
-from pe_swap.schemes.base import ATTENTION_HOOKS, INPUT_HOOKS, hooks_of
+from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions, build_options
+from pe_swap.schemes.base import INPUT_HOOKS, hooks_of
+from pe_swap.schemes.geometry import Geometry, Native
 
 FORMAT = 1
 """Version of the saved form. A larger one was written by a newer pe_swap."""
@@ -29,11 +28,11 @@ LONGEST_TEXT = 600
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which scheme acts where.
+    """Which scheme acts where: the one form of it, in a model and in its `config.json`.
 
     Attributes:
         options: the options of each scheme; their class names the scheme.
-        layers: for each layer, an index into `options`, or None.
+        layers: for each layer, an index into `options`, or None where the layer has no scheme of ours.
         input: index of the scheme that acts on the input, or None.
     """
 
@@ -41,15 +40,39 @@ class Assignment:
     layers: tuple[int | None, ...]
     input: int | None
 
-    def resolve(self, geometry: Geometry, position_table: Tensor | None) -> Assignment:
-        """Return the assignment with model-dependent options written out; see `SchemeOptions.resolve`."""
-        return replace(self, options=tuple(options.resolve(geometry, position_table) for options in self.options))
+    def served_by(self, index: int) -> tuple[int, ...]:
+        """Return the layers that a scheme serves."""
+        return tuple(layer for layer, at in enumerate(self.layers) if at == index)
 
-    def attention_hooks(self) -> frozenset[str]:
-        """Return the hooks inside attention that any layer's scheme uses."""
-        used = {at for at in self.layers if at is not None}
-        hooks = (SCHEMES[self.options[at].scheme].hooks_for(self.options[at]) for at in used)
-        return frozenset[str]().union(*hooks) & ATTENTION_HOOKS
+    def resolve(self, geometry: Geometry, natives: Sequence[Native]) -> tuple[Assignment, tuple[int, ...]]:
+        """Return the assignment with options that depend on the model written out; see `SchemeOptions.resolve`.
+
+        Where the model's own positions differ from layer to layer (two bases, say), a scheme becomes one per set of values.
+
+        Args:
+            geometry: the sizes of the stack.
+            natives: the model's own positions, per layer.
+
+        Returns:
+            The assignment, and for each of its schemes the index that it had.
+        """
+        resolved: list[SchemeOptions] = []
+        origins: list[int] = []
+        layers: list[int | None] = [None] * len(self.layers)
+        acting_on_input = None
+        for index, options in enumerate(self.options):
+            first = len(resolved)
+            for layer in self.served_by(index) or (0,):
+                found = options.resolve(geometry, natives[layer].table)
+                at = next((at for at in range(first, len(resolved)) if resolved[at] == found), len(resolved))
+                if at == len(resolved):
+                    resolved.append(found)
+                    origins.append(index)
+                if self.layers[layer] == index:
+                    layers[layer] = at
+            if index == self.input:
+                acting_on_input = first
+        return Assignment(tuple(resolved), tuple(layers), acting_on_input), tuple(origins)
 
     def build(self, geometry: Geometry) -> list[Scheme]:
         """Build every scheme.
@@ -64,11 +87,18 @@ class Assignment:
             if scheme_class.causal_only and not geometry.is_causal:
                 raise UnsupportedModelError(
                     f"The scheme '{options.scheme}' is defined for causal attention only, and this model is an encoder. "
-                    "Use a scheme with a two-sided form (alibi, t5, rope, shaw), or a decoder (is_decoder=True)."
+                    "Use a scheme with a two-sided form (python -m pe_swap schemes lists them), or a decoder."
                 )
-            served = tuple(layer for layer, at in enumerate(self.layers) if at == index)
-            schemes.append(scheme_class(options, geometry, served))
+            schemes.append(scheme_class(options, geometry, self.served_by(index)))
         return schemes
+
+    def to_saved(self) -> dict[str, Any]:
+        """Return schemes, options and layers as plain values: all a reload needs besides the weights."""
+        return {
+            "schemes": [{"name": options.scheme, "options": options.to_dict()} for options in self.options],
+            "layers": list(self.layers),
+            "input": self.input,
+        }
 
 
 def options_from(scheme: str | SchemeOptions | Scheme, options: Mapping[str, Any]) -> SchemeOptions:
@@ -114,45 +144,46 @@ def checked_layers(layers: object, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({layer % num_layers for layer in indices}))
 
 
-def extend(current: Assignment | None, options: SchemeOptions, layers: object, num_layers: int) -> Assignment:
+def extend(
+    current: Assignment | None, options: SchemeOptions, layers: object, num_layers: int
+) -> tuple[Assignment, tuple[int | None, ...]]:
     """Return the assignment after a swap to `options`, in some layers or in all.
 
     Args:
-        current: what the model has now; None for a model not swapped.
+        current: what the stack has now; None where it is not swapped.
         options: the new scheme.
-        layers: the layers that take it, or None for every layer. The others keep what they have: their scheme in a swapped
-            model, none in a model that was not.
-        num_layers: layers of the model.
+        layers: the layers that take it, or None for every layer. The others keep what they have.
+        num_layers: layers of the stack.
+
+    Returns:
+        The assignment, and for each of its schemes the index it has in `current`, or None for the new one.
 
     Raises:
         LayerError: layers out of range, or given for a scheme that acts on the input, which all layers share.
     """
     acts_on_input = bool(INPUT_HOOKS & hooks_of(SCHEMES[options.scheme]))
     if layers is None:
-        return Assignment((options,), (0,) * num_layers, 0)
+        return Assignment((options,), (0,) * num_layers, 0), (None,)
     chosen = checked_layers(layers, num_layers)
     if acts_on_input:
         raise LayerError(
             f"layers is {list(chosen)}, but the scheme '{options.scheme}' acts on the input embeddings, which all layers share. "
-            "Swap it without layers; then give some layers a scheme that acts inside attention (rope, alibi, t5, shaw, none)."
+            "Swap it without layers; then give some layers a scheme that acts inside attention."
         )
     before = current or Assignment((), (None,) * num_layers, None)
     assignment = tuple(len(before.options) if layer in chosen else at for layer, at in enumerate(before.layers))
-    return _without_unused(Assignment((*before.options, options), assignment, before.input))
-
-
-def _without_unused(assignment: Assignment) -> Assignment:
-    """Drop schemes that serve neither a layer nor the input."""
-    acting_on_input = assignment.input
-    if acting_on_input is not None and not INPUT_HOOKS & hooks_of(SCHEMES[assignment.options[acting_on_input].scheme]):
+    acting_on_input = before.input
+    if acting_on_input is not None and not INPUT_HOOKS & hooks_of(SCHEMES[before.options[acting_on_input].scheme]):
         acting_on_input = None
-    used = sorted({at for at in (*assignment.layers, acting_on_input) if at is not None})
+    used = sorted({at for at in (*assignment, acting_on_input) if at is not None})
     renumbered = {old: new for new, old in enumerate(used)}
-    return Assignment(
-        tuple(assignment.options[old] for old in used),
-        tuple(None if at is None else renumbered[at] for at in assignment.layers),
+    everything = (*before.options, options)
+    extended = Assignment(
+        tuple(everything[old] for old in used),
+        tuple(None if at is None else renumbered[at] for at in assignment),
         None if acting_on_input is None else renumbered[acting_on_input],
     )
+    return extended, tuple(old if old < len(before.options) else None for old in used)
 
 
 def from_saved(saved: object, num_layers: int) -> Assignment:
@@ -174,6 +205,12 @@ def from_saved(saved: object, num_layers: int) -> Assignment:
     if not _is_index(acting_on_input, len(options)):
         raise _unreadable(f"'pe_swap.input' is {short(acting_on_input)}; it must be null or an index below {len(options)}")
     return Assignment(options, tuple(layers), acting_on_input)
+
+
+def saved_stacks(saved: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Return what `config.json` says of each swapped stack, by the stack's name: under `stacks`, or at once where a family has one."""
+    stacks: Mapping[str, Mapping[str, Any]] = saved.get("stacks", {"": saved})
+    return stacks
 
 
 def checked_format(saved: object) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,21 +13,26 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pe_swap.attention.backends import library_name
-from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED
+from pe_swap.attention.names import library_name
+from pe_swap.attention.shared_in_call import ARGUMENT, SharedInCall
 from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError
-from pe_swap.families import family_for
 from pe_swap.patching.holder import SchemeHolder
-from pe_swap.patching.install import holder_of
+from pe_swap.patching.install import holder_of, layer_hooks
 from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.schemes import Scheme
-from pe_swap.schemes.base import ATTENTION_HOOKS
+from pe_swap.swap import restore_positional, swap_positional
 
 LENGTH = 24
 """Tokens in most checks; fewer where a scheme ends before that."""
 
 SHIFT = 17
 """Positions by which the check of shift invariance moves every token."""
+
+LONGEST_ROW = 4096
+"""Tokens: the longest row that the check beyond the trained length runs; beyond it, a short row stands at far position ids."""
+
+ABOVE_ROUNDING = 10.0
+"""How many times the measured rounding an effect must be to count as one."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,9 @@ class PositionalReport:
 def check_positional(model: PreTrainedModel) -> PositionalReport:
     """Run the properties that a swapped model's schemes claim, on the model itself.
 
-    Every scheme that acts inside attention is called in every layer it serves; a decoder does not see the future; cached chunks
-    equal one uncached pass; a padded row equals the row alone; positions all moved by 17 change nothing where the scheme claims
+    Every scheme that acts inside attention is called in every layer it serves; the model's own scheme, swapped in, gives the unswapped
+    states (on a copy of the model, where what was replaced is at hand); later tokens do not change earlier states of a decoder; cached
+    chunks equal one uncached pass; a padded row equals the row alone; positions all moved by 17 change nothing where the scheme claims
     that; the order of tokens matters; a length beyond the trained one gives finite numbers. Random tokens, the model's own weights,
     dtype, device and attention implementation. Weights, random state and mode are left as they were.
 
@@ -113,11 +120,12 @@ class _Checker:
     def __init__(self, model: PreTrainedModel, holder: SchemeHolder) -> None:
         self.model = model
         self.base_model: Any = model.base_model
-        self.cache_argument = cache_argument(model.base_model)
+        self.cache_argument = cache_argument(model.base_model) if holder.stack.has_cache else ""
         self.holder = holder
-        self.schemes = [holder.scheme_at(index) for index in range(len(holder.schemes))]
-        self.family = family_for(model)
-        self.is_causal = self.family.is_causal(model.config)
+        self.schemes = list(holder)
+        self.stack = holder.stack
+        self.first_id = holder.first_id
+        self.is_causal = self.stack.is_causal(model.config)
         weight = holder.tokens.weight
         self.device, self.vocabulary = weight.device, weight.shape[0]
         self.tolerance = float(torch.finfo(weight.dtype).eps ** 0.5)
@@ -128,13 +136,16 @@ class _Checker:
         names = "+".join(dict.fromkeys(scheme.name for scheme in self.schemes)) or "no scheme"
         checks: dict[str, Callable[[], Check]] = {
             "every layer bound": self.bound,
+            "own scheme = unswapped": self.identity,
             "order matters": self.order,
             "backend = eager": self.eager,
             "left-padded = alone": lambda: self.padded("left"),
             "right-padded = alone": lambda: self.padded("right"),
         }
         if self.is_causal:
-            checks |= {"causal": self.future, "cached = uncached": self.cached}
+            checks["causal"] = self.future
+            if self.stack.has_cache:
+                checks["cached = uncached"] = self.cached
         checks |= {"shift invariant": self.shifted, "beyond trained length": self.longer}
         title = f"{type(self.model).__name__} with {names}, {library_name(self.model.config._attn_implementation)}"
         return PositionalReport(title, self.tolerance, tuple(self.run(name, check) for name, check in checks.items()))
@@ -147,15 +158,20 @@ class _Checker:
             return Check(name, False, None, str(error))
 
     def tokens(self, batch: int, length: int, seed: int = 0) -> Tensor:
-        """Return random token ids, `[batch, length]`."""
+        """Return random token ids, `[batch, length]`, none of them padding: some families count positions by it."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(self.vocabulary, (batch, length), generator=generator).to(self.device)
+        ids = torch.randint(self.vocabulary, (batch, length), generator=generator)
+        padding = getattr(self.model.config, "pad_token_id", None)
+        return ids.masked_fill(ids == (-1 if padding is None else padding), self.vocabulary // 2).to(self.device)
 
-    def states(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """Return the base model's last hidden states, `[batch, length, hidden_size]`, float32."""
-        if self.is_causal and self.cache_argument not in kwargs:
+    def states(self, input_ids: Tensor, model: PreTrainedModel | None = None, **kwargs: Any) -> Tensor:
+        """Return the base model's last hidden states, `[batch, length, hidden_size]`, float32; `position_ids` count from 0."""
+        if self.is_causal and self.stack.has_cache and self.cache_argument not in kwargs:
             kwargs["use_cache"] = False
-        hidden: Tensor = self.base_model(input_ids, **kwargs).last_hidden_state
+        if "position_ids" in kwargs:
+            kwargs["position_ids"] = kwargs["position_ids"] + self.first_id
+        base_model: Any = self.base_model if model is None else model.base_model
+        hidden: Tensor = base_model(input_ids, **kwargs).last_hidden_state
         return hidden.float()
 
     def compare(self, name: str, found: Tensor, expected: Tensor, detail: str, *, claimed: bool = True) -> Check:
@@ -168,30 +184,52 @@ class _Checker:
     def bound(self) -> Check:
         """Check that one forward pass calls every scheme where it should act."""
         wanted: Counter[tuple[int, str, int | None]] = Counter()
-        for layer, index in enumerate(self.holder.scheme_of_layer):
+        layers, acting_on_input = self.holder.assignment.layers, self.holder.assignment.input
+        for layer, index in enumerate(layers):
             if index is not None:
-                hooks = self.schemes[index].hooks & ATTENTION_HOOKS
-                wanted.update((index, hook, layer) for hook in hooks)
-        if self.holder.input_scheme is not None:
-            hooks = self.schemes[self.holder.input_scheme].hooks & {"encode", "embed"}
-            wanted.update((self.holder.input_scheme, hook, None) for hook in hooks)
+                wanted.update((index, hook, layer) for hook in layer_hooks(self.holder, layer))
+        if acting_on_input is not None:
+            hooks = self.schemes[acting_on_input].hooks & {"encode", "embed"}
+            wanted.update((acting_on_input, hook, None) for hook in hooks)
         with _calls(self.schemes) as seen:
-            self.states(self.tokens(1, self.length), **{ARGUMENT: NOTHING_SHARED})  # no layer is handed another layer's results
+            self.states(self.tokens(1, self.length), **{ARGUMENT: SharedInCall(self.ids(self.length), shares=False)})
         missing = [f"{self.schemes[index].name}.{hook} in layer {layer}" for index, hook, layer in wanted - seen]
         detail = f"not called: {', '.join(missing)}" if missing else f"{len(wanted)} hooks called in one forward pass"
+        without = [str(layer) for layer, index in enumerate(layers) if index is None]
+        if without:
+            what = "keep the model's own positions" if self.stack.native.keeps_layers else "have no positions of their own"
+            detail += f"; layers {', '.join(without)} {what}"
         return Check("every layer bound", not missing, None, detail)
+
+    def ids(self, length: int, first: int = 0) -> Tensor:
+        """Return position ids from `first` on, counted from 0, `[1, length]`."""
+        return torch.arange(length, device=self.device)[None] + first
+
+    def identity(self) -> Check:
+        """Check that the scheme which the model had, swapped in as one of ours, gives the unswapped states."""
+        name = "own scheme = unswapped"
+        if self.holder.original is None:
+            return Check(name, None, None, "not measured: the model was loaded already swapped, without what was replaced")
+        other, scheme = restore_positional(copy.deepcopy(self.model)), self.stack.native.own_scheme
+        ids = self.tokens(2, min(self.length, self.holder.trained_length))
+        expected = self.states(ids, model=other)
+        with torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]):
+            swap_positional(other, scheme, part=self.stack.name or None)
+        found = self.states(ids, model=other)
+        return self.compare(name, found, expected, f"'{scheme}' in a copy of the unswapped model")
 
     def order(self) -> Check:
         """Check that positions reach the output: the same tokens in another order give the last one another state."""
-        difference = self.order_difference()
+        difference, rounding = self.order_difference(), self.rounding()
         if not self.is_causal and not any(scheme.tells_order for scheme in self.schemes):
-            return Check("order matters", None, difference, "an encoder without positions is a bag of words")
-        if difference <= self.tolerance:
+            return Check("order matters", None, difference, "an encoder without positions: no order is expected")
+        if difference <= ABOVE_ROUNDING * rounding:
             with _disturbed(self.holder):
-                starts_neutral = self.order_difference() > self.tolerance
+                starts_neutral = self.order_difference() > ABOVE_ROUNDING * rounding
             if starts_neutral:
                 return Check("order matters", None, difference, "not yet: the scheme starts from adding nothing, train it")
-        return Check("order matters", difference > self.tolerance, difference, "last state, tokens before it reversed")
+        detail = f"last state, tokens before it reversed; rounding is {rounding:.0e}"
+        return Check("order matters", difference > ABOVE_ROUNDING * rounding, difference, detail)
 
     def order_difference(self) -> float:
         """Return how much the last state changes when the tokens before it are reversed."""
@@ -199,6 +237,13 @@ class _Checker:
         other = torch.cat((ids[:, :-1].flip(1), ids[:, -1:]), dim=1)
         first, second = self.states(ids)[:, -1], self.states(other)[:, -1]
         return float((first - second).norm() / first.norm())
+
+    def rounding(self) -> float:
+        """Return how much a row's last state changes by rounding: the row alone against the row in a batch of three."""
+        ids = self.tokens(1, self.length)
+        others = self.tokens(2, self.length, seed=5)
+        alone, together = self.states(ids)[0, -1], self.states(torch.cat((ids, others)))[0, -1]
+        return max(float((alone - together).norm() / alone.norm()), float(torch.finfo(self.holder.tokens.weight.dtype).eps))
 
     def eager(self) -> Check:
         """Check that the attention implementation in use equals the plain one."""
@@ -270,12 +315,17 @@ class _Checker:
 
     def longer(self) -> Check:
         """Check that a length beyond the trained one gives finite states."""
-        trained, limit = int(self.model.config.pe_swap["trained_length"]), self.holder.max_length
+        trained, limit = self.holder.trained_length, self.holder.max_length
         if limit is not None and limit <= trained:
             return Check("beyond trained length", None, None, f"positions end at {limit:,}")
-        length = min(trained + 8, limit or trained + 8)
-        finite = bool(self.states(self.tokens(1, length)).isfinite().all())
-        return Check("beyond trained length", finite, None, f"{length:,} tokens, trained at {trained:,}")
+        last = min(trained + 8, limit or trained + 8)
+        length = min(last, LONGEST_ROW)
+        ids, given = self.tokens(1, length), {}
+        if length < last:
+            given = {"position_ids": self.ids(length, first=last - length), "attention_mask": torch.ones_like(ids)}
+        finite = bool(self.states(ids, **given).isfinite().all())
+        detail = f"{length:,} tokens up to position {last:,}, trained at {trained:,}"
+        return Check("beyond trained length", finite, None, detail)
 
 
 @contextmanager

@@ -1,43 +1,58 @@
-"""Swapping a model's positions, and putting them back."""
+"""Swapping a model's positions, and putting them back: resolve, build, commit."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from pe_swap.assignment import Assignment, extend, from_saved, options_from
-from pe_swap.attention.backends import name_for
-from pe_swap.errors import FamilyError, SwapStateError
-from pe_swap.families import Family, family_for, known_loss_type
+from pe_swap.assignment import Assignment, extend, options_from, saved_stacks
+from pe_swap.attention.names import require_honoured
+from pe_swap.errors import OptionError, SwapStateError, UnsupportedModelError
+from pe_swap.families import Family, Stack, family_for, known_loss_type
+from pe_swap.patching.devices import bring_back_offloaded
 from pe_swap.patching.holder import Original, SchemeHolder
-from pe_swap.patching.install import assemble, attach, detach, holder_of
+from pe_swap.patching.install import assemble, attach, attention_hooks, detach, holder_in, token_table
 from pe_swap.saving.class_names import swapped_config_class
 from pe_swap.saving.relative_key_bert import require_absolute_positions
-from pe_swap.schemes import Scheme, SchemeOptions
+from pe_swap.saving.swapped_config import entry_of
+from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions
+from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, root_mean_square
+from pe_swap.schemes.geometry import Geometry, Native
+from pe_swap.schemes.options import LARGEST_LENGTH
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def swap_positional(
-    model: Model, scheme: str | SchemeOptions | Scheme, *, layers: Iterable[int] | None = None, **options: Any
+    model: Model,
+    scheme: str | SchemeOptions | Scheme,
+    *,
+    layers: Iterable[int] | None = None,
+    part: str | None = None,
+    trained_length: int | None = None,
+    **options: Any,
 ) -> Model:
     """Replace the positional components of a model, in place.
 
-    The model's own position table goes, and every self-attention layer gets `scheme`; cross-attention is left alone. The swap
-    completes, or raises and leaves the model bit for bit as it was. Swapping again replaces the scheme.
+    Every self-attention layer gets `scheme`, and the model's own positions go; cross-attention is left alone. The swap completes, or raises
+    and leaves the model bit for bit as it was. Swapping again replaces the scheme.
 
     Args:
         model: a transformers model of a family in `list_families()`, with any head: the model that is going to be saved, not the base
             model inside it.
         scheme: a name in `list_schemes()`, the options of a scheme, or a scheme, whose options are taken.
-        layers: the layers that get the scheme, where not all do. The others keep the scheme they have; in a model not yet
-            swapped they get none, and the table goes.
-        options: the scheme's options.
+        layers: the layers that get the scheme, where not all do. The others keep what they have: their scheme, or the model's own rotation
+            or bias. A position table goes as a whole, as all layers share it through the input; layers without a scheme then have none.
+        part: `"encoder"` or `"decoder"` of an encoder-decoder; None for both.
+        trained_length: the length that the model was trained at, in positions, from which schemes derive sizes; None takes the model's.
+        options: the scheme's options. Those left out take the value that the model's own positions have for them, where they have one.
 
     Returns:
         The model itself.
@@ -46,127 +61,260 @@ def swap_positional(
         UnknownNameError: no scheme has that name.
         OptionError: an option that does not exist, breaks its rule, or does not fit the model.
         LayerError: layers out of range, or given for a scheme that acts on the input.
-        UnsupportedModelError: not a transformers model, a family without an family, or a causal scheme for an encoder.
+        UnsupportedModelError: not a transformers model, no known family, or a causal scheme for an encoder.
         UnsupportedBackendError: an attention implementation that cannot honour the scheme.
         FamilyError: a module is not where the family says.
-        SwapStateError: a scheme that starts from a position table, for a model that was loaded without one; or a model whose
-            configuration and modules say different things.
+        SwapStateError: a model whose configuration and modules say different things.
     """
     family = family_for(model)
-    base_model, config = model.base_model, model.config
-    require_absolute_positions(config, type(model).__name__)
-    current = holder_of(model)
-    before = None if current is None else from_saved(config.pe_swap, config.num_hidden_layers)
-    wanted = extend(before, options_from(scheme, options), layers, config.num_hidden_layers)
-    original = _take_original(family, model) if current is None else current.original
-    vectors = None if original is None else original.table.weight.detach().float()
-    trained_length = config.pe_swap["trained_length"] if vectors is None else vectors.shape[0]
-    geometry = family.geometry(config, trained_length)
-    assignment = wanted.resolve(geometry, vectors)
-    schemes = assignment.build(geometry)
-    name_for(config._attn_implementation, assignment.attention_hooks())
-    for new, options_wanted in zip(schemes, wanted.options, strict=True):
-        kept = _kept_scheme(current, before, options_wanted)
-        if kept is not None:
-            new.load_state_dict({name: value for name, value in kept.state_dict().items() if name in new.state_dict()})
-        elif vectors is not None:
-            new.start_from(vectors)
-        elif new.needs_table:
-            raise SwapStateError(
-                f"The scheme '{new.name}' starts from the model's own position table, but this model was loaded already swapped and has "
-                "none left. Swap the model it was made from, or choose a scheme that needs no table."
-            )
-    if not geometry.is_causal and not any(new.tells_order for new in schemes):
-        warnings.warn(
-            f"The scheme '{schemes[0].name}' on an encoder leaves a bag of words: without a causal mask nothing tells the order of "
-            "tokens. Use it as a baseline only; alibi, t5, rope and shaw have two-sided forms.",
-            UserWarning,
-            stacklevel=2,
-        )
-    holder = assemble(family, base_model, config, assignment, schemes, original)
-    like = holder.tokens.weight
-    holder.to(device=like.device, dtype=like.dtype).train(model.training)
-    swapped_config = _swapped_config(family, config, holder, trained_length)
+    require_absolute_positions(model.config, type(model).__name__)
+    wanted = options_from(scheme, options)
 
-    if current is not None:
-        detach(family, base_model)
-    _set_config(model, config, swapped_config)
-    attach(family, base_model, holder)
+    # Resolve: what is where, and what will be. Nothing is changed yet.
+    changes = [resolve(model, stack, wanted, layers, trained_length) for stack in chosen_stacks(family, model, part)]
+
+    # Build: everything new, beside the model.
+    holders = {change.stack.name: build(model, change) for change in changes}
+    for stack in family.stacks_of(model.config):
+        untouched = holder_in(model, stack)
+        if stack.name not in holders and untouched is not None:
+            holders[stack.name] = untouched
+    hooks = frozenset[str]().union(*(attention_hooks(holder) for holder in holders.values()))
+    require_honoured(model.config._attn_implementation, hooks)
+    configs = swapped_configs(family, model, {change.stack.name: change for change in changes}, holders)
+    if not any(scheme.tells_order for holder in holders.values() for scheme in holder):
+        warn_of_no_order(changes)
+
+    # Commit: nothing below can fail.
+    for change in changes:
+        if change.current is not None:
+            detach(change.stack, model.base_model, model.config, change.current)
+    set_configs(model, configs)
+    for change in changes:
+        attach(change.stack, model.base_model, model.config, holders[change.stack.name])
     model.loss_type = known_loss_type(model)
     return model
 
 
-def _take_original(family: Family, model: PreTrainedModel) -> Original:
-    """Return what the swap is about to replace; nothing is changed yet."""
-    table = family.find(model.base_model, family.position_embedding)
-    if not isinstance(table, nn.Embedding):
-        raise FamilyError(
-            f"{type(model.base_model).__name__}.{family.position_embedding} is a {type(table).__name__}, where an nn.Embedding was "
-            "expected: something else has patched this model. Undo that patch before the swap."
-        )
-    tokens = cast(nn.Embedding, family.find(model.base_model, family.token_embedding))
-    if not isinstance(getattr(tokens, "weight", None), Tensor):
-        raise FamilyError(
-            f"{type(model.base_model).__name__}.{family.token_embedding} is a {type(tokens).__name__}, which has no 'weight' whose "
-            "dtype positions could take: something else has patched this model. Undo that patch before the swap."
-        )
-    length = getattr(model.config, family.length_field)
-    return Original(table, tokens.weight.dtype, length, getattr(model, "loss_type", None))
+@dataclass(frozen=True)
+class Change:
+    """What a swap will do to one stack.
 
-
-def _kept_scheme(current: SchemeHolder | None, before: Assignment | None, options: SchemeOptions) -> Scheme | None:
-    """Return the model's scheme that stays under these options: `extend` passes on the very object of one that stays."""
-    if current is None or before is None:
-        return None
-    return next((current.scheme_at(index) for index, old in enumerate(before.options) if old is options), None)
-
-
-def _swapped_config(family: Family, config: Any, holder: SchemeHolder, trained_length: int) -> Any:
-    """Return a copy of `config` that says what the model is swapped to; other models that share `config` keep it."""
-    swapped = copy.deepcopy(config)
-    swapped.__class__ = swapped_config_class(family)
-    swapped.describe(holder, trained_length)
-    return swapped
-
-
-def _set_config(model: PreTrainedModel, old: Any, new: Any) -> None:
-    """Give every module of the model the configuration `new`.
-
-    By class and not by identity: an encoder-decoder model gives its parts configurations of their own, and leaves the modules inside
-    them with the former ones.
+    Attributes:
+        stack: the stack.
+        current: what holds its schemes now, or None where it is not swapped.
+        assignment: which scheme will act where.
+        kept: for each scheme, its index in `current`, or None for a new one.
+        geometry: the sizes of the stack.
+        native: the stack's own positions.
+        original: the module that is replaced, or None where it is not at hand.
+        config: the unswapped configuration.
     """
+
+    stack: Stack
+    current: SchemeHolder | None
+    assignment: Assignment
+    kept: tuple[int | None, ...]
+    geometry: Geometry
+    native: Native
+    original: Original | None
+    config: Any
+
+
+def chosen_stacks(family: Family, model: PreTrainedModel, part: str | None) -> list[Stack]:
+    """Return the stacks that a swap or a restore is for.
+
+    Raises:
+        UnsupportedModelError: the family has no such part.
+    """
+    stacks = family.stacks_of(model.config)
+    chosen = [stack for stack in stacks if part is None or stack.name == part]
+    if not chosen:
+        names = " or ".join(f"'{stack.name}'" for stack in stacks if stack.name) or "none: it has one stack of layers"
+        raise UnsupportedModelError(
+            f"part is {part!r}, and the parts of a {family.model_type} are {names}. Leave it out, or name one of them."
+        )
+    return chosen
+
+
+def resolve(model: PreTrainedModel, stack: Stack, options: SchemeOptions, layers: Any, trained_length: int | None) -> Change:
+    """Return what a swap to `options` will do to a stack."""
+    base_model = model.base_model
+    current = holder_in(model, stack)
+    config = model.config if current is None else model.config.unswapped()
+    kind = stack.native
+    if current is None:
+        module = kind.require_native(base_model)
+        length = getattr(config, stack.length_field) if stack.length_field else None
+        original: Original | None = Original(
+            module, token_table(stack, base_model).weight.dtype, length, getattr(model, "loss_type", None)
+        )
+    else:
+        original = current.original
+    found = None if original is None else original.module
+    table = kind.table(config, found)
+    if trained_length is None:
+        trained_length = kind.trained_length(config, found) if current is None else current.trained_length
+    if not isinstance(trained_length, int) or isinstance(trained_length, bool) or not 1 <= trained_length <= LARGEST_LENGTH:
+        raise OptionError(
+            f"trained_length is {trained_length!r}; it must be an integer from 1 to {LARGEST_LENGTH:,}. Give the length that the model was "
+            "trained at: swap_positional(model, ..., trained_length=512)."
+        )
+    geometry = stack.geometry(base_model, config, trained_length)
+    paths = stack.paths(config)
+    native = Native(
+        table=table,
+        token_rms=token_size(stack, base_model, options) if table is None else None,
+        options=kind.options(config, 0, found),
+    )
+    natives = [Native(native.table, native.token_rms, kind.options(config, layer, found)) for layer in range(len(paths))]
+    extended, kept = extend(None if current is None else current.assignment, options, layers, len(paths))
+    assignment, origins = extended.resolve(geometry, natives)
+    return Change(stack, current, assignment, tuple(kept[at] for at in origins), geometry, native, original, config)
+
+
+def token_size(stack: Stack, base_model: nn.Module, options: SchemeOptions) -> float | None:
+    """Return the root mean square of the token embeddings as the model makes them, over its vocabulary, for a scheme on the input."""
+    if not INPUT_HOOKS & hooks_of(SCHEMES[options.scheme]):
+        return None
+    tokens = token_table(stack, base_model)
+    if tokens.weight.is_meta:
+        return None
+    with torch.no_grad():
+        return root_mean_square(tokens.module(torch.arange(min(len(tokens.weight), 4096), device=tokens.weight.device)))
+
+
+def build(model: PreTrainedModel, change: Change) -> SchemeHolder:
+    """Return the holder that a change puts in place, its schemes started from what they replace."""
+    schemes = change.assignment.build(change.geometry)
+    for new, old in zip(schemes, change.kept, strict=True):
+        if old is not None and change.current is not None:
+            bring_back_offloaded(change.current)
+            state = change.current.scheme_at(old).state_dict()
+            new.load_state_dict({name: value for name, value in state.items() if name in new.state_dict()})
+        else:
+            if change.native.table is not None:
+                new.start_from(change.native.table)
+            elif new.needs_table:
+                raise SwapStateError(
+                    f"The scheme '{new.name}' starts from the model's own position table, and this model has none. Swap the model it was "
+                    "made from, or choose another scheme."
+                )
+    holder = assemble(change.stack, model.base_model, change.config, change.assignment, schemes, change.original)
+    like = holder.tokens.weight
+    kept, holder.kept = holder.kept, nn.ModuleDict()
+    holder.to(device=like.device, dtype=like.dtype)
+    holder.kept = kept
+    return holder.train(model.training)
+
+
+def swapped_configs(
+    family: Family, model: PreTrainedModel, changes: dict[str, Change], holders: dict[str, SchemeHolder]
+) -> dict[int, Any]:
+    """Return, for every configuration object that the model's modules have, a copy that says what the model is swapped to.
+
+    Other models that share a configuration keep it. An encoder-decoder may have one object per stack.
+    """
+    lengths = {name: None if change.original is None else change.original.length for name, change in changes.items()}
+    return {id(config): swapped_config(family, config, holders, lengths) for config in own_configs(model)}
+
+
+def swapped_config(family: Family, config: Any, holders: Mapping[str, SchemeHolder], lengths: Mapping[str, Any]) -> Any:
+    """Return a copy of a configuration, swapped or not, that says what its model is swapped to.
+
+    Args:
+        family: the family.
+        config: the configuration as it is.
+        holders: what holds the schemes of each swapped stack, by the stack's name.
+        lengths: for stacks that are swapped now for the first time, what their length field said.
+    """
+    new = copy.deepcopy(config)
+    before = saved_stacks(config.pe_swap) if getattr(config, "pe_swap", None) is not None else {}
+    new.__class__ = swapped_config_class(family)
+    entries = {}
+    for stack in family.stacks_of(config):
+        if stack.name in holders:
+            old = before.get(stack.name)
+            length = lengths.get(stack.name) if old is None else old["length"]
+            guarded = getattr(config, stack.guard_field) if old is None else old["guarded"]
+            unswapped = config if not before else config.unswapped()
+            entries[stack.name] = entry_of(holders[stack.name], stack, unswapped, length, guarded)
+    new.describe(entries)
+    return new
+
+
+def own_configs(model: PreTrainedModel) -> list[Any]:
+    """Return the configuration objects of a model's modules, each once, that are of the model's own class."""
+    inside_holders = {id(module) for module in kept_modules(model)}
+    configs = {id(model.config): model.config}
     for module in model.modules():
-        if type(getattr(module, "config", None)) is type(old):
+        config = getattr(module, "config", None)
+        if type(config) is type(model.config) and id(module) not in inside_holders:
+            configs[id(config)] = config
+    return list(configs.values())
+
+
+def kept_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules inside holders that keep the unswapped configuration, by which they work out their numbers."""
+    holders = [module for module in model.modules() if isinstance(module, SchemeHolder)]
+    return [module for holder in holders for module in holder.kept.modules()]
+
+
+def set_configs(model: PreTrainedModel, configs: dict[int, Any]) -> None:
+    """Give every module of the model the new configuration in place of the one it has."""
+    inside_holders = {id(module) for module in kept_modules(model)}
+    for module in model.modules():
+        new = configs.get(id(getattr(module, "config", None)))
+        if new is not None and id(module) not in inside_holders:
             module.config = new
 
 
-def restore_positional(model: Model) -> Model:
+def warn_of_no_order(changes: list[Change]) -> None:
+    """Warn where an encoder is left without the order of its tokens."""
+    for change in changes:
+        if not change.geometry.is_causal:
+            advised = [name for name in SCHEMES.names() if SCHEMES[name].tells_direction and not SCHEMES[name].causal_only]
+            warnings.warn(
+                f"The scheme '{change.assignment.options[0].scheme}' on an encoder leaves no order of tokens: there is no causal mask, so "
+                f"the output does not depend on it. Use it as a baseline only, or one of {', '.join(advised)}.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def restore_positional(model: Model, *, part: str | None = None) -> Model:
     """Put a model's own positions back, bit for bit, in place.
 
     Args:
         model: a swapped model; one that is not swapped is returned as it is.
+        part: `"encoder"` or `"decoder"` of an encoder-decoder; None for all that is swapped.
 
     Returns:
         The model itself. Whatever else has changed since the swap (weights, vocabulary, configuration) stays as it is now.
 
     Raises:
-        SwapStateError: the model was loaded already swapped, so that its own table is not at hand.
+        SwapStateError: the model was loaded already swapped, and its own position table is not in the checkpoint.
     """
     family = family_for(model)
-    holder = holder_of(model)
-    if holder is None:
+    swapped = {stack.name: holder for stack in family.stacks_of(model.config) if (holder := holder_in(model, stack)) is not None}
+    leaving = [stack for stack in chosen_stacks(family, model, part) if stack.name in swapped]
+    if not leaving:
         return model
-    original = holder.original
-    if original is None:
-        raise SwapStateError(
-            f"This {type(model).__name__} was loaded already swapped; its own position table is not in the checkpoint. "
-            "Load the model it was made from instead, or swap it to another scheme."
-        )
-    config = copy.deepcopy(model.config)
-    config.release(original.length)
-    detach(family, model.base_model)
-    model.base_model.set_submodule(family.position_embedding, original.current(holder.tokens.weight))
-    original.table.train(model.training)
-    model.loss_type = original.loss_type
-    _set_config(model, model.config, config)
+    for stack in leaving:
+        if swapped[stack.name].original is None:
+            raise SwapStateError(
+                f"This {type(model).__name__} was loaded already swapped, and its own position table is not in the checkpoint. Load the "
+                "model it was made from instead, or swap it to another scheme."
+            )
+    staying = {name: holder for name, holder in swapped.items() if name not in {stack.name for stack in leaving}}
+    configs = {}
+    for config in own_configs(model):
+        configs[id(config)] = swapped_config(family, config, staying, {}) if staying else config.unswapped()
+    for stack in leaving:
+        original = swapped[stack.name].original
+        assert original is not None
+        detach(stack, model.base_model, model.config, swapped[stack.name])
+        original.module.train(model.training)
+        model.loss_type = original.loss_type
+    set_configs(model, configs)
     return model

@@ -71,7 +71,7 @@ class AttentionCall:
     layer: int
     scheme_index: int
     hooks: frozenset[str]
-    cache_argument: str
+    cache_argument: str | None
     call: CallShared
     has_cache: bool
     keys_are_rotated: bool

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 ARGUMENT = "positional_memo"
 """The keyword argument it travels in."""
@@ -22,9 +22,15 @@ Found = TypeVar("Found")
 
 
 class SharedInCall:
-    """Results of one forward pass without gradients."""
+    """Where the tokens of one forward pass stand, and results that its layers share.
 
-    def __init__(self) -> None:
+    Attributes:
+        position_ids: `[batch or 1, q_len]`, int64, counted from 0 as the family counts; None in a call of a part of the model.
+    """
+
+    def __init__(self, position_ids: Tensor | None = None, *, shares: bool = True) -> None:
+        self.position_ids = position_ids
+        self._shares = shares
         self._found: dict[Hashable, tuple[Any, tuple[Tensor, ...]]] = {}
 
     def once(self, key: Hashable, of: tuple[Tensor, ...], work_out: Callable[[], Found]) -> Found:
@@ -38,26 +44,22 @@ class SharedInCall:
         """
         if torch.is_grad_enabled():  # a layer that is trained keeps a graph of its own, and may be run again for its gradients
             return work_out()
-        whole_key = (key, *map(id, of))
-        if whole_key not in self._found:
-            self._found[whole_key] = (work_out(), of)
-        found: Found = self._found[whole_key][0]
+        return self.constant((key, *map(id, of)), work_out, of)
+
+    def constant(self, key: Hashable, work_out: Callable[[], Found], of: tuple[Tensor, ...] = ()) -> Found:
+        """Return what `work_out` gives, from an earlier layer where one asked the same; for results without a gradient.
+
+        Args:
+            key: what is asked; the same in all layers of the call.
+            work_out: a function of `key` and of the call's position ids.
+            of: tensors that are kept as long as the result.
+        """
+        if not self._shares or torch.compiler.is_compiling():  # a compiler finds what repeats itself
+            return work_out()
+        if key not in self._found:
+            self._found[key] = (work_out(), of)
+        found: Found = self._found[key][0]
         return found
 
 
-class NothingShared(SharedInCall):
-    """Nothing is kept: under a compiler, which sees the repetition itself, and in a call of a part of the model."""
-
-    def once(self, key: Hashable, of: tuple[Tensor, ...], work_out: Callable[[], Found]) -> Found:
-        """Return what `work_out` gives."""
-        return work_out()
-
-
-NOTHING_SHARED = NothingShared()
-
-
-def start_sharing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a call of the base model an empty memo, unless it brings one; a forward pre-hook."""
-    if ARGUMENT in kwargs or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return args, kwargs
-    return args, {**kwargs, ARGUMENT: SharedInCall()}
+NOTHING_SHARED = SharedInCall(shares=False)

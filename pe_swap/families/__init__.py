@@ -1,7 +1,7 @@
-"""Model families, one file each, found by scanning this folder."""
+"""Model families, found by scanning this folder."""
 
-from pe_swap.families.base import FAMILIES, SWAPPED_PREFIX, Family, family_for, family_name, known_loss_type
+from pe_swap.families.base import FAMILIES, SWAPPED_PREFIX, Family, Stack, family_for, family_name, known_loss_type
 
 FAMILIES.scan(__name__, __path__)
 
-__all__ = ["FAMILIES", "SWAPPED_PREFIX", "Family", "family_for", "family_name", "known_loss_type"]
+__all__ = ["FAMILIES", "SWAPPED_PREFIX", "Family", "Stack", "family_for", "family_name", "known_loss_type"]

@@ -1,139 +1,198 @@
-"""The contract of a model family: where positions live in it. Data, no tensor mathematics."""
+"""A model family: which stacks of layers it has, and what kind of positions each has. Data, no tensor mathematics."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from pe_swap.errors import FamilyError, UnsupportedModelError
+from pe_swap.families.classes import config_class_of, head_classes_of
+from pe_swap.families.native import NativePositions
+from pe_swap.families.native.base import find
+from pe_swap.families.native.table import zero
 from pe_swap.registry import Registry
-from pe_swap.schemes.base import Geometry
+from pe_swap.schemes.geometry import Geometry
 
 FAMILIES: Registry[Family] = Registry("model family")
 
+SWAPPED_PREFIX = "pe_swap_"
+"""What `model_type` of a swapped model starts with; the family follows."""
+
+
+def decoder(config: Any) -> bool:
+    """Attention looks back only, unless the configuration says `is_causal=False`."""
+    return bool(getattr(config, "is_causal", True))
+
+
+def encoder(config: Any) -> bool:
+    """Attention looks both ways."""
+    return False
+
+
+def as_configured(config: Any) -> bool:
+    """Attention looks back only where the configuration says `is_decoder`."""
+    return bool(config.is_decoder)
+
+
+def always(config: Any) -> bool:
+    """Every configuration of the family has the stack."""
+    return True
+
 
 @dataclass(frozen=True)
-class Family:
-    """Where one `model_type` of transformers keeps its positions.
-
-    Module paths are relative to the base model (`model.base_model`).
+class Stack:
+    """A run of self-attention layers with positions of its own. Paths are relative to the base model (`model.base_model`).
 
     Attributes:
-        model_type: the family's `config.model_type`.
-        modeling: the family's modeling module; its head classes are found in it.
-        config_class: the family's configuration class.
-        pretrained_class: the base class of its heads.
-        position_embedding: path of the absolute position table, an `nn.Embedding`.
-        token_embedding: path of the token table, whose dtype the added vectors take.
-        input_module: path of the module whose call carries `input_ids`, `inputs_embeds` and `position_ids`; empty for the base
-            model itself.
-        self_attention: path of layer `{layer}`'s self-attention module.
-        length_field: the configuration field that holds the rows of the table.
-        fills_token_type_ids: the input module looks token types up in a buffer as long as the position table, so calls
-            without them need them filled in before any length is possible.
-        is_causal: tells from the configuration whether self-attention looks back only.
+        native: the kind of the stack's own positions, and where they are.
+        attention: path of layer `{layer}`'s self-attention module.
+        tokens: path of the table of token embeddings; None where the input is no tokens.
+        is_causal: from the configuration to whether attention looks back only.
+        name: the stack's name where a family has several (`part=` of a swap).
+        caller: path of the module whose call has ids, mask and cache, and hands its keyword arguments on to every layer; empty for
+            the base model itself.
+        counts: what the family counts into a position id where none are given: `slots`, all of them; what the attention `mask` lets
+            through; or `tokens` that are not padding.
+        first_id: from the configuration to the position id of a row's first token.
+        has_cache: the attention modules take a cache.
+        query_is_scaled: queries come to the attention function times `head_dim ** -0.5` already.
+        fills_token_type_ids: token types are looked up in a buffer as long as the position table, so a call without them needs them filled
+            in before any length is possible.
+        length_field: the configuration's field for the longest input, by its standard name; None where there is none.
+        guard_field: an integer field that holds the sentence by which the family's own class refuses a swapped folder.
+        num_layers: the configuration's field for the number of layers.
+        input_size: the configuration's field for the width of the token embeddings.
+        layer_paths: from the configuration to the paths of the attention modules, where `attention` cannot say them.
+        applies: from the configuration to whether its models have the stack.
     """
 
-    model_type: str
-    modeling: ModuleType
-    config_class: type[PreTrainedConfig]
-    pretrained_class: type[PreTrainedModel]
-    position_embedding: str
-    token_embedding: str
-    input_module: str
-    self_attention: str
-    length_field: str
-    fills_token_type_ids: bool
+    native: NativePositions
+    attention: str
+    tokens: str | None
     is_causal: Callable[[Any], bool]
+    name: str = ""
+    caller: str = ""
+    counts: Literal["slots", "mask", "tokens"] = "slots"
+    first_id: Callable[[Any], int] = zero
+    has_cache: bool = True
+    query_is_scaled: bool = False
+    fills_token_type_ids: bool = False
+    length_field: str | None = "max_position_embeddings"
+    guard_field: str = "max_position_embeddings"
+    num_layers: str = "num_hidden_layers"
+    input_size: str = "hidden_size"
+    layer_paths: Callable[[Any], list[str]] | None = None
+    applies: Callable[[Any], bool] = always
 
-    def head_classes(self) -> list[type[PreTrainedModel]]:
-        """Return every model class of the family that can be built, base model and heads."""
-        return [
-            found
-            for found in vars(self.modeling).values()
-            if isinstance(found, type) and issubclass(found, self.pretrained_class) and found is not self.pretrained_class
-        ]
-
-    def find(self, base_model: nn.Module, path: str) -> nn.Module:
-        """Return the module at `path`.
-
-        Raises:
-            FamilyError: it is not there; nothing has been patched yet.
-        """
-        try:
-            return base_model.get_submodule(path)
-        except AttributeError as error:
-            raise FamilyError(
-                f"{type(base_model).__name__} has no module '{path}', where the family '{self.model_type}' expects one. Nothing "
-                "was patched. This transformers version may have moved it: update pe_swap, or use a version it was tested with."
-            ) from error
+    def paths(self, config: Any) -> list[str]:
+        """Return the paths of the self-attention modules, in order."""
+        if self.layer_paths is not None:
+            return self.layer_paths(config)
+        return [self.attention.format(layer=layer) for layer in range(getattr(config, self.num_layers))]
 
     def attention_modules(self, base_model: nn.Module, config: Any) -> list[nn.Module]:
-        """Return the self-attention modules, one a layer, in order.
+        """Return the self-attention modules, one per layer, in order.
 
         Raises:
             FamilyError: fewer or more of them than the configuration has layers.
         """
-        modules = [self.find(base_model, self.self_attention.format(layer=layer)) for layer in range(config.num_hidden_layers)]
-        stack = self.find(base_model, self.self_attention.split(".{layer}")[0])
-        if len(list(stack.children())) != len(modules):
-            raise FamilyError(
-                f"{type(base_model).__name__} has {len(list(stack.children()))} layers, but its configuration says "
-                f"{len(modules)} (num_hidden_layers). Set the field to the true number before the swap."
-            )
-        return modules
+        paths = self.paths(config)
+        if self.layer_paths is None:
+            there = len(list(find(base_model, self.attention.split(".{layer}")[0]).children()))
+            if there != len(paths):
+                raise FamilyError(
+                    f"{type(base_model).__name__} has {there} layers, but its configuration says {len(paths)} ({self.num_layers}). Set "
+                    "the field to the true number before the swap."
+                )
+        return [find(base_model, path) for path in paths]
 
-    def geometry(self, config: Any, trained_length: int) -> Geometry:
-        """Return the sizes a scheme may depend on, read from the configuration."""
+    def geometry(self, base_model: nn.Module, config: Any, trained_length: int) -> Geometry:
+        """Return the sizes a scheme may depend on, read from the configuration and the first attention module."""
+        first: Any = self.attention_modules(base_model, config)[0]
+        heads = config.num_attention_heads
+        sizes = (getattr(first, name, None) for name in ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim"))
+        head_dim = next((size for size in sizes if isinstance(size, int)), config.hidden_size // heads)
         return Geometry(
             hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            head_dim=config.hidden_size // config.num_attention_heads,
-            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            head_dim=head_dim,
+            num_layers=len(self.paths(config)),
             is_causal=self.is_causal(config),
             trained_length=trained_length,
+            input_size=getattr(config, self.input_size),
         )
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of transformers.
+
+    Attributes:
+        model_type: the family's `config.model_type`.
+        stacks: its stacks; one, but for encoder-decoders.
+    """
+
+    model_type: str
+    stacks: tuple[Stack, ...]
+
+    @property
+    def config_class(self) -> type[PreTrainedConfig]:
+        """The family's configuration class."""
+        return config_class_of(self.model_type)
+
+    def head_classes(self) -> list[type[PreTrainedModel]]:
+        """Return every model class of the family that can be built, base model and heads. Imports the family's modeling file."""
+        return list(head_classes_of(self.model_type))
+
+    def stacks_of(self, config: Any) -> tuple[Stack, ...]:
+        """Return the stacks that models of a configuration have."""
+        return tuple(stack for stack in self.stacks if stack.applies(config))
+
+    def is_causal(self, config: Any) -> bool:
+        """Tell whether the last stack, whose states the heads read, looks back only."""
+        return self.stacks_of(config)[-1].is_causal(config)
+
+
+def register(model_type: str, *stacks: Stack) -> None:
+    """File a family under its `model_type`."""
+    FAMILIES.register(model_type)(Family(model_type, stacks))
 
 
 def family_for(model: object) -> Family:
     """Return the family of a model.
 
     Raises:
-        UnsupportedModelError: it is not a transformers model, or a wrapper around one, or of a family without an family.
+        UnsupportedModelError: it is not a transformers model, or of a family that no file here describes.
     """
     if not isinstance(model, PreTrainedModel):
-        wraps = not isinstance(model, type) and (hasattr(model, "module") or hasattr(model, "base_model"))
-        way_out = (
-            "; pass the model inside it, and swap before wrapping."
-            if wraps
-            else ". Load one first, for instance with AutoModelForCausalLM.from_pretrained(...)."
-        )
         raise UnsupportedModelError(
-            f"pe_swap patches transformers models (PreTrainedModel), got {type(model).__module__}.{type(model).__name__}{way_out}"
+            f"pe_swap patches transformers models (PreTrainedModel), and this is a {type(model).__module__}.{type(model).__name__}. Load a "
+            "model first, for instance with AutoModelForCausalLM.from_pretrained(...); swap before you wrap it."
         )
-    model_type = family_name(model.config.model_type)
-    if model_type not in FAMILIES:
+    name = family_name(model.config.model_type)
+    if name not in FAMILIES:
         raise UnsupportedModelError(
-            f"No family for the model family '{model_type}' ({type(model).__name__}). Families: {', '.join(FAMILIES.names())}. "
-            "A family is one file in pe_swap/families/; for an encoder-decoder model, swap its encoder and its decoder, "
-            "then set model.config.encoder = model.encoder.config and model.config.decoder = model.decoder.config."
+            f"No family '{name}' ({type(model).__name__}) is described in pe_swap/families; there are {', '.join(FAMILIES.names())}. "
+            "Add a file there, as its README.md says."
         )
-    return FAMILIES[model_type]
-
-
-SWAPPED_PREFIX = "pe_swap_"
-"""What `model_type` of a swapped model starts with; the family follows."""
+    return FAMILIES[name]
 
 
 def family_name(model_type: str) -> str:
     """Return the family of a `model_type`, swapped or not."""
     return model_type.removeprefix(SWAPPED_PREFIX)
+
+
+@functools.cache
+def _causal_heads() -> frozenset[str]:
+    """Return the names of transformers' causal language models."""
+    return frozenset(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def known_loss_type(model: PreTrainedModel) -> str | None:
@@ -143,7 +202,6 @@ def known_loss_type(model: PreTrainedModel) -> str | None:
     loss with a warning; for those this is that loss, by its name.
     """
     loss_type: str | None = getattr(model, "loss_type", None)
-    heads = [parent.__name__ for parent in type(model).__mro__]
-    if loss_type is None and any(name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in heads):
+    if loss_type is None and any(parent.__name__ in _causal_heads() for parent in type(model).__mro__):
         return "ForCausalLM"
     return loss_type

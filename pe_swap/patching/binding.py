@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pe_swap.patching.holder import HolderRef
-from pe_swap.schemes.base import ATTENTION_HOOKS, Scheme
+from pe_swap.schemes.base import Scheme
 
 
 @dataclass(frozen=True)
@@ -19,21 +19,19 @@ class LayerBinding:
         holder_ref: where the model's schemes are.
         index: which of them serves the layer.
         layer: index of the layer.
+        hooks: the hooks of the scheme that act in the attention function.
         parameters: names of the parameters of the attention module's `forward`, in order; read here, once, and not in every call.
-        cache_argument: which of them is the cache.
-        hooks: the attention hooks the scheme overrides.
+        cache_argument: which of them is the cache; None where the module takes none.
+        query_is_scaled: queries come to the attention function times `head_dim ** -0.5` already.
     """
 
     holder_ref: HolderRef
     index: int
     layer: int
+    hooks: frozenset[str]
     parameters: tuple[str, ...]
-    cache_argument: str
-    hooks: frozenset[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Read the hooks once: a compiled graph should find a constant."""
-        object.__setattr__(self, "hooks", self.scheme.hooks & ATTENTION_HOOKS)
+    cache_argument: str | None
+    query_is_scaled: bool = False
 
     @property
     def scheme(self) -> Scheme:

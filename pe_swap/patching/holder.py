@@ -1,16 +1,22 @@
-"""The module that stands where the model's position table stood, and holds every scheme of the model."""
+"""The module that holds every scheme of a stack, in the place of the model's own positions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pe_swap.assignment import Assignment
 from pe_swap.errors import SwapStateError
+from pe_swap.families import Stack
+from pe_swap.families.native.base import Holder
 from pe_swap.schemes.base import Scheme
+
+NO_LIMIT = 2**20
+"""Positions: what length fields say for a scheme that never ends. Tools truncate and allocate by it, so it is no larger."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,13 @@ class TokenTable:
         return weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenTable:
-        """Follow the owner into its copy where it is being copied too; a copy of `SchemeHolder` alone keeps the same tokens."""
+        """Follow the owner into its copy where it is being copied too; a copy of the holder alone keeps the same tokens."""
         return TokenTable(memo.get(id(self.owner), self.owner), self.attribute)
 
 
 @dataclass(frozen=True)
 class HolderRef:
-    """Where a model's `SchemeHolder` stands. A plain object, as `TokenTable`.
+    """Where a stack's `SchemeHolder` stands. A plain object, as `TokenTable`.
 
     Looked up at each call: tools put copies and wrappers there (PEFT's `modules_to_save`), and those are what has to act.
 
@@ -78,63 +84,76 @@ class Original:
     """What a swap replaced, kept to be put back bit for bit. Not part of the state dict.
 
     Attributes:
-        table: the model's own position embedding.
-        dtype: the token table's dtype at the swap.
-        length: the configuration's length field at the swap.
-        loss_type: the model's own name of its loss.
+        module: the model's own positions: a table, or a rotary module.
+        dtype: of the token embeddings at the swap.
+        length: what the length field said.
+        loss_type: the model's own, None where transformers knows none.
     """
 
-    table: nn.Embedding
+    module: nn.Module
     dtype: torch.dtype
-    length: int
+    length: Any
     loss_type: str | None
 
-    def current(self, like: Tensor) -> nn.Embedding:
-        """Return the table as the model would hold it now, had it never been swapped: moved and cast with the rest."""
-        self.table.to(device=like.device)
-        return self.table if like.dtype == self.dtype else self.table.to(dtype=like.dtype)
+    def current(self, like: Tensor) -> nn.Module:
+        """Return the module as the model would hold it now, had it never been swapped: moved and cast with the rest."""
+        self.module.to(device=like.device)
+        return self.module if like.dtype == self.dtype else self.module.to(dtype=like.dtype)
 
 
-def stand_in_weight() -> Tensor:
-    """Return what a swapped model saves under the name of the table's weight: no table, and of no table's shape.
+def stand_in_weight(max_length: int | None) -> Tensor:
+    """Return what a swapped model saves under the name of a table's weight: as many rows as it takes positions, of no numbers.
 
     An unswapped class that reads such a state, alone or as a part of another model, raises for the shape; without it, it would build a
-    random table and only report that.
+    random table and only report that. Classes that read the rows as a limit find the right one.
     """
-    return torch.zeros(1)
+    return torch.zeros(max_length or NO_LIMIT, 0)
 
 
-class SchemeHolder(nn.Module):
-    """Every scheme of one model, under one state-dict prefix.
+class SchemeHolder(Holder):
+    """Every scheme of one stack, under one state-dict prefix.
 
-    Called with position ids in the place of the model's position table, it returns the vectors that the input scheme adds, or a
-    zero that broadcasts where none does.
+    Where the stack's own positions were a module, it stands in that module's place and is called in its stead.
 
     Attributes:
-        schemes: one entry a scheme, however many layers it serves.
-        scheme_of_layer: index into `schemes` for each layer, or None where the layer has no scheme.
-        input_scheme: index of the scheme that acts on the input, or None.
+        schemes: one entry per scheme, however many layers it serves.
+        assignment: which scheme acts where.
+        stack: the stack's description.
         tokens: where the token embeddings are.
-        original: what was replaced, or None in a model that was loaded already swapped.
-        weight: see `stand_in_weight`.
+        first_id: the position id of a row's first token, as the family counts.
+        original: what was replaced, or None where it is not at hand: a table, in a model that was loaded already swapped.
+        handed: for each layer, the name in `kept` of the rotation it is handed, or None where layers are handed none.
+        weight: see `stand_in_weight`; None where no table was replaced.
     """
 
     def __init__(
         self,
         schemes: Iterable[Scheme],
-        scheme_of_layer: tuple[int | None, ...],
-        input_scheme: int | None,
+        assignment: Assignment,
+        stack: Stack,
         tokens: TokenTable,
+        first_id: int,
         original: Original | None,
     ) -> None:
         super().__init__()
         self.schemes = nn.ModuleList(schemes)
-        self.weight: Tensor | None
-        self.register_buffer("weight", stand_in_weight())
-        self.scheme_of_layer = scheme_of_layer
-        self.input_scheme = input_scheme
+        self.kept = nn.ModuleDict()
+        self.assignment = assignment
+        self.stack = stack
         self.tokens = tokens
+        self.first_id = first_id
         self.original = original
+        self.handed: tuple[str | None, ...] = (None,) * len(assignment.layers)
+        self.handed_to_all = ""
+        self.weight: Tensor | None
+        is_table = stack.native.kind == "table"
+        self.register_buffer("weight", stand_in_weight(self.max_length) if is_table else None)
+
+    def __iter__(self) -> Iterator[Scheme]:
+        """Iterate over the schemes."""
+        for scheme in self.schemes:
+            assert isinstance(scheme, Scheme)
+            yield scheme
 
     def scheme_at(self, index: int) -> Scheme:
         """Return the scheme at `index`."""
@@ -144,34 +163,41 @@ class SchemeHolder(nn.Module):
 
     def input_hook(self, hook: str) -> Scheme | None:
         """Return the input scheme where it overrides `hook`, else None."""
-        if self.input_scheme is None:
+        if self.assignment.input is None:
             return None
-        scheme = self.scheme_at(self.input_scheme)
+        scheme = self.scheme_at(self.assignment.input)
         return scheme if hook in scheme.hooks else None
 
     @property
     def max_length(self) -> int | None:
         """The shortest limit of any scheme, in positions, or None where there is none."""
-        limits = [limit for index in range(len(self.schemes)) if (limit := self.scheme_at(index).max_length) is not None]
-        return min(limits, default=None)
+        return min((scheme.max_length for scheme in self if scheme.max_length is not None), default=None)
 
-    def forward(self, position_ids: Tensor) -> Tensor:
-        """Return the vectors for `position_ids`, `[batch or 1, length, hidden_size]`, in the token embeddings' dtype."""
+    @property
+    def trained_length(self) -> int:
+        """The length that the model was trained at, in positions."""
+        return next(iter(self)).geometry.trained_length
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the token embeddings."""
+        return self.tokens.weight.device
+
+    def zero_based(self, position_ids: Tensor) -> Tensor:
+        """Return position ids counted from 0; what a family gives padding, below its first id, becomes 0."""
+        if self.stack.counts == "slots" and self.first_id == 0:
+            return position_ids
+        return (position_ids - self.first_id).clamp(min=0)
+
+    def vectors(self, position_ids: Tensor) -> Tensor:
+        """Return what is added at 0-based ids, `[batch or 1, length, input_size]`, in the token embeddings' dtype."""
         weight = self.tokens.weight
         scheme = self.input_hook("encode")
         if scheme is None:
             # A zero without dimensions: it broadcasts, and takes part in no type promotion.
             return torch.zeros((), dtype=weight.dtype, device=position_ids.device)
-        vectors = scheme.encode(position_ids)
-        return vectors.to(weight.dtype)
+        return scheme.encode(position_ids).to(weight.dtype)
 
-    def assignment(self) -> dict[str, Any]:
-        """Return schemes, options and assignment as plain values: all a reload needs besides the weights."""
-        return {
-            "schemes": [
-                {"name": scheme.name, "options": scheme.options.to_dict()}
-                for scheme in map(self.scheme_at, range(len(self.schemes)))
-            ],
-            "layers": list(self.scheme_of_layer),
-            "input": self.input_scheme,
-        }
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model gets where it called its own positions."""
+        return self.stack.native.stand_in(self, *args, **kwargs)

@@ -39,13 +39,13 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
     if len(args) > 1:  # a caller's own; transformers names everything after the hidden states
         kwargs, args = {**dict(zip(binding.parameters[1:], args[1:], strict=False)), **kwargs}, args[:1]
-    cache_argument = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), binding.cache_argument)
+    cache_argument = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), binding.cache_argument) or ""
     given = kwargs.get(cache_argument)
     cache = None if given is None else self_attention_cache(given)
     first_slot = 0 if cache is None else cache.get_seq_length(module.layer_idx)
-    call = scheme_call(
-        module, binding, cache, first_slot, hidden_states, kwargs.get("position_ids"), kwargs.pop(ARGUMENT, NOTHING_SHARED)
-    )
+    shared = kwargs.pop(ARGUMENT, NOTHING_SHARED)
+    position_ids = kwargs.get("position_ids") if shared.position_ids is None else shared.position_ids
+    call = scheme_call(module, binding, cache, first_slot, hidden_states, position_ids, shared)
     rotates_into_cache = cache is not None and "transform_query_key" in binding.hooks and call.scheme.caches_rotated_keys
     carried = (
         call.scheme.extra_key_channels(hidden_states, layer=binding.layer) if "extra_key_channels" in binding.hooks else None

@@ -2,99 +2,232 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_swap.assignment import Assignment
-from pe_swap.attention.backends import BINDING_ATTRIBUTE
-from pe_swap.attention.shared_in_call import start_sharing
-from pe_swap.errors import SwapStateError
-from pe_swap.families import Family, family_for
+from pe_swap.assignment import Assignment, saved_stacks
+from pe_swap.attention.names import BINDING_ATTRIBUTE
+from pe_swap.errors import FamilyError, SwapStateError
+from pe_swap.families import Stack, family_for
+from pe_swap.families.native import Bias, Rotary
+from pe_swap.families.native.base import find
+from pe_swap.families.native.rotary import NATIVE, UNTURNED
 from pe_swap.patching.binding import LayerBinding
+from pe_swap.patching.caller_hook import CALLER_ATTRIBUTE, CallerBinding, prepare_call
 from pe_swap.patching.holder import HolderRef, Original, SchemeHolder, TokenTable
 from pe_swap.patching.hooks import add_pre_hook, hand_on_positions, remove_pre_hook
-from pe_swap.patching.input_hook import INPUT_ATTRIBUTE, InputBinding, embed_positions
-from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, CACHE_LENGTH_ARGUMENTS, cache_argument, parameters_of
+from pe_swap.patching.layer_cache import cache_argument, parameters_of
+from pe_swap.patching.native_hook import HANDED_ATTRIBUTE, Handed, hand_in
 from pe_swap.schemes import Scheme
+from pe_swap.schemes.base import ATTENTION_HOOKS
 
 
 def assemble(
-    family: Family,
+    stack: Stack,
     base_model: nn.Module,
     config: Any,
     assignment: Assignment,
     schemes: list[Scheme],
     original: Original | None,
 ) -> SchemeHolder:
-    """Return the module that will stand in the table's place, not yet attached.
+    """Return the module that will hold a stack's schemes, not yet attached.
+
+    Args:
+        stack: the stack.
+        base_model: the model that has it.
+        config: the model's unswapped configuration.
+        assignment: which scheme acts where.
+        schemes: the built schemes.
+        original: what they replace, or None where it is not at hand.
 
     Raises:
         FamilyError: a module is not where the family says, or takes its cache by a name that pe_swap does not know.
     """
-    owner, _, attribute = family.token_embedding.rpartition(".")
-    family.find(base_model, family.token_embedding)
-    for module in family.attention_modules(base_model, config):
-        cache_argument(module)
-    cache_argument(family.find(base_model, family.input_module), (*CACHE_ARGUMENTS, *CACHE_LENGTH_ARGUMENTS))
-    tokens = TokenTable(family.find(base_model, owner), attribute)
-    return SchemeHolder(schemes, assignment.layers, assignment.input, tokens, original)
+    tokens = token_table(stack, base_model)
+    for module in stack.attention_modules(base_model, config):
+        if stack.has_cache:
+            cache_argument(module)
+    if stack.has_cache:
+        cache_argument(find(base_model, stack.caller))
+    holder = SchemeHolder(schemes, assignment, stack, tokens, stack.first_id(config), original)
+    if isinstance(stack.native, Rotary):
+        assert original is not None
+        _hand_in_rotations(holder, stack.native, original.module, config)
+    return holder
 
 
-def attach(family: Family, base_model: nn.Module, holder: SchemeHolder) -> None:
-    """Put `positional` in the table's place and bind every layer that has a scheme."""
-    base_model.set_submodule(family.position_embedding, holder)
-    owner, _, attribute = family.position_embedding.rpartition(".")
-    holder_ref = HolderRef(family.find(base_model, owner), attribute)
-    add_pre_hook(base_model, start_sharing)
-    modules = family.attention_modules(base_model, base_model.config)
-    for layer, (module, index) in enumerate(zip(modules, holder.scheme_of_layer, strict=True)):
-        if index is None:
-            continue
-        binding = LayerBinding(holder_ref, index, layer, parameters_of(module), cache_argument(module))
-        if binding.hooks:
-            setattr(module, BINDING_ATTRIBUTE, binding)
-            add_pre_hook(module, hand_on_positions)
-    input_module = family.find(base_model, family.input_module)
-    setattr(input_module, INPUT_ATTRIBUTE, InputBinding(holder_ref, input_module, family.fills_token_type_ids))
-    add_pre_hook(input_module, embed_positions)
+def token_table(stack: Stack, base_model: nn.Module) -> TokenTable:
+    """Return where a stack's token embeddings are.
+
+    Raises:
+        FamilyError: what is there has no weight.
+    """
+    assert stack.tokens is not None
+    owner, _, attribute = stack.tokens.rpartition(".")
+    tokens = find(base_model, stack.tokens)
+    if not isinstance(getattr(tokens, "weight", None), Tensor):
+        raise FamilyError(
+            f"{type(base_model).__name__}.{stack.tokens} is a {type(tokens).__name__}, which has no 'weight' whose dtype positions could "
+            "take: something else has patched this model. Undo that patch before the swap."
+        )
+    return TokenTable(find(base_model, owner), attribute)
 
 
-def detach(family: Family, base_model: nn.Module) -> None:
-    """Undo `attach`, except for the table's place."""
-    remove_pre_hook(base_model, start_sharing)
-    input_module = family.find(base_model, family.input_module)
-    remove_pre_hook(input_module, embed_positions)
-    delattr(input_module, INPUT_ATTRIBUTE)
-    for module in family.attention_modules(base_model, base_model.config):
-        if hasattr(module, BINDING_ATTRIBUTE):
-            remove_pre_hook(module, hand_on_positions)
-            delattr(module, BINDING_ATTRIBUTE)
+def _hand_in_rotations(holder: SchemeHolder, kind: Rotary, native: nn.Module, config: Any) -> None:
+    """Decide what each layer is handed, and give the holder the modules that work it out."""
+    names: list[str] = []
+    for layer, index in enumerate(holder.assignment.layers):
+        handed = NATIVE
+        if index is not None:
+            scheme = holder.scheme_at(index)
+            name = kind.handed_in(scheme.options, kind.options(config, layer, native), native, config, layer)
+            if name is None and kind.before_norm and "transform_query_key" in scheme.hooks and scheme.reads_position_ids:
+                raise SwapStateError(
+                    f"The scheme '{scheme.name}' turns queries and keys in the attention function, but this model normalises them after "
+                    "it has turned them, so the turn would stand in another place. Use rope in the model's own layout and fraction, or a "
+                    "scheme with a bias."
+                )
+            handed = {None: UNTURNED, NATIVE: NATIVE}.get(name, str(index))
+        names.append(handed)
+    holder.handed = tuple(names)
+    used = set(names)
+    holder.handed_to_all = (
+        names[0] if len(used) == 1 else NATIVE if NATIVE in used else UNTURNED if UNTURNED in used else names[0]
+    )
+    for name in sorted(used):
+        if name == NATIVE:
+            holder.kept[name] = native
+        elif name == UNTURNED:
+            holder.kept[name] = kind.unturned(native, config)
+        else:
+            scheme = holder.scheme_at(int(name))
+            holder.kept[name] = kind.rotation_of(native, config, scheme.options, holder.assignment.served_by(int(name)))
 
 
-def holder_of(model: PreTrainedModel) -> SchemeHolder | None:
-    """Return the module that holds a model's schemes, or None where the model is not swapped."""
-    family = family_for(model)
-    found = family.find(model.base_model, family.position_embedding)
-    says_swapped = getattr(model.config, "pe_swap", None) is not None
-    head, base = type(model).__name__, type(model.base_model).__name__
-    if isinstance(found, SchemeHolder) and not says_swapped:
+def layer_hooks(holder: SchemeHolder, layer: int) -> frozenset[str]:
+    """Return the hooks of a layer's scheme that act in the attention function: not a turn that the layer is handed."""
+    index = holder.assignment.layers[layer]
+    if index is None:
+        return frozenset()
+    hooks = holder.scheme_at(index).hooks & ATTENTION_HOOKS
+    return hooks if holder.handed[layer] in (None, UNTURNED) else hooks - {"transform_query_key"}
+
+
+def attention_hooks(holder: SchemeHolder) -> frozenset[str]:
+    """Return the hooks that act in the attention function of any layer."""
+    return frozenset[str]().union(*(layer_hooks(holder, layer) for layer in range(len(holder.assignment.layers))))
+
+
+def attach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolder) -> None:
+    """Put `holder` in its place and bind every layer that has a scheme."""
+    owner, _, attribute = stack.native.holder_path.rpartition(".")
+    base_model.get_submodule(owner).add_module(attribute, holder)
+    holder_ref = HolderRef(find(base_model, owner), attribute)
+    caller = find(base_model, stack.caller)
+    pad_token_id = getattr(config, "pad_token_id", None)
+    binding = CallerBinding(holder_ref, stack, holder.first_id, pad_token_id, parameters_of(caller))
+    setattr(caller, CALLER_ATTRIBUTE, binding)
+    add_pre_hook(caller, prepare_call)
+    for layer, module in enumerate(stack.attention_modules(base_model, config)):
+        index = holder.assignment.layers[layer]
+        if index is not None:
+            hooks = layer_hooks(holder, layer)
+            if hooks:
+                taken = cache_argument(module) if stack.has_cache else None
+                setattr(
+                    module,
+                    BINDING_ATTRIBUTE,
+                    LayerBinding(holder_ref, index, layer, hooks, parameters_of(module), taken, stack.query_is_scaled),
+                )
+                add_pre_hook(module, hand_on_positions)
+        handed = handed_to(holder, holder_ref, config, layer)
+        if handed is not None:
+            setattr(module, HANDED_ATTRIBUTE, handed)
+            add_pre_hook(module, hand_in)  # before the other, which takes the arguments that it reads
+
+
+def handed_to(holder: SchemeHolder, holder_ref: HolderRef, config: Any, layer: int) -> Handed | None:
+    """Return what a layer is handed in place of what all layers are, or None."""
+    native = holder.stack.native
+    if isinstance(native, Rotary):
+        name = holder.handed[layer]
+        if name is None or name == holder.handed_to_all:
+            return None
+        layer_types = getattr(config, "layer_types", None)
+        takes_type = "layer_type" in inspect.signature(holder.kept[name].forward).parameters
+        return Handed(holder_ref, native, name, layer_types[layer] if takes_type and layer_types else None)
+    if isinstance(native, Bias) and layer == 0 and None not in holder.assignment.layers:
+        return Handed(holder_ref, native, "", None)
+    return None
+
+
+def detach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolder) -> None:
+    """Undo `attach`, and put what was replaced back where it is at hand; a table that is not leaves its place to the next holder."""
+    caller = find(base_model, stack.caller)
+    remove_pre_hook(caller, prepare_call)
+    delattr(caller, CALLER_ATTRIBUTE)
+    for module in stack.attention_modules(base_model, config):
+        for attribute, hook in ((BINDING_ATTRIBUTE, hand_on_positions), (HANDED_ATTRIBUTE, hand_in)):
+            if hasattr(module, attribute):
+                remove_pre_hook(module, hook)
+                delattr(module, attribute)
+    if isinstance(stack.native, Bias):
+        owner, _, attribute = stack.native.holder_path.rpartition(".")
+        delattr(base_model.get_submodule(owner), attribute)
+    elif holder.original is not None:
+        base_model.set_submodule(stack.native.holder_path, holder.original.current(holder.tokens.weight))
+
+
+def holder_of(model: PreTrainedModel, part: str = "") -> SchemeHolder | None:
+    """Return the module that holds the schemes of a model's stack, or None where the stack is not swapped.
+
+    Args:
+        model: the model.
+        part: the stack's name, where the family has several.
+    """
+    stack = next(stack for stack in family_for(model).stacks_of(model.config) if stack.name == part or not part)
+    return holder_in(model, stack)
+
+
+def holder_in(model: PreTrainedModel, stack: Stack) -> SchemeHolder | None:
+    """Return the module that holds the schemes of one stack of a model, or None where the stack is not swapped.
+
+    Raises:
+        SwapStateError: the model's configuration and its modules say different things.
+    """
+    base_model = model.base_model
+    path = stack.native.holder_path
+    try:
+        found: Any = base_model.get_submodule(path)
+    except AttributeError:
+        found = None
+    saved = getattr(model.config, "pe_swap", None)
+    says_swapped = saved is not None and stack.name in saved_stacks(saved)
+    head, base = type(model).__name__, type(base_model).__name__
+    is_holder = isinstance(found, SchemeHolder)
+    if is_holder and not says_swapped:
         raise SwapStateError(
             f"This {head} holds a {base} that was swapped by itself, and its own configuration does not say so: saved, it would come "
             f"back with random positions. Call restore_positional on the {base}, then swap the {head}."
         )
-    if says_swapped and not isinstance(found, SchemeHolder):
+    if says_swapped and not is_holder:
         raise SwapStateError(
-            f"The configuration of this {head} says that it is swapped, but {base}.{family.position_embedding} is a "
-            f"{type(found).__name__}: something else has replaced the module that holds its schemes. Undo that before a swap or a "
-            "restore."
+            f"The configuration of this {head} says that it is swapped, but {base}.{path} is a {type(found).__name__}: something else has "
+            "replaced the module that holds its schemes. Undo that before a swap or a restore."
         )
-    return found if isinstance(found, SchemeHolder) else None
+    return found if is_holder else None
+
+
+def holders_of(model: PreTrainedModel) -> list[SchemeHolder]:
+    """Return the holders of every swapped stack of a model."""
+    found = (holder_in(model, stack) for stack in family_for(model).stacks_of(model.config))
+    return [holder for holder in found if holder is not None]
 
 
 def positional_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters that a swap brought, with their names in `model`: those that start untrained."""
-    holder = holder_of(model)
-    ours = set() if holder is None else {id(parameter) for parameter in holder.parameters()}
+    ours = {id(parameter) for holder in holders_of(model) for parameter in holder.parameters()}
     return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in ours]

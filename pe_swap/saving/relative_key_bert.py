@@ -131,7 +131,7 @@ def load_relative_key_bert(
     model._weight_conversions = None  # or transformers would save the turned tables under their old names
     holder = holder_of(model)
     assert holder is not None
-    holder.weight = stand_in_weight().to(holder.tokens.weight)
+    holder.weight = stand_in_weight(None).to(holder.tokens.weight)
     with torch.no_grad():
         for table in holder.parameters():
             table.copy_(table.flip(0))

@@ -10,54 +10,90 @@ sentence in the error.
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pe_swap.assignment import FORMAT, checked_format, from_saved, short
-from pe_swap.attention.backends import library_name, name_for
+from pe_swap.assignment import FORMAT, checked_format, from_saved, saved_stacks, short
+from pe_swap.attention.names import library_name, name_for
 from pe_swap.errors import CheckpointError
-from pe_swap.families import FAMILIES, Family, family_name
-from pe_swap.patching.holder import SchemeHolder
-from pe_swap.saving.auto_classes import LENGTH_SENTENCE, STUB, auto_map, stub_text, swapped_name
+from pe_swap.families import FAMILIES, Family, Stack, family_name
+from pe_swap.families.native import Rotary
+from pe_swap.families.native.rotary import NATIVE, UNTURNED
+from pe_swap.patching.holder import NO_LIMIT, SchemeHolder
+from pe_swap.patching.install import attention_hooks
+from pe_swap.saving.auto_classes import CLASS_PREFIX, LENGTH_SENTENCE, STUB, auto_map, stub_text, swapped_name
 from pe_swap.saving.model_card import auto_class_of, update_model_card
 from pe_swap.saving.peft import name_families
+from pe_swap.schemes.base import ATTENTION_HOOKS
 from pe_swap.schemes.options import LARGEST_LENGTH
 from pe_swap.version import __version__
-
-NO_LIMIT = 2**20
-"""Positions: what length fields say for a scheme that never ends. Tools truncate and allocate by it, so it is no larger."""
 
 
 class SwappedConfig:
     """What a swapped model's configuration does beyond its family's; mixed in before the family's class."""
 
-    def describe(self: Any, holder: SchemeHolder, trained_length: int) -> None:
-        """Write what the model is swapped to, the length it can take, and whether its attention is causal."""
+    def describe(self: Any, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write what each swapped stack is swapped to, and the length that the model takes.
+
+        Args:
+            entries: what `entry_of` gave for each, by the stack's name.
+        """
+        alone = entries.get("")
         self.pe_swap = {
             "format": FORMAT,
             "version": __version__,
             "original_model_type": family_name(self.model_type),
-            "trained_length": trained_length,
-            "max_length": holder.max_length,
-            "is_causal": self.family.is_causal(self),
-            **holder.assignment(),
+            **(alone if alone is not None else {"stacks": dict(entries)}),
         }
-        setattr(self, self.family.length_field, holder.max_length or NO_LIMIT)
+        self._write_lengths()
         self._attn_implementation = self._attn_implementation
 
-    def release(self: Any, length: int) -> None:
-        """Turn into the family's own configuration again, with its own length."""
-        implementation = library_name(self._attn_implementation)
-        family = self.family
-        del self.pe_swap
-        self.__class__ = family.config_class
-        setattr(self, family.length_field, length)
-        self._attn_implementation = implementation
+    def _write_lengths(self: Any) -> None:
+        """Let length fields say what the swapped model takes; a field that a swapped and an unswapped stack share stays."""
+        entries = saved_stacks(self.pe_swap)
+        fields: dict[str, list[int]] = {}
+        for stack in self.family.stacks_of(self):
+            if stack.length_field is not None:
+                entry = entries.get(stack.name)
+                length = getattr(self, stack.length_field) if entry is None else entry["max_length"] or NO_LIMIT
+                fields.setdefault(stack.length_field, []).append(length)
+        for field, lengths in fields.items():
+            setattr(self, field, min(lengths))
+
+    def unswapped(self: Any) -> Any:
+        """Return a copy that is the family's own configuration again, with its own lengths."""
+        config = copy.deepcopy(self)
+        implementation = library_name(config._attn_implementation)
+        for stack in self.family.stacks_of(self):
+            entry = saved_stacks(self.pe_swap).get(stack.name)
+            if entry is not None and stack.length_field is not None:
+                setattr(config, stack.length_field, entry["length"])
+        del config.pe_swap
+        config.__class__ = self.family.config_class
+        config._attn_implementation = implementation
+        return config
+
+    def plain(self: Any) -> Any:
+        """Return the family's own configuration that is this model, or None where there is none; see `rope_parameters_of`."""
+        entry = saved_stacks(self.pe_swap).get("") if "pe_swap" in self.__dict__ else None
+        if entry is None or entry["rope_parameters"] is None:
+            return None
+        config = self.unswapped()
+        config.rope_parameters = copy.deepcopy(entry["rope_parameters"])
+        single = entry["rope_parameters"] if "rope_type" in entry["rope_parameters"] else {}
+        trained = single.get("original_max_position_embeddings")
+        if single.get("factor") is not None and single["rope_type"] != "proportional":
+            length = int((trained or entry["trained_length"]) * single["factor"])
+            config.max_position_embeddings = max(length, config.max_position_embeddings)
+        config.architectures = [name.removeprefix(CLASS_PREFIX) for name in self.architectures or []] or None
+        return config
 
     @property
     def family(self: Any) -> Family:
-        """The family's family."""
+        """What the configuration is of."""
         return FAMILIES[family_name(type(self).model_type)]
 
     @property
@@ -70,7 +106,8 @@ class SwappedConfig:
     def _attn_implementation_internal(self: Any, name: str | None) -> None:
         saved = self.__dict__.get("pe_swap")
         if saved is not None:
-            name = name_for(name, from_saved(saved, self.num_hidden_layers).attention_hooks())
+            hooks = (entry["attention_hooks"] for entry in saved_stacks(saved).values())
+            name = name_for(name, frozenset[str]().union(*hooks))
         self.__dict__["_attn_implementation_internal"] = name
 
     @property
@@ -109,17 +146,23 @@ class SwappedConfig:
                 "swapped to. Save the model again with save_pretrained."
             )
         saved = checked_format(config_dict["pe_swap"])
-        limit = saved.get("max_length")
-        if limit is not None and not _is_length(limit):
-            raise CheckpointError(
-                f"config.json: 'pe_swap.max_length' is {short(limit)}; it must be null or an integer from 1 to {LARGEST_LENGTH:,}."
-            )
-        trained_length_of(saved)
-        config_dict = {**config_dict, _saved_field(cls, family): limit or NO_LIMIT}
-        result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        lengths = {}
+        for stack in family.stacks:
+            entry = saved_stacks(saved).get(stack.name)
+            if entry is not None:
+                require_entry(entry)
+                if stack.length_field is not None:
+                    lengths[_saved_field(cls, stack.length_field)] = entry["max_length"] or NO_LIMIT
+                guard = _saved_field(cls, stack.guard_field)
+                lengths.setdefault(guard, entry["guarded"])
+        result = super().from_dict({**config_dict, **lengths}, **kwargs)  # type: ignore[misc]
         built = result[0] if isinstance(result, tuple) else result
-        from_saved(saved, built.num_hidden_layers)
-        _refuse_longer(family, built, limit)
+        for stack in family.stacks_of(built):
+            entry = saved_stacks(saved).get(stack.name)
+            if entry is not None:
+                from_saved(entry, len(stack.paths(built)))
+                if stack.length_field is not None:
+                    _refuse_longer(stack.length_field, built, entry["max_length"])
         return result
 
     def to_dict(self: Any) -> dict[str, Any]:
@@ -129,58 +172,128 @@ class SwappedConfig:
         return content
 
     def to_diff_dict(self: Any) -> dict[str, Any]:
-        """Return what is written to `config.json`."""
+        """Return what is written to `config.json`: the family's own, where its class with other `rope_parameters` is this model."""
+        plain = self.plain()
+        if plain is not None:
+            said: dict[str, Any] = plain.to_diff_dict()
+            return said
         saved: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
         if "pe_swap" not in saved:
             return saved
-        saved[_saved_field(type(self), self.family)] = LENGTH_SENTENCE
+        for stack in self.family.stacks_of(self):
+            if stack.name in saved_stacks(self.pe_swap):
+                saved[_saved_field(type(self), stack.guard_field)] = LENGTH_SENTENCE
         saved["architectures"] = [swapped_name(name) for name in saved.get("architectures") or []] or None
         saved["auto_map"] = auto_map(self.family)
         return saved
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `config.json`, the stub and the model card; see the family's class."""
+        """Write `config.json`, the model card, and the stub where a load needs pe_swap; see the family's class."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{STUB}.py").write_text(stub_text(self.family), encoding="utf-8")
         saved = self.to_diff_dict()
-        update_model_card(folder, self.pe_swap, auto_class_of(saved["architectures"], saved["auto_map"]), {})
+        if self.plain() is None:
+            (folder / f"{STUB}.py").write_text(stub_text(self.family), encoding="utf-8")
+            auto_class = auto_class_of(saved["architectures"], saved["auto_map"])
+        else:
+            auto_class = auto_class_of([], {})
+        update_model_card(folder, self.pe_swap, auto_class, {})
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
 
 
-def _refuse_longer(family: Family, config: Any, limit: int | None) -> None:
+def entry_of(holder: SchemeHolder, stack: Stack, config: Any, length: Any, guarded: Any) -> dict[str, Any]:
+    """Return what `config.json` says of a swapped stack.
+
+    Args:
+        holder: what holds its schemes.
+        stack: the stack.
+        config: the configuration.
+        length: what its length field said before the swap.
+        guarded: what the field said that the sentence for the family's own class is written into.
+    """
+    return {
+        "trained_length": holder.trained_length,
+        "max_length": holder.max_length,
+        "length": length,
+        "guarded": guarded,
+        "is_causal": stack.is_causal(config),
+        "attention_hooks": sorted(attention_hooks(holder)),
+        "rope_parameters": rope_parameters_of(holder, config),
+        **holder.assignment.to_saved(),
+    }
+
+
+def rope_parameters_of(holder: SchemeHolder, config: Any) -> dict[str, Any] | None:
+    """Return the `rope_parameters` with which the family's own class is this model, or None where no parameters say it.
+
+    They do where every layer is handed a rotation of the family's own class, the same in all layers of a type.
+    """
+    native = holder.stack.native
+    if not isinstance(native, Rotary) or None in holder.assignment.layers or UNTURNED in holder.handed:
+        return None
+    if any(scheme.hooks - {"transform_query_key"} for scheme in holder):
+        return None
+    found: dict[str, Any] = {}
+    layer_types = getattr(config, "layer_types", None) if "rope_type" not in (config.rope_parameters or {}) else None
+    for layer, name in enumerate(holder.handed):
+        assert name is not None
+        options = holder.scheme_at(holder.assignment.layers[layer] or 0).options
+        parameters = dict(native.parameters(config, layer)) if name == NATIVE else native.rope_parameters(options)
+        if found.setdefault(layer_types[layer] if layer_types else "", parameters) != parameters:
+            return None
+    return found[""] if set(found) == {""} else found
+
+
+def require_entry(entry: Mapping[str, Any]) -> None:
+    """Refuse what `config.json` says of a stack where lengths or hooks are none.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    for name, may_be_null in (("trained_length", False), ("max_length", True), ("length", True)):
+        value = entry.get(name)
+        if not _is_length(value) and not (may_be_null and value is None and name in entry):
+            rule = "null or an integer" if may_be_null else "an integer"
+            raise CheckpointError(
+                f"config.json: 'pe_swap.{name}' is {short(value)}; it must be {rule} from 1 to {LARGEST_LENGTH:,}. Save the model again "
+                "with save_pretrained, or fix the file."
+            )
+    if not _is_integer(entry.get("guarded")):
+        raise CheckpointError(
+            f"config.json: 'pe_swap.guarded' is {short(entry.get('guarded'))}; it must be an integer. Save the model again with "
+            "save_pretrained, or fix the file."
+        )
+    hooks = entry.get("attention_hooks")
+    if not isinstance(hooks, list) or not all(isinstance(hook, str) and hook in ATTENTION_HOOKS for hook in hooks):
+        raise CheckpointError(
+            f"config.json: 'pe_swap.attention_hooks' is {short(hooks)}; it must be a list of {', '.join(sorted(ATTENTION_HOOKS))}. Save "
+            "the model again with save_pretrained, or fix the file."
+        )
+
+
+def _refuse_longer(field: str, config: Any, limit: int | None) -> None:
     """Refuse a length field, given beside a saved configuration, beyond where its positions end.
 
     Raises:
         CheckpointError: tools would read it, and send the model what it cannot take.
     """
-    length = getattr(config, family.length_field)
+    length = getattr(config, field)
     if limit is not None and isinstance(length, int) and length > limit:
         raise CheckpointError(
-            f"{family.length_field} is given as {length:,}, but the positions of this swapped model end at {limit:,}. Load it without "
-            f"the argument, and swap it to a scheme that goes on (learned with max_length={length}, rope, alibi, ...)."
+            f"{field} is given as {length:,}, but the positions of this swapped model end at {limit:,}. Load it without the argument, and "
+            f"swap it to a scheme that goes on (learned with max_length={length}, or one without a table)."
         )
 
 
-def _saved_field(config_class: Any, family: Family) -> str:
-    """Return the length field's name in `config.json`: families map the standard name to their own."""
-    name: str = config_class.attribute_map.get(family.length_field, family.length_field)
+def _saved_field(config_class: Any, field: str) -> str:
+    """Return a field's name in `config.json`: families map the standard name to their own."""
+    name: str = config_class.attribute_map.get(field, field)
     return name
 
 
-def trained_length_of(saved: Any) -> int:
-    """Return the saved trained length.
-
-    Raises:
-        CheckpointError: it is not a positive integer.
-    """
-    length = saved.get("trained_length") if isinstance(saved, dict) else None
-    if not _is_length(length):
-        raise CheckpointError(
-            f"config.json: 'pe_swap.trained_length' is {short(length)}; it must be an integer from 1 to {LARGEST_LENGTH:,}."
-        )
-    assert isinstance(length, int)
-    return length
+def _is_integer(value: object) -> bool:
+    """Tell whether a saved value is an integer, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_length(value: object) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
-from pe_swap.assignment import from_saved, short
+from pe_swap.assignment import checked_format, from_saved, saved_stacks, short
 from pe_swap.errors import CheckpointError
-from pe_swap.families import FAMILIES, family_name, known_loss_type
-from pe_swap.patching.install import assemble, attach
-from pe_swap.saving.swapped_config import trained_length_of
+from pe_swap.families import FAMILIES, Family, Stack, family_name, known_loss_type
+from pe_swap.patching.holder import Original
+from pe_swap.patching.install import assemble, attach, token_table
+from pe_swap.saving.swapped_config import require_entry
+from pe_swap.schemes.geometry import Native
 
 
 class SwappedModel:
@@ -27,23 +31,37 @@ class SwappedModel:
                 `pe_swap.saving.relative_key_bert`.
             kwargs: as the family's class.
         """
-        saved = getattr(config, "pe_swap", None)
-        family = FAMILIES[family_name(type(config).model_type)]
-        assignment = from_saved(saved, config.num_hidden_layers)
-        geometry = family.geometry(config, trained_length_of(saved))
-        _refuse_other_causality(saved, geometry.is_causal)
-        length = getattr(config, family.length_field)
-        setattr(config, family.length_field, 1)
-        try:
+        family: Family = FAMILIES[family_name(type(config).model_type)]
+        entries = saved_stacks(checked_format(getattr(config, "pe_swap", None)))
+        unswapped = config.unswapped()
+        stacks = [stack for stack in family.stacks_of(config) if stack.name in entries]
+        for stack in stacks:
+            require_entry(entries[stack.name])
+            _require_same_causality(entries[stack.name], stack.is_causal(unswapped))
+        assignments = {stack.name: from_saved(entries[stack.name], len(stack.paths(unswapped))) for stack in stacks}
+        with _lengths(config, {stack: stack.native.length_to_build(unswapped) for stack in stacks}):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        finally:
-            setattr(config, family.length_field, length)
-        schemes = assignment.resolve(geometry, None).build(geometry)
         base_model = self.base_model
-        holder = assemble(family, base_model, config, assignment, schemes, original=None)
-        if beside_old_table:
-            holder.weight = None
-        attach(family, base_model, holder.to(holder.tokens.weight.dtype))
+        for stack in stacks:
+            kind, original, module = stack.native, None, None
+            if kind.keeps_layers:
+                module = kind.require_native(base_model)
+                assert module is not None
+                if hasattr(module, "config"):
+                    module.config = unswapped
+                dtype = token_table(stack, base_model).weight.dtype
+                original = Original(module, dtype, entries[stack.name]["length"], getattr(self, "loss_type", None))
+            geometry = stack.geometry(base_model, unswapped, entries[stack.name]["trained_length"])
+            natives = [Native(options=kind.options(unswapped, layer, module)) for layer in range(geometry.num_layers)]
+            assignment, _ = assignments[stack.name].resolve(geometry, natives)
+            schemes = assignment.build(geometry)
+            holder = assemble(stack, base_model, unswapped, assignment, schemes, original)
+            if beside_old_table:
+                holder.weight = None
+            kept, holder.kept = holder.kept, nn.ModuleDict()
+            holder.to(holder.tokens.weight.dtype)
+            holder.kept = kept
+            attach(stack, base_model, unswapped, holder)
         self.loss_type = known_loss_type(self)
 
     @classmethod
@@ -86,14 +104,29 @@ class SwappedModel:
         super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)  # type: ignore[misc]
 
 
+@contextmanager
+def _lengths(config: Any, lengths: Mapping[Stack, int | None]) -> Iterator[None]:
+    """Let length fields say what the family's class should build, for as long as it builds."""
+    before: dict[str, Any] = {}
+    for stack, length in lengths.items():
+        if stack.length_field is not None and length is not None:
+            before.setdefault(stack.length_field, getattr(config, stack.length_field))
+            setattr(config, stack.length_field, length)
+    try:
+        yield
+    finally:
+        for field, length in before.items():
+            setattr(config, field, length)
+
+
 def _refuse_wrong_weights(model_class: Any, what: str, keys: Iterable[str]) -> None:
     """Refuse a checkpoint if any of `keys`, which are wrong in some way, is a positional weight.
 
     Raises:
         CheckpointError: one is.
     """
-    path = FAMILIES[family_name(model_class.config_class.model_type)].position_embedding
-    wrong = sorted(key for key in keys if f".{path}." in f".{key}.")
+    paths = [stack.native.holder_path for stack in FAMILIES[family_name(model_class.config_class.model_type)].stacks]
+    wrong = sorted(key for key in keys if any(f".{path}." in f".{key}." for path in paths))
     if wrong:
         listed = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise CheckpointError(
@@ -102,7 +135,7 @@ def _refuse_wrong_weights(model_class: Any, what: str, keys: Iterable[str]) -> N
         )
 
 
-def _refuse_other_causality(saved: Any, is_causal: bool) -> None:
+def _require_same_causality(saved: Any, is_causal: bool) -> None:
     """Refuse a configuration whose attention looks where it did not at the swap: the same weights would mean other positions.
 
     Raises:

@@ -9,13 +9,13 @@ cast once, by whoever adds them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pe_swap.registry import Registry
+from pe_swap.schemes.geometry import Geometry as Geometry
 from pe_swap.schemes.options import SchemeOptions
 from pe_swap.schemes.positions import Positions
 
@@ -32,27 +32,6 @@ ATTENTION_HOOKS = frozenset(
 
 FoldedBias = tuple[Tensor, Tensor, Tensor | None]
 """What `Scheme.fold_bias_into_query_key` gives: queries, keys, and what is still to be added to their scaled products."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of a model that a scheme may depend on.
-
-    Attributes:
-        hidden_size: width of the token embeddings.
-        num_heads: attention heads per layer.
-        head_dim: width of one head.
-        num_layers: self-attention layers.
-        is_causal: True for decoders; an encoder needs a scheme's symmetric or two-sided form.
-        trained_length: rows of the position table the model was trained with, in positions.
-    """
-
-    hidden_size: int
-    num_heads: int
-    head_dim: int
-    num_layers: int
-    is_causal: bool
-    trained_length: int
 
 
 class Scheme(nn.Module):
@@ -82,6 +61,7 @@ class Scheme(nn.Module):
     cached_equals_uncached: bool = True
     bias_is_shared: bool = False
     needs_table: ClassVar[bool] = False
+    tells_direction: ClassVar[bool] = True
 
     def __init__(self, options: SchemeOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:
         """Build the scheme. A subclass creates its parameters, then calls `reset_parameters`.

@@ -1,6 +1,6 @@
 """HoPE: rotary positions with the slow planes left standing.
 
-Chen et al., "HoPE: A Novel SchemeHolder Encoding Without Long-Term Decay for Enhanced Context Awareness and Extrapolation" (ACL 2025,
+Chen et al., "HoPE: A Novel Positional Encoding Without Long-Term Decay for Enhanced Context Awareness and Extrapolation" (ACL 2025,
 arXiv:2410.21216): of RoPE's planes only those of high frequency turn; the components of the others do not depend on the
 position. A plane of low frequency does not finish a turn within the trained length, so that longer input shows it angles it has not met.
 

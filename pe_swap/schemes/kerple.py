@@ -1,6 +1,6 @@
 """KERPLE: a trained kernel of the distance, a head.
 
-Chi, Fan, Ramadge and Rudnicky, "KERPLE: Kernelized Relative SchemeHolder Embedding for Length Extrapolation" (NeurIPS 2022,
+Chi, Fan, Ramadge and Rudnicky, "KERPLE: Kernelized Relative Positional Embedding for Length Extrapolation" (NeurIPS 2022,
 arXiv:2205.09921), section 4: the logarithmic variant `-p log(1 + a |i - j|)` with a, p > 0, and the power variant `-a |i - j| ** p`
 with a > 0 and 0 < p <= 2; one a and one p a head, shared by all layers, as in the authors' code. The bias is added to scaled scores.
 

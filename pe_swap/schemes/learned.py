@@ -4,7 +4,7 @@ Gehring et al., "Convolutional Sequence to Sequence Learning" (2017, arXiv:1705.
 (2019, arXiv:1810.04805), add one trained vector a position. Ways to more rows:
 
 * `interpolate`: linear resampling with both ends kept, as Chen et al., "Extending Context Window of Large Language Models via
-  SchemeHolder Interpolation" (2023, arXiv:2306.15595), do with rotations;
+  Positional Interpolation" (2023, arXiv:2306.15595), do with rotations;
 * `tile` and `group`: Zhu et al., "LongEmbed" (2024, arXiv:2404.12096), section 3.2, "recurrent" and "grouped positions";
 * `mean`: old rows kept, every new row their mean.
 

@@ -1,8 +1,8 @@
 """No positions at all ("NoPE"), and what keeps such a model working on longer input ("DroPE").
 
-Haviv et al., "Transformer Language Models without SchemeHolder Encodings Still Learn SchemeHolder Information" (Findings of EMNLP
-2022, arXiv:2203.16634); Kazemnejad et al., "The Impact of SchemeHolder Encoding on Length Generalization in Transformers" (NeurIPS
-2023, arXiv:2305.19466). Gelberg et al., "Extending the Context of Pretrained LLMs by Dropping Their SchemeHolder Embeddings" (2025,
+Haviv et al., "Transformer Language Models without Positional Encodings Still Learn Positional Information" (Findings of EMNLP
+2022, arXiv:2203.16634); Kazemnejad et al., "The Impact of Positional Encoding on Length Generalization in Transformers" (NeurIPS
+2023, arXiv:2305.19466). Gelberg et al., "Extending the Context of Pretrained LLMs by Dropping Their Positional Embeddings" (2025,
 arXiv:2512.12167): drop the positions of a trained model, fine-tune at the trained length, normalising queries and keys where
 training is unstable, and multiply the scores by `1 + c ln(s)` on input `s` times as long.
 

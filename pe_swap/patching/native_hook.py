@@ -1,0 +1,47 @@
+"""The pre-hook by which a layer with a scheme is handed something else than the model's own positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pe_swap.attention.shared_in_call import ARGUMENT
+from pe_swap.families.native import Bias, Rotary
+from pe_swap.patching.holder import HolderRef
+
+HANDED_ATTRIBUTE = "pe_swap_handed"
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What one layer is handed.
+
+    Attributes:
+        holder_ref: where the stack's schemes are.
+        native: the kind of the model's own positions.
+        name: for a rotation, its name in the holder's `kept`.
+        layer_type: the layer's type, where the model has a rotation per type.
+    """
+
+    holder_ref: HolderRef
+    native: Rotary | Bias
+    name: str
+    layer_type: str | None
+
+
+def hand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Replace the model's own positions in a layer's arguments."""
+    handed: Handed = getattr(module, HANDED_ATTRIBUTE)
+    hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+    native = handed.native
+    if isinstance(native, Bias):
+        return args, {**kwargs, native.argument: native.neutral(hidden_states)}
+    shared = kwargs[ARGUMENT]
+
+    def compute() -> Any:
+        return native.handed(handed.holder_ref.holder, handed.name, hidden_states, shared.position_ids, handed.layer_type)
+
+    rotation = shared.constant(("rotation", handed.name, handed.layer_type, hidden_states.device), compute)
+    return args, {**kwargs, native.argument: rotation}
