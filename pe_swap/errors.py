@@ -29,6 +29,10 @@ class UnsupportedBackendError(PESwapError, ValueError):
     """An attention implementation that cannot honour the scheme."""
 
 
+class SchemeContractError(PESwapError, RuntimeError):
+    """A scheme whose hook returned what the contract of `Scheme` does not allow."""
+
+
 class SwapStateError(PESwapError, RuntimeError):
     """A swap, restore or check of a model in a state that does not allow it."""
 

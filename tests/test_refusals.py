@@ -509,7 +509,7 @@ def test_a_backend_unknown_to_pe_swap() -> None:
     with unchanged(model, probe=None):
         refused(
             errors.UnsupportedBackendError,
-            "The attention implementation is 'paged|sdpa', but the scheme rotates queries and keys inside attention; it must be one of "
+            "The attention implementation is 'paged|sdpa', but the scheme transforms queries and keys inside attention; it must be one of "
             "'eager', 'sdpa', 'flex_attention', 'flash_attention_2', 'flash_attention_3', 'flash_attention_4'. Call "
             'model.set_attn_implementation("sdpa").',
             pe_swap.swap_positional,
@@ -567,7 +567,7 @@ def test_a_cache_that_reaches_attention_around_the_hook(backend: str, case: str)
     model(token_ids(1, 5), **with_cache(model, cache))
     refused(
         errors.UnsupportedBackendError,
-        f"Layer 1 carries the scheme '{case}' and meets 6 keys with 1 queries, but its hook was handed no cache as '{known}': the "
+        f"Layer 1 carries the scheme '{case}' and has 6 keys with 1 queries, but its hook was handed no cache as '{known}': the "
         "positions would be wrong. This transformers version may hand caches on in another way: use a version that pe_swap was tested "
         "with, or use_cache=False.",
         model,

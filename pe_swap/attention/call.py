@@ -1,4 +1,4 @@
-"""What one call of a self-attention module is given: its scheme, and where its queries stand."""
+"""What one call of a self-attention module is given: its scheme, and the positions of its queries and keys."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from torch import Tensor
 
 from pe_swap.attention.kept_with_cache import Kept
 from pe_swap.attention.shared_in_call import SharedInCall
+from pe_swap.errors import SchemeContractError
 from pe_swap.schemes.base import Scheme
 from pe_swap.schemes.positions import Positions, slots_from, unkept
 
 
 def key_ids(query_slots: Tensor, key_slots: Tensor, query_ids: Tensor) -> Tensor:
-    """Return the keys' position ids, `[batch or 1, kv_len]`, int64.
+    """Return the position ids of a cache's keys, `[batch or 1, kv_len]`, int64.
 
-    Without a cache they are the queries'. With one, whose keys' ids nothing kept, they count back by one from a row's first query of
-    the highest id: that is a real token, where padding on the left has id 0 and padding on the right repeats the last id. The empty
-    tail of a static cache gets that highest id too, so that a scheme which asks how long a row is so far hears the same from keys
-    as from queries.
+    Nothing kept the ids of keys, so they count back by one from a row's first query of the highest id: that is a real token, where
+    padding on the left has id 0 and padding on the right repeats the last id. The empty tail of a static cache gets that highest id
+    too, so that queries and keys agree on the length of the row.
     """
-    if query_slots.shape == key_slots.shape:
-        return query_ids
     anchor = query_ids.argmax(dim=-1, keepdim=True)
     slots = query_slots.expand(query_ids.shape[0], -1)
     highest = query_ids.gather(-1, anchor)
@@ -33,22 +31,26 @@ def key_ids(query_slots: Tensor, key_slots: Tensor, query_ids: Tensor) -> Tensor
 
 @dataclass(frozen=True)
 class CallShared:
-    """What the layers that a scheme serves share in one call of the model.
+    """What the layers that a scheme serves share in one call of the model, as far as their caches dropped the same keys.
 
     Attributes:
         scheme: the scheme, its weights on the layers' device.
-        query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
+        query_slots: `[q_len]`, int64.
         query_ids: `[batch or 1, q_len]`, int64.
-        rotation: what the scheme's `rotation` gave for them, or None where it turns nothing.
-        memo: what layers share.
+        first_key_slot: slot of the first key; above 0 where the cache has dropped keys.
+        first_query: index of the first query in the key buffer, or None where a static cache alone knows it.
+        rotation: what the scheme's `prepare_positions` gave for the queries, or None where it transforms nothing.
+        shared: what all layers share.
         kept: what calls with the same cache share, or None.
     """
 
     scheme: Scheme
     query_slots: Tensor
     query_ids: Tensor
+    first_key_slot: int
+    first_query: int | None
     rotation: Any
-    memo: SharedInCall
+    shared: SharedInCall
     kept: Kept | None
 
 
@@ -60,12 +62,14 @@ class AttentionCall:
         layer: index of the layer.
         scheme_index: which of the model's schemes serves the layer.
         hooks: the attention hooks the scheme overrides.
-        cache_argument: the name under which the attention module takes its cache.
+        cache_argument: the name under which the attention module takes its cache, or None where it takes none.
         call: what it shares with other layers.
         has_cache: the call has a cache, whose keys may be more than the queries.
-        keys_are_rotated: the keys were rotated before they were cached.
-        carried: what the scheme's `extra_key_channels` gave, `[batch, heads, q_len, channels]`, in a call without a cache. None
-            where it carries nothing, and in a call with a cache, whose keys then have these channels after their own.
+        num_keys: how many keys the cache said that it will return, or None without a cache.
+        keys_are_transformed: the keys went through `transform_query_key` before they were cached.
+        query_is_scaled: the module multiplies its queries by `head_dim ** -0.5` itself, and hands on a scaling of 1.
+        carried: what the scheme's `extra_key_channels` gave, `[batch, heads, q_len, channels]`, or None where it carries nothing. With a
+            cache, the keys of the call have these channels after their own.
     """
 
     layer: int
@@ -74,61 +78,118 @@ class AttentionCall:
     cache_argument: str | None
     call: CallShared
     has_cache: bool
-    keys_are_rotated: bool
+    num_keys: int | None
+    keys_are_transformed: bool
+    query_is_scaled: bool = False
     carried: Tensor | None = None
 
     @property
     def scheme(self) -> Scheme:
-        """The layer's scheme, looked up once a call."""
+        """The layer's scheme, looked up once per call."""
         return self.call.scheme
 
     def positions(self, kv_len: int, device: torch.device, carried: Tensor | None = None) -> Positions:
-        """Return where the queries and all `kv_len` keys stand, on the device of the scores, with what the scheme makes of it."""
+        """Return the positions of the queries and of all `kv_len` keys, on the device of the scores, and what `prepare` gives for them."""
+        call = self.call
 
-        def work_out() -> Positions:
+        def compute() -> Positions:
             # A model may be spread over devices.
-            query_slots, query_ids = self.call.query_slots.to(device), self.call.query_ids.to(device)
-            key_slots = slots_from(0, kv_len, device)
-            keep = unkept if self.call.kept is None else self.call.kept.keep
-            return Positions(query_slots, key_slots, query_ids, key_ids(query_slots, key_slots, query_ids), once=once, keep=keep)
+            query_slots, query_ids = call.query_slots.to(device), call.query_ids.to(device)
+            key_slots = slots_from(call.first_key_slot, kv_len, device)
+            ids = query_ids if self.keys_are_the_queries(kv_len) else key_ids(query_slots, key_slots, query_ids)
+            keep = unkept if call.kept is None else call.kept.keep
+            return Positions(query_slots, key_slots, query_ids, ids, share_across_layers=share, keep=keep)
 
-        def once(key: Hashable, work_out: Callable[[], Any]) -> Any:
-            return self.call.memo.once((key, kv_len, device), (self.call.query_slots, self.call.query_ids), work_out)
+        def share(key: Hashable, compute: Callable[[], Any]) -> Any:
+            whole_key = (key, self.has_cache, call.first_key_slot, kv_len, device)
+            return call.shared.get(whole_key, (call.query_slots, call.query_ids), compute)
 
-        found: Positions = once("positions", work_out)
-        found = found if carried is None else replace(found, carried=carried)
-        prepared = self.scheme.prepare(found, layer=self.layer)
-        return found if prepared is None else replace(found, prepared=prepared)
+        positions: Positions = share("positions", compute)
+        positions = positions if carried is None else replace(positions, carried=carried)
+        prepared = self.scheme.prepare(positions, layer=self.layer)
+        return positions if prepared is None else replace(positions, prepared=prepared)
 
-    def rotated(self, x: Tensor, role: Literal["query", "key"]) -> Tensor:
-        """Return the call's own queries or keys, `[batch, heads, q_len, head_dim]`, turned by their positions."""
-        return self.call.scheme.transform_query_key(x, self.call.rotation, role=role, layer=self.layer)
+    def keys_are_the_queries(self, kv_len: int) -> bool:
+        """Tell whether the keys are those of this call's tokens alone, in order.
 
-    def rotated_cache(self, key: Tensor) -> Tensor:
-        """Return all keys, `[batch, heads, kv_len, head_dim]`, turned by their positions, where they were cached without."""
+        A static cache, which alone knows the first slot, has no room for anything else where keys are as many as queries.
+        """
+        return kv_len == len(self.call.query_slots) and self.call.first_query in (0, None)
+
+    def transformed(self, x: Tensor, role: Literal["query", "key"]) -> Tensor:
+        """Return the call's own queries or keys, `[batch, heads, q_len, head_dim]`, through the scheme's `transform_query_key`."""
+        return self._transform(x, self.call.rotation, role)
+
+    def transformed_cache(self, key: Tensor) -> Tensor:
+        """Return all keys, `[batch, heads, kv_len, head_dim]`, through `transform_query_key`, where they were cached without."""
+        call = self.call
         ids = self.positions(key.shape[2], key.device).key_ids
-        rotation = self.call.memo.once(("rotation", self.scheme_index), (ids,), lambda: self.scheme.prepare_positions(ids))
-        return self.scheme.transform_query_key(key, rotation, role="key", layer=self.layer)
+        rotation = call.shared.get(("rotation", self.scheme_index), (ids,), lambda: call.scheme.prepare_positions(ids))
+        return self._transform(key, rotation, "key")
+
+    def _transform(self, x: Tensor, rotation: Any, role: Literal["query", "key"]) -> Tensor:
+        """Call the scheme, and check the shape of what it returns.
+
+        Raises:
+            SchemeContractError: the scheme returned another shape than it may.
+        """
+        found = self.scheme.transform_query_key(x, rotation, role=role, layer=self.layer)
+        if found.shape != x.shape and found.shape != (*x.shape[:-1], self.scheme.key_width):
+            raise SchemeContractError(
+                f"The scheme '{self.scheme.name}' returned a {role} of shape {list(found.shape)} for one of {list(x.shape)}; the last "
+                f"dimension must be {x.shape[-1]} or its key_width, {self.scheme.key_width}, and the others as they were. Correct its "
+                "transform_query_key or its key_width."
+            )
+        return found
 
     def bias_by_distance(self, q_len: int, kv_len: int, device: torch.device) -> Tensor:
         """Return the relative bias for every pair, `[heads, q_len + kv_len - 1]`, float32.
 
         Entry `n` belongs to the pairs whose key index minus query index in the call is `n - (q_len - 1)`.
         """
-        scheme, layer = self.scheme, self.layer
+        call, scheme, layer = self.call, self.scheme, self.layer
 
-        def work_out() -> Tensor:
-            first_slot = self.call.query_slots[0].to(device)
-            bias = scheme.relative_bias(torch.arange(1 - q_len, kv_len, device=device) - first_slot, layer=layer)
-            return bias.contiguous()  # a transposed table's rows, a head apart, cost the kernel half of its speed
+        def compute() -> Tensor:
+            distance_of_first = call.first_key_slot - call.query_slots[0].to(device)
+            bias = scheme.relative_bias(torch.arange(1 - q_len, kv_len, device=device) + distance_of_first, layer=layer)
+            return bias.contiguous()  # in a transposed table the distances of a head lie apart, which halves the kernel's speed
 
         served = None if scheme.bias_is_shared else layer
-        return self.call.memo.once(("bias", self.scheme_index, served, q_len, kv_len, device), (self.call.query_slots,), work_out)
+        key = ("bias", self.scheme_index, served, call.first_key_slot, q_len, kv_len, device)
+        return call.shared.get(key, (call.query_slots,), compute)
 
-    def split(self, key: Tensor, head_dim: int) -> tuple[Tensor, Tensor | None]:
-        """Return the keys, `[batch, heads, kv_len, head_dim]`, and what was carried beside each of them, or None."""
-        if "extra_key_channels" not in self.hooks:
+    def split(self, key: Tensor, num_heads: int) -> tuple[Tensor, Tensor | None]:
+        """Return the keys, `[batch, key_heads, kv_len, width]`, and what was carried beside them, `[batch, heads, kv_len, channels]`.
+
+        Args:
+            key: keys as the cache returned them.
+            num_heads: number of query heads.
+        """
+        if self.carried is None:
             return key, None
-        if self.carried is not None:
+        if not self.has_cache:
             return key, self.carried.to(key.device)
-        return key[..., :head_dim], key[..., head_dim:]
+        groups, channels = num_heads // key.shape[1], self.carried.shape[-1]
+        width = key.shape[-1] - groups * channels
+        return key[..., :width], per_query_head(key[..., width:], groups)
+
+
+def per_key_head(carried: Tensor, key_heads: int) -> Tensor:
+    """Return the channels of all query heads of a group side by side, `[batch, key_heads, length, groups * channels]`.
+
+    Args:
+        carried: `[batch, heads, length, channels]`; the query heads of a group follow one another.
+        key_heads: number of key heads.
+    """
+    if carried.shape[1] == key_heads:
+        return carried
+    batch, heads, length, channels = carried.shape
+    return carried.reshape(batch, key_heads, heads // key_heads, length, channels).transpose(2, 3).flatten(3)
+
+
+def per_query_head(channels: Tensor, groups: int) -> Tensor:
+    """Undo `per_key_head`: return `[batch, heads, length, channels]`."""
+    if groups == 1:
+        return channels
+    batch, key_heads, length, width = channels.shape
+    return channels.reshape(batch, key_heads, length, groups, width // groups).transpose(2, 3).flatten(1, 2)

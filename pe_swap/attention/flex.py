@@ -1,8 +1,8 @@
 """Attention with a bias that depends on `key - query` alone, through PyTorch's FlexAttention.
 
-The bias is a score function, which reads a vector of one number a distance as the kernel computes a score; what a query may look at
-is transformers' block mask, with causality, padding, packing and caches in it. Compiled, nothing of heads x q_len x kv_len exists,
-and blocks that a mask closes are never computed.
+The bias is a score function, which reads one number per distance while the kernel computes a score. The mask is transformers' block
+mask, with causality, padding, packing and caches in it. Compiled, nothing of heads x q_len x kv_len exists, and blocks that a mask
+forbids are not computed.
 
 PyTorch has no dropout here, and no backward on a CPU; both are errors. Gradients of a bias that is trained are PyTorch's own, on
 CUDA alone, and have not been run.
@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.masking_utils import flex_attention_mask
 
+from pe_swap.attention.fused import of_one_width, per_head
 from pe_swap.errors import UnsupportedBackendError
 
 ScoreFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -36,24 +37,26 @@ def flex_bias_attention(
     *,
     attention_mask: BlockMask | Tensor | None,
     is_causal: bool,
-    scaling: float | None,
+    scaling: float,
     training: bool,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Return `softmax(scaling * query . key + bias[j - i] + mask) . value`.
+    """Return `softmax(cap(scaling * query . key) + bias[j - i] + mask) . value`.
 
     Args:
-        query: `[batch, heads, q_len, head_dim]`.
-        key: `[batch, heads, kv_len, head_dim]`.
-        value: `[batch, heads, kv_len, head_dim]`.
+        query: `[batch, heads, q_len, width]`.
+        key: `[batch, key_heads, kv_len, width]`.
+        value: `[batch, key_heads, kv_len, value_width]`.
         bias: `[heads, q_len + kv_len - 1]`, float32, logits; entry `n` is for the pairs with `j - i = n - (q_len - 1)`. None for none.
         attention_mask: a block mask; or what a caller of the model made, boolean (True: may look) or additive, broadcastable to
             `[batch, heads, q_len, kv_len]`; or None.
         is_causal: with no mask, key index at most query index.
-        scaling: factor on `query . key`; None for `head_dim ** -0.5`.
+        scaling: factor on `query . key`.
         training: whether the module trains; transformers keeps a compiled function for either.
+        softcap: see `plain_attention`.
 
     Returns:
-        `[batch, heads, q_len, head_dim]`, in the dtype of `query`. A query that a block mask lets look nowhere gets zeros.
+        `[batch, heads, q_len, value_width]`, in the dtype of `query`. A query that a block mask lets look nowhere gets zeros.
 
     Raises:
         UnsupportedBackendError: the bias needs a gradient on a CPU.
@@ -67,19 +70,31 @@ def flex_bias_attention(
     dense_mask: Tensor | None = None
     if isinstance(attention_mask, Tensor):
         dense_mask = attention_mask.expand(*query.shape[:3], key.shape[2])
+    value_width = value.shape[-1]
+    query, key, value = of_one_width(query, key, value)
+    if not is_power_of_two(query.shape[1]):  # as transformers does: the kernel then takes no groups
+        key, value = per_head(key, query.shape[1]), per_head(value, query.shape[1])
     output: Tensor = compile_friendly_flex_attention(
         query,
         key,
         value,
-        score_mod=score_function(bias, query.shape[2], dense_mask, is_causal and attention_mask is None),
+        score_mod=score_function(bias, query.shape[2], dense_mask, is_causal and attention_mask is None, softcap),
         block_mask=attention_mask if isinstance(attention_mask, BlockMask) else None,
+        enable_gqa=query.shape[1] != key.shape[1],
         scale=scaling,
         training=training,
     )
-    return output
+    return output[..., :value_width]
 
 
-def score_function(bias: Tensor | None, q_len: int, dense_mask: Tensor | None, is_causal: bool) -> ScoreFunction:
+def is_power_of_two(number: int) -> bool:
+    """Tell whether a positive number is a power of two."""
+    return number & (number - 1) == 0
+
+
+def score_function(
+    bias: Tensor | None, q_len: int, dense_mask: Tensor | None, is_causal: bool, softcap: float | None = None
+) -> ScoreFunction:
     """Return the function from a scaled score to the one that enters the softmax.
 
     Args:
@@ -87,12 +102,15 @@ def score_function(bias: Tensor | None, q_len: int, dense_mask: Tensor | None, i
         q_len: number of queries.
         dense_mask: boolean or additive, `[batch, heads, q_len, kv_len]`, or None.
         is_causal: key index at most query index.
+        softcap: see `plain_attention`.
 
     Returns:
         A function of one score. What a mask forbids becomes the lowest finite number, as in the eager form.
     """
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
         if bias is not None:
             score = score + bias[head, key_index - query_index + (q_len - 1)]
         if dense_mask is not None and dense_mask.dtype != torch.bool:

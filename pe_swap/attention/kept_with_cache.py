@@ -1,7 +1,10 @@
 """What a scheme keeps from one call to the next: projections of its weights, and tables of distances.
 
-A token decoded with a cache would work them out again, for the whole table, each time. They are kept for as long as the cache lives,
-and no longer; neither the model nor the cache holds them, so that copies and files of either are what they would be.
+Without this, each decoded token would compute them again for the whole table. They are kept for as long as the cache lives, and no
+longer. Neither the model nor the cache holds them, so that copies and files of either stay what they would be.
+
+What it buys: decoding one token in a model of 4 layers, 768 wide, 12 heads, on one CPU thread, takes 1.44 times as long without it for
+`deberta` with 1,024 tokens cached and 1.16 times with 4,096; for `transformer_xl` 1.83 and 2.03 times (medians of 54 pairs of calls).
 """
 
 from __future__ import annotations
@@ -14,34 +17,34 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-Of = tuple[Tensor | Hashable, ...]
+Inputs = tuple[Tensor | Hashable, ...]
 """What a result depends on."""
 
 
 class Kept:
-    """Results by what they are of: weights, told by every one of their numbers, and plain values.
+    """Results of earlier calls; an entry is valid while the inputs that it was computed from are unchanged, element by element.
 
-    PyTorch's count of writes would be cheaper to ask than the numbers, and is not kept by fused optimizers, nor by `weight.data`.
+    `Tensor._version` would be cheaper to compare, but fused optimizers and `weight.data` do not update it.
     """
 
     def __init__(self) -> None:
-        self._found: dict[Hashable, tuple[Any, Of]] = {}
+        self._results: dict[Hashable, tuple[Any, Inputs]] = {}
 
-    def keep(self, key: Hashable, of: Of, work_out: Callable[[], Any]) -> Any:
-        """Return what `work_out` gives, or gave for the same `key` and `of`; another `of` takes its place.
+    def keep(self, key: Hashable, inputs: Inputs, compute: Callable[[], Any]) -> Any:
+        """Return `compute()`, or an earlier result for the same `key` and equal `inputs`; others take its place.
 
         Args:
-            key: what is asked.
-            of: what the result depends on besides `key`.
-            work_out: a function of `key` and `of` alone.
+            key: names the result.
+            inputs: what it depends on besides `key`.
+            compute: a function of `key` and `inputs` alone.
         """
         if torch.is_grad_enabled():
-            return work_out()
-        found = self._found.get(key)
-        if found is None or len(found[1]) != len(of) or not all(map(is_same, found[1], of)):
-            found = work_out(), tuple(x.clone() if isinstance(x, Tensor) else x for x in of)
-            self._found[key] = found
-        return found[0]
+            return compute()
+        entry = self._results.get(key)
+        if entry is None or len(entry[1]) != len(inputs) or not all(map(is_same, entry[1], inputs)):
+            entry = compute(), tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
+            self._results[key] = entry
+        return entry[0]
 
 
 def is_same(x: Tensor | Hashable, y: Tensor | Hashable) -> bool:
@@ -55,14 +58,20 @@ _KEPT: weakref.WeakKeyDictionary[Cache, Kept] = weakref.WeakKeyDictionary()
 
 
 def kept_for(cache: Cache | None, first_slot: int | Tensor) -> Kept | None:
-    """Return what is kept for a cache, or None where nothing can be: under a compiler or tracer, or where the cache is static.
+    """Return what is kept for a cache, or None where nothing can be.
 
-    An empty cache is the start of something new, and starts with nothing kept.
+    That is so under a compiler, a tracer or a transform of `torch.func`, and where the cache is static. An empty cache starts with
+    nothing kept.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if cache is None or not isinstance(first_slot, int) or traced:
+    if cache is None or not isinstance(first_slot, int) or traced or is_transformed():
         return None
-    found = _KEPT.get(cache)
-    if found is None or first_slot == 0:
-        found = _KEPT[cache] = Kept()
-    return found
+    kept = _KEPT.get(cache)
+    if kept is None or first_slot == 0:
+        kept = _KEPT[cache] = Kept()
+    return kept
+
+
+def is_transformed() -> bool:
+    """Tell whether a transform of `torch.func` (`grad`, `vmap`, ...) is running."""
+    return bool(torch._C._are_functorch_transforms_active())

@@ -1,10 +1,10 @@
-"""What every layer of one forward pass would work out alike, worked out once.
+"""What every layer of one forward pass needs alike: position ids, and results that are computed once.
 
-Sines of positions, biases of distances and indices of slots are the same in every layer. A token decoded with a cache spends longer
-on them than on the attention itself, so the first layer's are handed to the others.
+Sines of positions, biases of distances and indices of slots are the same in every layer. For a token decoded with a cache they take
+longer than attention itself, so the layers after the first reuse its results.
 
-A memo lives as long as one call of the base model and travels in its keyword arguments. Nothing is kept in a module, where another
-thread, a position tensor changed in place or a deep copy would meet it.
+The object lives as long as one call of the base model and travels in its keyword arguments. Nothing is kept in a module: another
+thread, a position tensor changed in place or a deep copy would find stale results there.
 """
 
 from __future__ import annotations
@@ -15,51 +15,68 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-ARGUMENT = "positional_memo"
+ARGUMENT = "pe_swap_shared"
 """The keyword argument it travels in."""
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
+
+
+def as_rows(position_ids: Tensor) -> Tensor:
+    """Return position ids as `[batch or 1, length]`, int64; a caller may give them without a batch dimension."""
+    return position_ids.long() if position_ids.dim() > 1 else position_ids.long()[None]
 
 
 class SharedInCall:
-    """Where the tokens of one forward pass stand, and results that its layers share.
+    """What the layers of one forward pass share.
 
     Attributes:
-        position_ids: `[batch or 1, q_len]`, int64, counted from 0 as the family counts; None in a call of a part of the model.
+        position_ids: `[batch or 1, q_len]`, int64, 0-based as the family counts them; None where no hook computed them, and slots are
+            the ids.
     """
 
     def __init__(self, position_ids: Tensor | None = None, *, shares: bool = True) -> None:
-        self.position_ids = position_ids
+        """Start with no results.
+
+        Args:
+            position_ids: as the attribute, or `[q_len]`.
+            shares: False where every layer shall compute everything itself.
+        """
+        self.position_ids = None if position_ids is None else as_rows(position_ids)
         self._shares = shares
-        self._found: dict[Hashable, tuple[Any, tuple[Tensor, ...]]] = {}
+        self._results: dict[Hashable, tuple[Any, tuple[Tensor, ...]]] = {}
 
-    def once(self, key: Hashable, of: tuple[Tensor, ...], work_out: Callable[[], Found]) -> Found:
-        """Return what `work_out` gives, from an earlier layer where one asked the same.
+    def get(self, key: Hashable, inputs: tuple[Tensor, ...], compute: Callable[[], Result]) -> Result:
+        """Return `compute()`, or the result of an earlier layer for the same `key` and `inputs`.
 
-        Args:
-            key: what is asked.
-            of: the tensors it is asked of: these objects, not others of the same values. They are kept, so that no other tensor can
-                take their identity in the meantime.
-            work_out: a function of `key` and `of` alone.
-        """
-        if torch.is_grad_enabled():  # a layer that is trained keeps a graph of its own, and may be run again for its gradients
-            return work_out()
-        return self.constant((key, *map(id, of)), work_out, of)
-
-    def constant(self, key: Hashable, work_out: Callable[[], Found], of: tuple[Tensor, ...] = ()) -> Found:
-        """Return what `work_out` gives, from an earlier layer where one asked the same; for results without a gradient.
+        Nothing is shared with gradients: a layer that is trained keeps a graph of its own, and may run again for its gradients.
 
         Args:
-            key: what is asked; the same in all layers of the call.
-            work_out: a function of `key` and of the call's position ids.
-            of: tensors that are kept as long as the result.
+            key: names the result.
+            inputs: the tensors it depends on, compared by identity. They are kept, so that no other tensor can take their identity in
+                the meantime.
+            compute: a function of `key` and `inputs` alone.
         """
-        if not self._shares or torch.compiler.is_compiling():  # a compiler finds what repeats itself
-            return work_out()
-        if key not in self._found:
-            self._found[key] = (work_out(), of)
-        found: Found = self._found[key][0]
-        return found
+        if torch.is_grad_enabled():
+            return compute()
+        return self.constant((key, *map(id, inputs)), compute, inputs)
+
+    def constant(self, key: Hashable, compute: Callable[[], Result], inputs: tuple[Tensor, ...] = ()) -> Result:
+        """Return `compute()`, or the result of an earlier layer for the same `key`; for results without a gradient.
+
+        Nothing is shared under a compiler, which removes the repetition itself.
+
+        Args:
+            key: names the result.
+            compute: a function of `key` and of the call's position ids.
+            inputs: tensors that are kept as long as the result.
+        """
+        if not self._shares or torch.compiler.is_compiling():
+            return compute()
+        if key not in self._results:
+            self._results[key] = (compute(), inputs)
+        result: Result = self._results[key][0]
+        return result
 
 
 NOTHING_SHARED = SharedInCall(shares=False)
+"""For a call of a part of the model, which no hook gave an object of its own."""

@@ -21,8 +21,8 @@ class LayerBinding:
         layer: index of the layer.
         hooks: the hooks of the scheme that act in the attention function.
         parameters: names of the parameters of the attention module's `forward`, in order; read here, once, and not in every call.
-        cache_argument: which of them is the cache; None where the module takes none.
-        query_is_scaled: queries come to the attention function times `head_dim ** -0.5` already.
+        cache_argument: which of them is the cache, or None where the module takes none (encoders).
+        query_is_scaled: the module multiplies its queries by `head_dim ** -0.5` itself, and hands on a scaling of 1 (OPT, Whisper, ESM).
     """
 
     holder_ref: HolderRef

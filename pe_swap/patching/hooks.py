@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from pe_swap.attention.backends import BINDING_ATTRIBUTE, autocasts, is_ours
+from pe_swap.attention.backends import autocasts
 from pe_swap.attention.call import AttentionCall, CallShared
 from pe_swap.attention.kept_with_cache import kept_for
-from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED, SharedInCall
+from pe_swap.attention.names import BINDING_ATTRIBUTE, is_ours
+from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED, SharedInCall, as_rows
 from pe_swap.errors import UnsupportedBackendError
 from pe_swap.patching.binding import LayerBinding
 from pe_swap.patching.devices import on_device
@@ -32,24 +34,23 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
     Raises:
         UnsupportedBackendError: the configuration was given an attention implementation behind pe_swap's back, which would drop
-            the scheme in silence.
+            the scheme in silence; or the layer's keys are not its own.
     """
     binding: LayerBinding = getattr(module, BINDING_ATTRIBUTE)
     kwargs = dict(kwargs)
     hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
     if len(args) > 1:  # a caller's own; transformers names everything after the hidden states
         kwargs, args = {**dict(zip(binding.parameters[1:], args[1:], strict=False)), **kwargs}, args[:1]
-    cache_argument = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), binding.cache_argument) or ""
-    given = kwargs.get(cache_argument)
+    cache_argument = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), binding.cache_argument)
+    given = None if cache_argument is None else kwargs.get(cache_argument)
     cache = None if given is None else self_attention_cache(given)
-    first_slot = 0 if cache is None else cache.get_seq_length(module.layer_idx)
+    slots = CacheSlots() if cache is None else slots_in(cache, binding, hidden_states.shape[1])
     shared = kwargs.pop(ARGUMENT, NOTHING_SHARED)
-    position_ids = kwargs.get("position_ids") if shared.position_ids is None else shared.position_ids
-    call = scheme_call(module, binding, cache, first_slot, hidden_states, position_ids, shared)
-    rotates_into_cache = cache is not None and "transform_query_key" in binding.hooks and call.scheme.caches_rotated_keys
-    carried = (
-        call.scheme.extra_key_channels(hidden_states, layer=binding.layer) if "extra_key_channels" in binding.hooks else None
-    )
+    call = shared_call(module, binding, cache, slots, hidden_states, kwargs.get("position_ids"), shared)
+    transforms_into_cache = cache is not None and "transform_query_key" in binding.hooks and call.scheme.caches_rotated_keys
+    carried = None
+    if "extra_key_channels" in binding.hooks:
+        carried = call.scheme.extra_key_channels(hidden_states, layer=binding.layer)
     attention_call = AttentionCall(
         binding.layer,
         binding.index,
@@ -57,50 +58,89 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         binding.cache_argument,
         call,
         cache is not None,
-        rotates_into_cache,
-        carried if cache is None else None,
+        slots.num_keys,
+        transforms_into_cache,
+        binding.query_is_scaled,
+        carried,
     )
     kwargs["attention_call"] = attention_call
-    if cache is not None and (rotates_into_cache or carried is not None):
-        kwargs[cache_argument] = LayerCache(cache, attention_call, carried)
+    if cache is not None and (transforms_into_cache or carried is not None):
+        assert cache_argument is not None
+        kwargs[cache_argument] = LayerCache(cache, attention_call)
     return args, kwargs
 
 
-def scheme_call(
+@dataclass(frozen=True)
+class CacheSlots:
+    """Where the keys of a call stand, as the cache says before it takes them; the defaults are a call without a cache.
+
+    Attributes:
+        first_query: slot of the first query; a tensor where a static cache counts on its device.
+        first_key: slot of the first key that the cache will return.
+        num_keys: how many it will return, or None without a cache.
+    """
+
+    first_query: int | Tensor = 0
+    first_key: int = 0
+    num_keys: int | None = None
+
+
+def slots_in(cache: Cache, binding: LayerBinding, q_len: int) -> CacheSlots:
+    """Return where a layer's keys stand in a cache, before its update.
+
+    Raises:
+        UnsupportedBackendError: the layer stores no keys of its own.
+    """
+    layers = cache.layers
+    if binding.layer < len(layers) and not hasattr(layers[binding.layer], "get_seq_length"):
+        raise UnsupportedBackendError(
+            f"Layer {binding.layer} carries the scheme '{binding.scheme.name}', but stores no keys in the cache "
+            f"({type(layers[binding.layer]).__name__}): it reads those of another layer, whose positions pe_swap does not know. Swap "
+            "only layers that store their keys (layers=[...]), or use_cache=False."
+        )
+    num_keys, first_key = cache.get_mask_sizes(q_len, binding.layer)
+    return CacheSlots(cache.get_seq_length(binding.layer), first_key, num_keys)
+
+
+def shared_call(
     module: Any,
     binding: LayerBinding,
     cache: Cache | None,
-    first_slot: int | Tensor,
+    slots: CacheSlots,
     hidden_states: Tensor,
     position_ids: Tensor | None,
-    memo: SharedInCall,
+    shared: SharedInCall,
 ) -> CallShared:
-    """Return what the layers of a scheme share in a call of the model; worked out for the first of them.
+    """Return what the layers of a scheme share in a call of the model; computed for the first of them.
 
-    A generated token finds the processor's caches full of weights, so that each line run in every layer costs it four times what it
-    costs in a loop of its own.
+    In decoding, Python's overhead per layer is large: measured four times that of a loop that does nothing else.
 
     Raises:
         UnsupportedBackendError: see `hand_on_positions`.
     """
-    q_len, device, config = hidden_states.shape[1], hidden_states.device, module.config
+    q_len, device, config = hidden_states.shape[1], hidden_states.device, getattr(module, "config", None)
+    position_ids = position_ids if shared.position_ids is None else shared.position_ids
 
-    def work_out() -> CallShared:
-        refuse_foreign_backend(binding, config._attn_implementation)
-        slots = slots_from(first_slot, q_len, device)
-        ids = slots[None, :] if position_ids is None else position_ids.to(device)
+    def compute() -> CallShared:
+        if config is not None:
+            require_our_backend(binding, config._attn_implementation)
+        query_slots = slots_from(slots.first_query, q_len, device)
+        ids = query_slots[None, :] if position_ids is None else as_rows(position_ids.to(device))
         scheme = on_device(binding.scheme, device)
         with torch.autocast(device.type, enabled=False) if autocasts(hidden_states) else nullcontext():
             rotation = scheme.prepare_positions(ids) if "transform_query_key" in binding.hooks else None
-        return CallShared(scheme, slots, ids, rotation, memo, kept_for(cache, first_slot))
+        first_query = slots.first_query - slots.first_key if isinstance(slots.first_query, int) else None
+        kept = kept_for(cache, slots.first_query)
+        return CallShared(scheme, query_slots, ids, slots.first_key, first_query, rotation, shared, kept)
 
-    if not isinstance(first_slot, int):  # a static cache counts in place, and will have counted these queries when attention runs
-        return work_out()
-    of = () if position_ids is None else (position_ids,)
-    return memo.once((binding.index, first_slot, q_len, device, id(config)), of, work_out)
+    if not isinstance(slots.first_query, int):  # a static cache counts in place, and will have counted these queries in attention
+        return compute()
+    inputs = () if position_ids is None else (position_ids,)
+    key = (binding.index, slots.first_query, slots.first_key, cache is None, q_len, device, id(config))
+    return shared.get(key, inputs, compute)
 
 
-def refuse_foreign_backend(binding: LayerBinding, implementation: str) -> None:
+def require_our_backend(binding: LayerBinding, implementation: str) -> None:
     """Refuse an attention implementation that would drop the scheme.
 
     Raises:

@@ -76,15 +76,12 @@ def section_text(
     fine_tuned_length: int | None = None,
 ) -> str:
     """Return the section: schemes, options, lengths, how to load."""
-    stacks: Mapping[str, Mapping[str, Any]] = saved.get("stacks", {"": saved})
+    layers = saved["layers"]
     rows = [
-        f"| {scheme['name']} | {_options(scheme['options'])} | {_where(name, index, stack['layers'], stack['input'])} |"
-        for name, stack in stacks.items()
-        for index, scheme in enumerate(stack["schemes"])
+        f"| {scheme['name']} | {_options(scheme['options'])} | {_where(index, layers, saved['input'])} |"
+        for index, scheme in enumerate(saved["schemes"])
     ]
-    limit = min((stack["max_length"] for stack in stacks.values() if stack["max_length"] is not None), default=None)
-    trained = " and ".join(f"{length:,}" for length in sorted({stack["trained_length"] for stack in stacks.values()}))
-    is_plain = any(stack["rope_parameters"] is not None for stack in stacks.values())
+    limit = saved["max_length"]
     measured = [f"| {length:,} | {value:.4g} |" for length, value in sorted(perplexities.items())]
     table = [measured_on, "", "| evaluated length, tokens | perplexity |", "|---:|---:|", *measured]
     evaluated = table if measured else ["none recorded."]
@@ -98,22 +95,20 @@ def section_text(
         "|---|---|---|",
         *rows,
         "",
-        f"- Trained length before the swap: {trained} positions.",
+        f"- Trained length before the swap: {saved['trained_length']:,} positions.",
         *fine_tuned,
         f"- Longest input: {'no limit of the scheme' if limit is None else f'{limit:,} positions'}.",
         f"- Evaluated lengths: {evaluated[0]}".rstrip(),
         *evaluated[1:],
         "",
         "```python",
-        *([] if is_plain else ["import pe_swap  # pip install pe-swap"]),
+        "import pe_swap  # pip install pe-swap",
         f"from transformers import {auto_class}",
         "",
         f'model = {auto_class}.from_pretrained("path/or/name")',
         "```",
         "",
-        "It is an ordinary model of its family with other `rope_parameters`: pe_swap is not needed to load it."
-        if is_plain
-        else "Without the import, `trust_remote_code=True` does the same; pe_swap has to be installed either way.",
+        "Without the import, `trust_remote_code=True` does the same; pe_swap has to be installed either way.",
     ]
     return "\n".join(lines)
 
@@ -123,15 +118,14 @@ def _options(options: Mapping[str, Any]) -> str:
     return ", ".join(f"`{name}={value!r}`" for name, value in sorted(options.items())) or "none"
 
 
-def _where(stack: str, index: int, layers: list[int | None], acting_on_input: int | None) -> str:
-    """Return in words what a scheme serves, with the stack where a model has several."""
-    of_stack = f" of the {stack}" if stack else ""
+def _where(index: int, layers: list[int | None], acting_on_input: int | None) -> str:
+    """Return in words what a scheme serves."""
     served = [layer for layer, at in enumerate(layers) if at == index]
     if len(served) == len(layers):
-        return f"every layer{of_stack}"
+        return "every layer"
     if not served:
-        return f"the input{of_stack}" if index == acting_on_input else "nothing"
-    return f"layers {', '.join(map(str, served))}{of_stack}" + (", and the input" if index == acting_on_input else "")
+        return "the input" if index == acting_on_input else "nothing"
+    return f"layers {', '.join(map(str, served))}" + (", and the input" if index == acting_on_input else "")
 
 
 def record_evaluation(folder: str | Path, perplexities: Mapping[int, float], *, measured_on: str = "") -> None:

@@ -91,6 +91,19 @@ class Scheme(nn.Module):
         return self.geometry.trained_length
 
     @property
+    def key_width(self) -> int:
+        """Width of the queries and keys that `transform_query_key` returns; `head_dim` unless the scheme widens them."""
+        return self.geometry.head_dim
+
+    def reach(self, layer: int) -> int | None:
+        """Return how many positions a query may look back in a layer, or None where there is no limit.
+
+        Optional. A scheme whose `relative_bias` is `-inf` at every distance below `-reach` may say so: attention then skips keys that
+        lie further back. It changes no result.
+        """
+        return None
+
+    @property
     def hooks(self) -> frozenset[str]:
         """The hooks this scheme uses."""
         return self._hooks
@@ -162,13 +175,13 @@ class Scheme(nn.Module):
         """Return queries or keys with their positions turned into them; keys before they are cached.
 
         Args:
-            x: `[batch, heads, length, head_dim]`.
-            rotation: what `rotation` gave for their position ids.
+            x: `[batch, heads, length, head_dim]`. Keys have the key heads of the model, which may be fewer than its query heads.
+            rotation: what `prepare_positions` gave for their position ids.
             role: what `x` is.
             layer: index of the layer.
 
         Returns:
-            The shape and dtype of `x`.
+            The shape and dtype of `x`, or `key_width` in place of `head_dim`.
         """
         raise NotImplementedError
 
@@ -199,7 +212,8 @@ class Scheme(nn.Module):
             layer: index of the layer.
 
         Returns:
-            `[heads, n]`, float32, logits.
+            `[heads, n]`, float32, logits; one bias per query head. `-inf` forbids a distance (a window); distance 0 stays finite, so
+            that every query may look somewhere. See `reach`.
         """
         raise NotImplementedError
 
@@ -235,6 +249,10 @@ class Scheme(nn.Module):
 
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return what is added to the scaled scores, for any block of queries, where it depends on more than a distance.
+
+        Where a model has fewer key heads than query heads, each query head has the keys of its group: keys come repeated, and what a
+        scheme makes of the key of a query head (`cope`'s gates, terms of `deberta`, `shaw` and `transformer_xl` that multiply keys) it
+        makes of its group's key with the parameters of that query head.
 
         Args:
             query: `[batch, heads, q_len, head_dim]`, a block of the queries.

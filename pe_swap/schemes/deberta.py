@@ -196,7 +196,7 @@ class Deberta(Scheme):
             weights = self.query_weights[name], self.query_biases[name]
             of = (self.table, *norm, *weights)
             queries = positions.keep(("Qr", layer), of, lambda: F.linear(self.table_in_use(), *weights))
-        return Prepared(positions.once((self.options, "rows"), rows), keys, queries)
+        return Prepared(positions.share_across_layers((self.options, "rows"), rows), keys, queries)
 
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return the bias; see `Scheme.score_bias`. Queries and keys meet every row once, and pairs pick from that.

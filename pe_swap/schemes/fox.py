@@ -109,7 +109,7 @@ class Fox(Scheme):
         """
         assert positions.carried is not None
         running: Tensor = self.prepare(positions, layer=layer) if positions.prepared is None else positions.prepared
-        at_query = running.index_select(-1, positions.query_slots)
+        at_query = running.index_select(-1, positions.query_slots - positions.key_slots[0])
         last = at_query[..., -1:]  # both are counted from here, and are then small wherever it matters
         wide = torch.float64 if positions.carried.dtype == torch.float64 else torch.float32
         by_key = (running[..., : key.shape[2]] - last).to(wide)[..., None, :]

@@ -1,13 +1,15 @@
-"""What a scheme is told about positions.
+"""The positions that a scheme is given.
 
 Two notions that padding and caches pull apart:
 
-* a *slot* is an index in the key buffer of one attention call, padding and the unused tail of a static cache included;
+* a *slot* counts the tokens that went into the key-value cache, padding included: the first token of a row has slot 0. The keys of one
+  attention call stand in consecutive slots. The first of them is 0 unless the cache drops old keys (a sliding window). The unused tail
+  of a static cache has the slots that its keys will have;
 * a *position id* is what the model was given, or would have counted itself: mask-aware in `generate`, where the first
   real token of a left-padded row has id 0.
 
-Where ids rise by one a slot, differences of slots equal differences of ids, so a relative scheme needs slots only. Padding inside a
-row, or ids that jump, are distance to it: a cache keeps no ids. A scheme that depends on where a query stands (absolute vectors,
+Where ids rise by one per slot, differences of slots equal differences of ids, so a relative scheme needs slots only. Padding inside a
+row, or ids that jump, count as distance to it: a cache keeps no ids. A scheme that depends on where a query stands (absolute vectors,
 FIRE, log-length scaling) needs ids.
 """
 
@@ -20,43 +22,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Once = Callable[[Hashable, Callable[[], Any]], Any]
-"""From a key and a function to what the function gives, or gave for that key at the same positions in another layer."""
-
+ShareAcrossLayers = Callable[[Hashable, Callable[[], Any]], Any]
+"""`share(key, compute)`: returns `compute()`, or the value that another layer computed under `key` at the same positions."""
 
 Keep = Callable[[Hashable, tuple[Any, ...], Callable[[], Any]], Any]
-"""From a key, what a result is of, and a function, to what the function gives, or gave in an earlier call with the same cache."""
+"""`keep(key, inputs, compute)`: returns `compute()`, or the value of an earlier call with the same cache, `key` and equal `inputs`."""
 
 
-def unkept(key: Hashable, of: tuple[Any, ...], work_out: Callable[[], Any]) -> Any:
-    """Return what `work_out` gives: nothing is kept."""
-    return work_out()
+def unkept(key: Hashable, inputs: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+    """Return `compute()`: nothing is kept."""
+    return compute()
 
 
-def unshared(key: Hashable, work_out: Callable[[], Any]) -> Any:
-    """Return what `work_out` gives: nothing is shared."""
-    return work_out()
+def unshared(key: Hashable, compute: Callable[[], Any]) -> Any:
+    """Return `compute()`: nothing is shared."""
+    return compute()
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the queries of one block and the keys they meet stand.
+    """Positions of the queries of one block and of the keys they are scored against.
 
     Attributes:
-        query_slots: `[q_len]`, int64, the queries' indices in the key buffer.
-        key_slots: `[kv_len]`, int64.
+        query_slots: `[q_len]`, int64. In the key buffer of the call, a query has the index `query_slots - key_slots[0]`.
+        key_slots: `[kv_len]`, int64, rising by one; the first is not 0 where a cache has dropped keys.
         query_ids: `[batch or 1, q_len]`, int64.
         key_ids: `[batch or 1, kv_len]`, int64, as far as they are known: a cache keeps no ids, and its keys' are counted back from the
             queries'.
         carried: what the scheme's `extra_key_channels` gave for every key, `[batch, heads, kv_len, channels]`, or None where it carries
             nothing.
-        prepared: what the scheme's `prepare` gave for the whole call, or None where nobody asked it yet.
-        queries_after: queries of the call after this block's last.
-        once: what a scheme works out of these positions and its options alone goes through this, and is shared by the layers of a
-            call. It is kept until the call ends: use it for what is small, as in decoding.
-        keep: what a scheme works out of its weights alone, or of plain numbers, goes through this, and is kept as long as the cache for
-            later calls, until the weights change. It takes a key, the weights and numbers, and the function. Weights are compared number
-            by number: use it for what costs much more than to read them.
+        prepared: what the scheme's `prepare` gave for the whole call, or None where it was not called yet.
+        queries_after: number of queries of the call after this block's last.
+        keys_before: number of keys of the call before this block's first.
+        share_across_layers: `share_across_layers(key, compute)` returns `compute()`, which another layer of the same call may have
+            computed already. For what depends on these positions and on the scheme's options alone. Results are held until the call
+            ends: use it for what is small, as in decoding.
+        keep: `keep(key, inputs, compute)` returns `compute()`, which an earlier call with the same cache may have computed already.
+            For what depends on `inputs` alone: weights, and plain numbers. Weights are compared element by element: use it for what
+            costs much more than reading them.
     """
 
     query_slots: Tensor
@@ -66,7 +69,8 @@ class Positions:
     carried: Tensor | None = None
     prepared: Any = None
     queries_after: int = 0
-    once: Once = unshared
+    keys_before: int = 0
+    share_across_layers: ShareAcrossLayers = unshared
     keep: Keep = unkept
 
     def by_distance(self, of_call: Tensor) -> Tensor:
@@ -78,30 +82,32 @@ class Positions:
         Returns:
             `[..., q_block + kv_block - 1]`, a view; entry `n` is for the same difference within the block.
         """
-        return of_call[..., self.queries_after :][..., : len(self.query_slots) + len(self.key_slots) - 1]
+        first = self.queries_after + self.keys_before
+        return of_call[..., first:][..., : len(self.query_slots) + len(self.key_slots) - 1]
 
     @property
     def distance(self) -> Tensor:
         """Key slot minus query slot, `[q_len, kv_len]`, int64: negative looks back."""
         return self.key_slots[None, :] - self.query_slots[:, None]
 
-    def block(self, start: int, stop: int, key_stop: int | None = None) -> Positions:
-        """Return the positions of queries `start` to `stop` against the keys before `key_stop`."""
+    def block(self, start: int, stop: int, key_stop: int | None = None, key_start: int = 0) -> Positions:
+        """Return the positions of queries `start` to `stop` and of keys `key_start` to `key_stop`."""
         ids = self.query_ids[:, start:stop] if self.query_ids.shape[1] > 1 else self.query_ids
-        carried = None if self.carried is None else self.carried[:, :, :key_stop]
+        carried = None if self.carried is None else self.carried[:, :, key_start:key_stop]
 
-        def once(key: Hashable, work_out: Callable[[], Any]) -> Any:
-            return self.once((start, stop, key_stop, key), work_out)
+        def share(key: Hashable, compute: Callable[[], Any]) -> Any:
+            return self.share_across_layers((start, stop, key_start, key_stop, key), compute)
 
         return Positions(
             self.query_slots[start:stop],
-            self.key_slots[:key_stop],
+            self.key_slots[key_start:key_stop],
             ids,
-            self.key_ids[:, :key_stop],
+            self.key_ids[:, key_start:key_stop],
             carried,
             self.prepared,
             self.queries_after + len(self.query_slots) - min(stop, len(self.query_slots)),
-            once,
+            self.keys_before + key_start,
+            share,
             self.keep,
         )
 

@@ -92,7 +92,7 @@ class WindowedRope(Scheme):
         """Return what remapping changes, zero within the window; see `Scheme.score_bias`."""
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         bias = torch.zeros(*query.shape[:3], key.shape[2], dtype=wide, device=query.device)
-        distant = self.reach(key)
+        distant = self.count_distant(key)
         if not distant:
             return bias
         query, key, key_ids = query.to(wide), key[:, :, :distant].to(wide), positions.key_ids[:, :distant]
@@ -108,7 +108,7 @@ class WindowedRope(Scheme):
         self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int
     ) -> FoldedBias | None:
         """Return both as they are where no pair is distant, and distant keys turned on beside one query; see the base class."""
-        if not self.reach(key):
+        if not self.count_distant(key):
             return query, key, None
         if query.shape[2] > 1:
             return None
@@ -118,10 +118,10 @@ class WindowedRope(Scheme):
             seen_from = query_ids - self.remapped(query_ids, "query") + self.remapped(key_ids, "key")
             return self.rope.prepare_positions((seen_from - key_ids).masked_fill(positions.distance > -self.window, 0))
 
-        turn = positions.once((self.options, "turn"), rotation)  # near keys turn by nothing: one pass serves all
+        turn = positions.share_across_layers((self.options, "turn"), rotation)  # near keys turn by nothing: one pass serves all
         return query, self.rope.transform_query_key(key, turn, role="key", layer=layer), None
 
-    def reach(self, key: Tensor) -> int:
+    def count_distant(self, key: Tensor) -> int:
         """Return how many keys, from the first, can be distant from a query that may look at them: all but those within the window.
 
         No query stands after the last slot.

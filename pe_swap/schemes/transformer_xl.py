@@ -107,7 +107,7 @@ class TransformerXL(Scheme):
             lowest = positions.key_slots[0] - positions.query_slots[-1]
             return self.distance_vectors(torch.arange(q_len + kv_len - 1 - ahead, device=lowest.device) + lowest)
 
-        vectors = positions.once((self.options, "vectors"), of_distances)
+        vectors = positions.share_across_layers((self.options, "vectors"), of_distances)
         projected = F.linear(vectors, self.distance_weights[str(layer)]).T.reshape(*self._shape, -1)
         return F.pad(projected, (0, ahead)) if ahead else projected
 

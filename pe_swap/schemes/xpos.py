@@ -136,7 +136,7 @@ class Xpos(Scheme):
         if query.shape[2] > 1:
             query_factor, key_factor = self.factors(positions, wide)
             return (query * query_factor).to(query.dtype), (key * key_factor).to(key.dtype), None
-        _, key_factor = positions.once((self.options, "factors", wide), lambda: self.factors(positions, wide))
+        _, key_factor = positions.share_across_layers((self.options, "factors", wide), lambda: self.factors(positions, wide))
         return query, (key * key_factor).to(key.dtype), None
 
     def factors(self, positions: Positions, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def test_pairs_that_have_their_bias_in_them_equal_the_plain_form_of_it(call: Cal
     leaves = [tensor.clone().requires_grad_() for tensor in (call.query, call.key, call.value)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "QUERY_BLOCK", block)
-        ours = blockwise_attention(*leaves, positions, bias, None, paired=paired, **options)
+        ours = blockwise_attention(*leaves, positions, bias, None, fold_bias=paired, **options)
     theirs, _ = plain_attention(*leaves, bias(leaves[0], leaves[1], positions), **options)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)
     weights = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).reshape(ours.shape)
@@ -119,7 +119,7 @@ def test_a_pair_that_may_look_nowhere_gets_zeros_and_sends_nothing_back(additive
     options = {"attention_mask": call.attention_mask, "is_causal": call.is_causal, "scaling": 0.4, "dropout": 0.0}
     tensors, positions = (call.query, call.key, call.value), positions_of(call)
     ours = blockwise_attention(
-        *tensors, positions, None, None, paired=lambda query, key, positions: (query, key, None), **options
+        *tensors, positions, None, None, fold_bias=lambda query, key, positions: (query, key, None), **options
     )
     theirs = plain_attention(*tensors, None, **options)[0] * looks_somewhere(call)
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-10)

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import pe_swap
 from pe_swap.attention import flex
-from pe_swap.attention.backends import HOOKS_OF
+from pe_swap.attention.names import HOOKS_OF
 from pe_swap.errors import UnsupportedBackendError
 from pe_swap.schemes import SCHEMES, build_options
 from pe_swap.schemes.base import ATTENTION_HOOKS

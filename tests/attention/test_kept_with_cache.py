@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from pe_swap.attention import kept
+from pe_swap.attention import kept_with_cache
 from pe_swap.attention.kept_with_cache import Kept
 from pe_swap.patching.install import holder_of, positional_parameters
 from tests.support.models import swapped, token_ids, with_cache
@@ -85,14 +85,14 @@ def test_what_is_kept_goes_with_the_cache() -> None:
     model, ids = swapped("gpt2", "deberta"), token_ids(2, 10)
     caches = [DynamicCache(), DynamicCache()]
     gc.collect()
-    before = len(kept._KEPT)
+    before = len(kept_with_cache._KEPT)
     for cache in caches:
         step(model, cache, ids)
-    assert len(kept._KEPT) == before + 2
+    assert len(kept_with_cache._KEPT) == before + 2
     del cache
     caches.pop()
     gc.collect()
-    assert len(kept._KEPT) == before + 1
+    assert len(kept_with_cache._KEPT) == before + 1
 
 
 @pytest.mark.parametrize("case", ["deberta", "deberta-log"])
@@ -151,10 +151,10 @@ def test_weights_written_to_between_two_calls_act_on_the_second(case: str, famil
 def test_an_emptied_cache_starts_with_nothing_kept(case: str) -> None:
     model, ids, cache = swapped("gpt2", case), token_ids(2, 10), DynamicCache()
     step(model, cache, ids[:, :8]), step(model, cache, ids[:, 8:])
-    first = kept._KEPT[cache]
+    first = kept_with_cache._KEPT[cache]
     cache.crop(-10)
     step(model, cache, ids[:, :8])
-    assert kept._KEPT[cache] is not first
+    assert kept_with_cache._KEPT[cache] is not first
     torch.testing.assert_close(step(model, cache, ids[:, 8:])[:, -1], uncached(model, ids)[:, -1], **ROUNDING)
 
 

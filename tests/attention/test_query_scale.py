@@ -121,5 +121,7 @@ def test_it_comes_back_from_a_folder(tmp_path: object) -> None:
 def test_backends_without_a_mask_to_count_on_refuse() -> None:
     model = build("gpt2")
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(UnsupportedBackendError, match=r"'flex_attention', but the scheme scales each query by how many keys"):
+    with pytest.raises(
+        UnsupportedBackendError, match=r"'flex_attention', but the scheme scales each query by the number of its keys"
+    ):
         pe_swap.swap_positional(model, "rope", logit_scale="log_n")

@@ -154,11 +154,11 @@ def test_nothing_stays_on_the_model() -> None:
         assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
 
 
-def test_a_tensor_freed_meanwhile_lends_its_identity_to_no_other() -> None:
-    memo = SharedInCall()
+def test_inputs_are_kept_alive() -> None:
+    shared = SharedInCall()
     with torch.no_grad():
-        for value in range(50):  # each is freed before the next is made, unless the memo keeps it
-            assert memo.once("double", (one := torch.tensor(value),), lambda: int(one) * 2) == 2 * value
+        for value in range(50):  # each is freed before the next is made, unless it is kept
+            assert shared.get("double", (one := torch.tensor(value),), lambda: int(one) * 2) == 2 * value
 
 
 def test_the_argument_reaches_no_attention_function(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,11 +87,6 @@ def test_keys_ids_are_counted_back_from_a_real_token_under_padding_on_either_sid
     assert found.tolist() == [[-3, -2, -1, 0, 1, 2], [1, 2, 3, 4, 4, 4], [5, 6, 7, 8, 9, 10]]
 
 
-def test_without_a_cache_keys_have_the_queries_ids() -> None:
-    packed = torch.tensor([[0, 1, 2, 0, 1]])
-    assert torch.equal(key_ids(torch.arange(5), torch.arange(5), packed), packed)
-
-
 def test_far_positions_keep_their_angles_in_bf16() -> None:
     scheme = build("rerope", sizes=SMALL, window=4)
     x = torch.ones(1, 3, 4000, 8).bfloat16()
