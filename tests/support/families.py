@@ -1,0 +1,162 @@
+"""A tiny model of every family: its configuration stands here, once, and every test over families builds it from here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedModel,
+)
+
+from pe_swap.families import FAMILIES
+
+VOCABULARY = 89
+TRAINED_LENGTH = 32
+PAD = 0
+
+SIZES = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 64}
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+LENGTH = {"max_position_embeddings": TRAINED_LENGTH}
+GROUPED = {"num_key_value_heads": 4}
+WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+NO_DROPOUT = {
+    "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "hidden_dropout": 0.0, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "layerdrop": 0.0,
+    "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "dropout_rate": 0.0, "seq_classif_dropout": 0.0,
+    "embedding_dropout": 0.0, "mlp_dropout": 0.0, "classifier_dropout_prob": 0.0,
+}  # fmt: skip
+
+PARTS = {
+    "d_model": 96, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 12, "decoder_attention_heads": 12,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": 1,
+}  # fmt: skip
+T5 = {"d_model": 96, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 12, "decoder_start_token_id": 1}
+
+BERT_LIKE = {**SIZES, **LENGTH}
+LLAMA_LIKE = {**SIZES, **LENGTH, **GROUPED}
+
+TINY: dict[str, dict[str, Any]] = {
+    "albert": {**BERT_LIKE, "embedding_size": 48, "num_hidden_groups": 2},
+    "apertus": LLAMA_LIKE,
+    "arcee": LLAMA_LIKE,
+    "bart": {**PARTS, **LENGTH},
+    "bert": BERT_LIKE,
+    "biogpt": BERT_LIKE,
+    "camembert": {**BERT_LIKE, "max_position_embeddings": TRAINED_LENGTH + 1},
+    "clip_text_model": BERT_LIKE,
+    "codegen": {"n_embd": 96, "n_layer": 3, "n_head": 12, "n_positions": TRAINED_LENGTH, "rotary_dim": 4, "n_inner": 64},
+    "cohere": LLAMA_LIKE,
+    "cohere2": {**LLAMA_LIKE, **WINDOW},
+    "distilbert": {"dim": 96, "n_layers": 3, "n_heads": 12, "hidden_dim": 64, **LENGTH},
+    "electra": {**BERT_LIKE, "embedding_size": 48},
+    "esm": {**BERT_LIKE, "position_embedding_type": "rotary", "mask_token_id": 4, "token_dropout": False},
+    "eurobert": LLAMA_LIKE,
+    "exaone4": {**LLAMA_LIKE, **WINDOW},
+    "gemma": {**LLAMA_LIKE, "head_dim": 8},
+    "gemma2": {**LLAMA_LIKE, **WINDOW, "head_dim": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {**LLAMA_LIKE, **WINDOW, "head_dim": 8, "query_pre_attn_scalar": 16},
+    "glm": {**LLAMA_LIKE, "head_dim": 8},
+    "glm4": {**LLAMA_LIKE, "head_dim": 8},
+    "gpt2": {"n_embd": 96, "n_layer": 3, "n_head": 12, "n_positions": TRAINED_LENGTH},
+    "gpt_bigcode": {"n_embd": 96, "n_layer": 3, "n_head": 12, "n_positions": TRAINED_LENGTH, "n_inner": 64},
+    "gpt_neox": {**BERT_LIKE, "rotary_pct": 0.5},
+    "gpt_oss": {
+        **LLAMA_LIKE, **WINDOW, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+    },
+    "gptj": {"n_embd": 96, "n_layer": 3, "n_head": 12, "n_positions": TRAINED_LENGTH, "rotary_dim": 4, "n_inner": 64},
+    "granite": LLAMA_LIKE,
+    "helium": {**LLAMA_LIKE, "head_dim": 8},
+    "llama": LLAMA_LIKE,
+    "marian": {**PARTS, **LENGTH},
+    "mbart": {**PARTS, **LENGTH},
+    "ministral": {**LLAMA_LIKE, **WINDOW, "head_dim": 8},
+    "mistral": {**LLAMA_LIKE, "sliding_window": 6, "head_dim": 8},
+    "mixtral": {**LLAMA_LIKE, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "modernbert": {**BERT_LIKE, "local_attention": 12, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "modernbert-decoder": {**BERT_LIKE, "local_attention": 12, "layer_types": WINDOW["layer_types"]},
+    "mt5": T5,
+    "nemotron": LLAMA_LIKE,
+    "nomic_bert": BERT_LIKE,
+    "olmo": LLAMA_LIKE,
+    "olmo2": LLAMA_LIKE,
+    "olmo3": {**LLAMA_LIKE, **WINDOW},
+    "opt": {**BERT_LIKE, "ffn_dim": 64, "word_embed_proj_dim": 96},
+    "pegasus": {**PARTS, **LENGTH},
+    "persimmon": LLAMA_LIKE,
+    "phi": LLAMA_LIKE,
+    "phi3": LLAMA_LIKE,
+    "qwen2": LLAMA_LIKE,
+    "qwen2_moe": {**LLAMA_LIKE, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "qwen3": {**LLAMA_LIKE, "head_dim": 8},
+    "qwen3_moe": {**LLAMA_LIKE, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
+    "roberta": {**BERT_LIKE, "max_position_embeddings": TRAINED_LENGTH + 1},
+    "seed_oss": {**LLAMA_LIKE, "head_dim": 8},
+    "smollm3": {**LLAMA_LIKE, "no_rope_layers": [1, 0, 1]},
+    "stablelm": LLAMA_LIKE,
+    "starcoder2": LLAMA_LIKE,
+    "t5": T5,
+    "whisper": {**PARTS, "max_target_positions": TRAINED_LENGTH, "max_source_positions": 8, "num_mel_bins": 4},
+    "xlm-roberta": {**BERT_LIKE, "max_position_embeddings": TRAINED_LENGTH + 1},
+}  # fmt: skip
+"""What differs from `AutoConfig.for_model(name)`; every registered family has an entry, and a test says so."""
+
+
+def is_causal(family: str) -> bool:
+    """Tell whether a tiny model of the family looks back only."""
+    return FAMILIES[family].is_causal(config_of(family))
+
+
+def config_of(family: str, **overrides: Any) -> Any:
+    """Return the family's tiny configuration."""
+    known = AutoConfig.for_model(family).to_dict()
+    settings = {**TOKENS, **{name: value for name, value in NO_DROPOUT.items() if name in known}, **TINY[family], **overrides}
+    return AutoConfig.for_model(family, **settings)
+
+
+def auto_class(family: str) -> Any:
+    """Return the Auto class of the family's language model."""
+    if family == "whisper":
+        return AutoModelForSpeechSeq2Seq
+    if family == "clip_text_model":
+        return AutoModel
+    if len(FAMILIES[family].stacks_of(config_of(family))) > 1:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForCausalLM if is_causal(family) else AutoModelForMaskedLM
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """Return a tiny model with random weights, in evaluation mode, whose positions show."""
+    torch.manual_seed(1)
+    model: PreTrainedModel = auto_class(family).from_config(config_of(family, **overrides), dtype=dtype)
+    with torch.no_grad():  # scores of a fresh model are all but equal: positions would hardly show
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and not any(part in name for part in ("embed", "wte", "wpe", "lm_head", "relative", "decoder.weight")):
+                parameter.mul_(4.0)
+    return model.eval()
+
+
+def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:
+    """Return random token ids, `[batch, length]`, none of them special."""
+    return torch.randint(5, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def outputs(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
+    """Return logits (or states, of a model without a vocabulary head) of a row of tokens; an encoder-decoder decodes it from its own."""
+    with torch.no_grad():
+        if model.config.model_type.endswith("whisper"):
+            found = model(input_features=torch.linspace(-1, 1, 64).reshape(1, 4, 16).expand(len(ids), -1, -1), decoder_input_ids=ids, **kwargs)
+        elif model.config.is_encoder_decoder:
+            found = model(input_ids=ids, decoder_input_ids=ids.flip(1), **kwargs)
+        else:
+            found = model(ids, **kwargs)
+    result: Tensor = found.logits if "logits" in found else found.last_hidden_state
+    return result
