@@ -187,12 +187,13 @@ def extend(
 
 
 def from_saved(saved: object, num_layers: int) -> Assignment:
-    """Read a assignment out of `config.json`.
+    """Read the assignment of one stack out of `config.json`, whose format was checked.
 
     Raises:
         CheckpointError: it is not one, was written by a newer pe_swap, or does not fit the model.
     """
-    saved = checked_format(saved)
+    if not isinstance(saved, Mapping):
+        raise _unreadable(f"'pe_swap' is {short(saved)}; it must be an object")
     schemes, layers, acting_on_input = saved.get("schemes"), saved.get("layers"), saved.get("input")
     if not isinstance(schemes, list) or len(schemes) > num_layers + 1:
         raise _unreadable(f"'pe_swap.schemes' is {short(schemes)}; it must be a list of at most {num_layers + 1} schemes")

@@ -75,7 +75,7 @@ def swap_positional(
 
     # Build: everything new, beside the model.
     holders = {change.stack.name: build(model, change) for change in changes}
-    for stack in family.stacks_of(model.config):
+    for stack in family.stacks_in(model.base_model, model.config):
         untouched = holder_in(model, stack)
         if stack.name not in holders and untouched is not None:
             holders[stack.name] = untouched
@@ -127,7 +127,7 @@ def chosen_stacks(family: Family, model: PreTrainedModel, part: str | None) -> l
     Raises:
         UnsupportedModelError: the family has no such part.
     """
-    stacks = family.stacks_of(model.config)
+    stacks = family.stacks_in(model.base_model, model.config)
     chosen = [stack for stack in stacks if part is None or stack.name == part]
     if not chosen:
         names = " or ".join(f"'{stack.name}'" for stack in stacks if stack.name) or "none: it has one stack of layers"
@@ -147,7 +147,7 @@ def resolve(model: PreTrainedModel, stack: Stack, options: SchemeOptions, layers
         module = kind.require_native(base_model)
         length = getattr(config, stack.length_field) if stack.length_field else None
         original: Original | None = Original(
-            module, token_table(stack, base_model).weight.dtype, length, getattr(model, "loss_type", None)
+            module, token_table(stack, base_model).weight.dtype, length, getattr(model, "loss_type", None), config
         )
     else:
         original = current.original
@@ -296,7 +296,11 @@ def restore_positional(model: Model, *, part: str | None = None) -> Model:
         SwapStateError: the model was loaded already swapped, and its own position table is not in the checkpoint.
     """
     family = family_for(model)
-    swapped = {stack.name: holder for stack in family.stacks_of(model.config) if (holder := holder_in(model, stack)) is not None}
+    swapped = {
+        stack.name: holder
+        for stack in family.stacks_in(model.base_model, model.config)
+        if (holder := holder_in(model, stack)) is not None
+    }
     leaving = [stack for stack in chosen_stacks(family, model, part) if stack.name in swapped]
     if not leaving:
         return model

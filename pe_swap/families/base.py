@@ -67,6 +67,8 @@ class Stack:
         length_field: the configuration's field for the longest input, by its standard name; None where there is none.
         guard_field: an integer field that holds the sentence by which the family's own class refuses a swapped folder.
         num_layers: the configuration's field for the number of layers.
+        num_heads: the configuration's field for the number of query heads.
+        token_scale: name of the factor, in `caller`, that the token embeddings get outside their module; None where there is none.
         input_size: the configuration's field for the width of the token embeddings.
         layer_paths: from the configuration to the paths of the attention modules, where `attention` cannot say them.
         applies: from the configuration to whether its models have the stack.
@@ -86,7 +88,9 @@ class Stack:
     length_field: str | None = "max_position_embeddings"
     guard_field: str = "max_position_embeddings"
     num_layers: str = "num_hidden_layers"
+    num_heads: str = "num_attention_heads"
     input_size: str = "hidden_size"
+    token_scale: str | None = None
     layer_paths: Callable[[Any], list[str]] | None = None
     applies: Callable[[Any], bool] = always
 
@@ -115,7 +119,7 @@ class Stack:
     def geometry(self, base_model: nn.Module, config: Any, trained_length: int) -> Geometry:
         """Return the sizes a scheme may depend on, read from the configuration and the first attention module."""
         first: Any = self.attention_modules(base_model, config)[0]
-        heads = config.num_attention_heads
+        heads = getattr(config, self.num_heads)
         sizes = (getattr(first, name, None) for name in ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim"))
         head_dim = next((size for size in sizes if isinstance(size, int)), config.hidden_size // heads)
         return Geometry(
@@ -153,6 +157,11 @@ class Family:
     def stacks_of(self, config: Any) -> tuple[Stack, ...]:
         """Return the stacks that models of a configuration have."""
         return tuple(stack for stack in self.stacks if stack.applies(config))
+
+    def stacks_in(self, base_model: nn.Module, config: Any) -> tuple[Stack, ...]:
+        """Return the stacks that a model has: an encoder-decoder's classes may hold one of them."""
+        modules = {name for name, _ in base_model.named_modules()}
+        return tuple(stack for stack in self.stacks_of(config) if stack.caller in modules)
 
     def is_causal(self, config: Any) -> bool:
         """Tell whether the last stack, whose states the heads read, looks back only."""

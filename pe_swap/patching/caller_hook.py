@@ -31,6 +31,7 @@ class CallerBinding:
         stack: the stack's description.
         first_id: the position id of a row's first token, as the family counts.
         pad_token_id: the id of padding, where the family counts tokens that are not padding.
+        token_scale: factor on the token embeddings outside their module.
         parameters: names of the parameters of the module's `forward`, in order; read here, once, and not in a compiled graph.
     """
 
@@ -38,6 +39,7 @@ class CallerBinding:
     stack: Stack
     first_id: int
     pad_token_id: int | None
+    token_scale: float
     parameters: tuple[str, ...]
 
 
@@ -106,7 +108,7 @@ def add_to_input(binding: CallerBinding, holder: SchemeHolder, position_ids: Ten
                 f"The scheme '{scheme.name}' replaces token embeddings and needs input_ids of shape [batch, length], got "
                 f"{list(tokens.shape)}. Flatten the choices into the batch, or use a scheme that adds a vector."
             )
-        embeddings = holder.tokens.module(tokens)
+        embeddings = holder.tokens.module(tokens) * binding.token_scale
     there = on_device(scheme, embeddings.device)
     kwargs["input_ids"] = None
     if embeds is not None:

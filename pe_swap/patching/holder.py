@@ -88,15 +88,20 @@ class Original:
         dtype: of the token embeddings at the swap.
         length: what the length field said.
         loss_type: the model's own, None where transformers knows none.
+        config: the unswapped configuration.
     """
 
     module: nn.Module
     dtype: torch.dtype
     length: Any
     loss_type: str | None
+    config: Any
 
     def current(self, like: Tensor) -> nn.Module:
         """Return the module as the model would hold it now, had it never been swapped: moved and cast with the rest."""
+        if any(buffer.is_meta for buffer in self.module.buffers()):  # built by a load, and called by no layer
+            build: Any = type(self.module)
+            self.module = build(self.config)
         self.module.to(device=like.device)
         return self.module if like.dtype == self.dtype else self.module.to(dtype=like.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pe_swap.assignment import Assignment, saved_stacks
 from pe_swap.attention.names import BINDING_ATTRIBUTE
-from pe_swap.errors import FamilyError, SwapStateError
+from pe_swap.errors import FamilyError, SwapStateError, UnsupportedModelError
 from pe_swap.families import Stack, family_for
 from pe_swap.families.native import Bias, Rotary
 from pe_swap.families.native.base import find
@@ -52,11 +53,35 @@ def assemble(
             cache_argument(module)
     if stack.has_cache:
         cache_argument(find(base_model, stack.caller))
+    if assignment.input is not None:
+        require_input(stack, base_model, tokens, schemes[assignment.input])
     holder = SchemeHolder(schemes, assignment, stack, tokens, stack.first_id(config), original)
     if isinstance(stack.native, Rotary):
         assert original is not None
         _hand_in_rotations(holder, stack.native, original.module, config)
     return holder
+
+
+def require_input(stack: Stack, base_model: nn.Module, tokens: TokenTable, scheme: Scheme) -> None:
+    """Refuse a scheme on the input where the model cannot be handed embeddings, or takes them in another width than its positions.
+
+    Raises:
+        UnsupportedModelError: it cannot.
+    """
+    replaces = "embed" in scheme.hooks or ("encode" in scheme.hooks and stack.native.kind != "table")
+    if not replaces:
+        return
+    name = type(base_model).__name__
+    if "inputs_embeds" not in parameters_of(find(base_model, stack.caller)):
+        raise UnsupportedModelError(
+            f"The scheme '{scheme.name}' replaces token embeddings, and {name} takes input_ids only. Choose a scheme that adds "
+            "a vector, or one inside attention."
+        )
+    if tokens.weight.shape[-1] != scheme.geometry.input_size:
+        raise UnsupportedModelError(
+            f"The scheme '{scheme.name}' replaces token embeddings, and those of this {name} are {tokens.weight.shape[-1]} wide where its "
+            f"positions are {scheme.geometry.input_size} wide. Choose a scheme that adds a vector, or one inside attention."
+        )
 
 
 def token_table(stack: Stack, base_model: nn.Module) -> TokenTable:
@@ -86,7 +111,7 @@ def _hand_in_rotations(holder: SchemeHolder, kind: Rotary, native: nn.Module, co
             name = kind.handed_in(scheme.options, kind.options(config, layer, native), native, config, layer)
             if name is None and kind.before_norm and "transform_query_key" in scheme.hooks and scheme.reads_position_ids:
                 raise SwapStateError(
-                    f"The scheme '{scheme.name}' turns queries and keys in the attention function, but this model normalises them after "
+                    f"The scheme '{scheme.name}' turns queries and keys in the attention function, and this model normalises them after "
                     "it has turned them, so the turn would stand in another place. Use rope in the model's own layout and fraction, or a "
                     "scheme with a bias."
                 )
@@ -99,12 +124,19 @@ def _hand_in_rotations(holder: SchemeHolder, kind: Rotary, native: nn.Module, co
     )
     for name in sorted(used):
         if name == NATIVE:
-            holder.kept[name] = native
+            holder.kept[name] = _without_saved_buffers(native)
         elif name == UNTURNED:
             holder.kept[name] = kind.unturned(native, config)
         else:
             scheme = holder.scheme_at(int(name))
             holder.kept[name] = kind.rotation_of(native, config, scheme.options, holder.assignment.served_by(int(name)))
+
+
+def _without_saved_buffers(native: nn.Module) -> nn.Module:
+    """Return a shallow copy of a module that shares its tensors and saves none of them (ESM's frequencies are saved)."""
+    shared = copy.copy(native)
+    shared._non_persistent_buffers_set = set(native._buffers)
+    return shared
 
 
 def layer_hooks(holder: SchemeHolder, layer: int) -> frozenset[str]:
@@ -128,7 +160,8 @@ def attach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolde
     holder_ref = HolderRef(find(base_model, owner), attribute)
     caller = find(base_model, stack.caller)
     pad_token_id = getattr(config, "pad_token_id", None)
-    binding = CallerBinding(holder_ref, stack, holder.first_id, pad_token_id, parameters_of(caller))
+    token_scale = float(getattr(caller, stack.token_scale)) if stack.token_scale else 1.0
+    binding = CallerBinding(holder_ref, stack, holder.first_id, pad_token_id, token_scale, parameters_of(caller))
     setattr(caller, CALLER_ATTRIBUTE, binding)
     add_pre_hook(caller, prepare_call)
     for layer, module in enumerate(stack.attention_modules(base_model, config)):
@@ -188,7 +221,7 @@ def holder_of(model: PreTrainedModel, part: str = "") -> SchemeHolder | None:
         model: the model.
         part: the stack's name, where the family has several.
     """
-    stack = next(stack for stack in family_for(model).stacks_of(model.config) if stack.name == part or not part)
+    stack = next(stack for stack in family_for(model).stacks_in(model.base_model, model.config) if stack.name == part or not part)
     return holder_in(model, stack)
 
 
@@ -223,7 +256,7 @@ def holder_in(model: PreTrainedModel, stack: Stack) -> SchemeHolder | None:
 
 def holders_of(model: PreTrainedModel) -> list[SchemeHolder]:
     """Return the holders of every swapped stack of a model."""
-    found = (holder_in(model, stack) for stack in family_for(model).stacks_of(model.config))
+    found = (holder_in(model, stack) for stack in family_for(model).stacks_in(model.base_model, model.config))
     return [holder for holder in found if holder is not None]
 
 

@@ -76,12 +76,15 @@ def section_text(
     fine_tuned_length: int | None = None,
 ) -> str:
     """Return the section: schemes, options, lengths, how to load."""
-    layers = saved["layers"]
+    stacks: Mapping[str, Mapping[str, Any]] = saved.get("stacks", {"": saved})
     rows = [
-        f"| {scheme['name']} | {_options(scheme['options'])} | {_where(index, layers, saved['input'])} |"
-        for index, scheme in enumerate(saved["schemes"])
+        f"| {scheme['name']} | {_options(scheme['options'])} | {_where(name, index, stack['layers'], stack['input'])} |"
+        for name, stack in stacks.items()
+        for index, scheme in enumerate(stack["schemes"])
     ]
-    limit = saved["max_length"]
+    limit = min((stack["max_length"] for stack in stacks.values() if stack["max_length"] is not None), default=None)
+    trained = " and ".join(f"{length:,}" for length in sorted({stack["trained_length"] for stack in stacks.values()}))
+    is_plain = any(stack["rope_parameters"] is not None for stack in stacks.values())
     measured = [f"| {length:,} | {value:.4g} |" for length, value in sorted(perplexities.items())]
     table = [measured_on, "", "| evaluated length, tokens | perplexity |", "|---:|---:|", *measured]
     evaluated = table if measured else ["none recorded."]
@@ -95,20 +98,22 @@ def section_text(
         "|---|---|---|",
         *rows,
         "",
-        f"- Trained length before the swap: {saved['trained_length']:,} positions.",
+        f"- Trained length before the swap: {trained} positions.",
         *fine_tuned,
         f"- Longest input: {'no limit of the scheme' if limit is None else f'{limit:,} positions'}.",
         f"- Evaluated lengths: {evaluated[0]}".rstrip(),
         *evaluated[1:],
         "",
         "```python",
-        "import pe_swap  # pip install pe-swap",
+        *([] if is_plain else ["import pe_swap  # pip install pe-swap"]),
         f"from transformers import {auto_class}",
         "",
         f'model = {auto_class}.from_pretrained("path/or/name")',
         "```",
         "",
-        "Without the import, `trust_remote_code=True` does the same; pe_swap has to be installed either way.",
+        "It is an ordinary model of its family with other `rope_parameters`: pe_swap is not needed to load it."
+        if is_plain
+        else "Without the import, `trust_remote_code=True` does the same; pe_swap has to be installed either way.",
     ]
     return "\n".join(lines)
 
@@ -118,14 +123,15 @@ def _options(options: Mapping[str, Any]) -> str:
     return ", ".join(f"`{name}={value!r}`" for name, value in sorted(options.items())) or "none"
 
 
-def _where(index: int, layers: list[int | None], acting_on_input: int | None) -> str:
-    """Return in words what a scheme serves."""
+def _where(stack: str, index: int, layers: list[int | None], acting_on_input: int | None) -> str:
+    """Return in words what a scheme serves, with the stack where a model has several."""
+    of_stack = f" of the {stack}" if stack else ""
     served = [layer for layer, at in enumerate(layers) if at == index]
     if len(served) == len(layers):
-        return "every layer"
+        return f"every layer{of_stack}"
     if not served:
-        return "the input" if index == acting_on_input else "nothing"
-    return f"layers {', '.join(map(str, served))}" + (", and the input" if index == acting_on_input else "")
+        return f"the input{of_stack}" if index == acting_on_input else "nothing"
+    return f"layers {', '.join(map(str, served))}{of_stack}" + (", and the input" if index == acting_on_input else "")
 
 
 def record_evaluation(folder: str | Path, perplexities: Mapping[int, float], *, measured_on: str = "") -> None:

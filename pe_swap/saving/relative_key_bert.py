@@ -45,10 +45,10 @@ def require_absolute_positions(config: Any, name: str) -> None:
         name: what the message calls the model.
 
     Raises:
-        UnsupportedModelError: the field is there and is not "absolute".
+        UnsupportedModelError: the field names relative positions.
     """
     kind = getattr(config, "position_embedding_type", None)
-    if kind not in (None, "absolute"):
+    if str(kind).startswith("relative"):
         raise UnsupportedModelError(
             f"{name} has position_embedding_type '{kind}', which transformers 5 ignores: it would run with a position table that was "
             "never trained. Load a BERT of this kind with pe_swap.saving.relative_key_bert.load_relative_key_bert, which makes it a "

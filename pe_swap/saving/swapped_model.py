@@ -39,7 +39,7 @@ class SwappedModel:
             require_entry(entries[stack.name])
             _require_same_causality(entries[stack.name], stack.is_causal(unswapped))
         assignments = {stack.name: from_saved(entries[stack.name], len(stack.paths(unswapped))) for stack in stacks}
-        with _lengths(config, {stack: stack.native.length_to_build(unswapped) for stack in stacks}):
+        with _lengths(config, family.stacks_of(unswapped), entries, unswapped):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         base_model = self.base_model
         for stack in stacks:
@@ -50,7 +50,7 @@ class SwappedModel:
                 if hasattr(module, "config"):
                     module.config = unswapped
                 dtype = token_table(stack, base_model).weight.dtype
-                original = Original(module, dtype, entries[stack.name]["length"], getattr(self, "loss_type", None))
+                original = Original(module, dtype, entries[stack.name]["length"], getattr(self, "loss_type", None), unswapped)
             geometry = stack.geometry(base_model, unswapped, entries[stack.name]["trained_length"])
             natives = [Native(options=kind.options(unswapped, layer, module)) for layer in range(geometry.num_layers)]
             assignment, _ = assignments[stack.name].resolve(geometry, natives)
@@ -105,13 +105,20 @@ class SwappedModel:
 
 
 @contextmanager
-def _lengths(config: Any, lengths: Mapping[Stack, int | None]) -> Iterator[None]:
-    """Let length fields say what the family's class should build, for as long as it builds."""
-    before: dict[str, Any] = {}
-    for stack, length in lengths.items():
-        if stack.length_field is not None and length is not None:
-            before.setdefault(stack.length_field, getattr(config, stack.length_field))
-            setattr(config, stack.length_field, length)
+def _lengths(config: Any, stacks: Iterable[Stack], entries: Mapping[str, Any], unswapped: Any) -> Iterator[None]:
+    """Let length fields say what the family's class should build, for as long as it builds.
+
+    A table that is replaced at once has one row; a stack that is not swapped has what it had, also where both share a field.
+    """
+    wanted: dict[str, int] = {}
+    for stack in stacks:
+        if stack.length_field is not None:
+            own = getattr(unswapped, stack.length_field)
+            length = stack.native.length_to_build(unswapped) if stack.name in entries else own
+            wanted[stack.length_field] = max(wanted.get(stack.length_field, 0), length or own)
+    before = {field: getattr(config, field) for field in wanted}
+    for field, length in wanted.items():
+        setattr(config, field, length)
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from pe_swap.families.native.base import NativePositions
 from pe_swap.families.native.bias import Bias
-from pe_swap.families.native.rotary import Rotary
+from pe_swap.families.native.rotary import Rotary, SineTable
 from pe_swap.families.native.table import Table
 
-__all__ = ["Bias", "NativePositions", "Rotary", "Table"]
+__all__ = ["Bias", "NativePositions", "Rotary", "SineTable", "Table"]

@@ -21,11 +21,13 @@ class Bias(NativePositions):
     Attributes:
         stack: path of the stack, relative to the base model; the holder of the schemes becomes a module of it.
         first_layer: path of the attention module that holds the table and works the bias out.
+        length: the length that such models were trained at, in positions: no configuration says it.
         table_name: name of the table in it.
     """
 
     stack: str
     first_layer: str
+    length: int
     table_name: str = "relative_attention_bias"
 
     kind = "bias"
@@ -39,8 +41,8 @@ class Bias(NativePositions):
         return f"{self.stack}.{NAME}" if self.stack else NAME
 
     def trained_length(self, config: Any, native: nn.Module | None) -> int | None:
-        """Return None: nothing in such a model says how long its input was."""
-        return None
+        """Return `length`."""
+        return self.length
 
     def require_native(self, base_model: nn.Module) -> nn.Module:
         """Return the table of biases, which stays where it is.
@@ -49,6 +51,10 @@ class Bias(NativePositions):
             FamilyError: it is not there.
         """
         return find(base_model, f"{self.first_layer}.{self.table_name}")
+
+    def length_to_build(self, config: Any) -> None:
+        """Return None: nothing is as long as the input."""
+        return None
 
     def bias_table(self, native: nn.Module | None) -> Tensor | None:
         """Return the biases, `[buckets, heads]`, float32."""

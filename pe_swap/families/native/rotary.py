@@ -184,3 +184,66 @@ class Rotary(NativePositions):
         if name == UNTURNED:
             position_ids = torch.zeros_like(position_ids[:1, :1])
         return holder.kept[name](x, position_ids, *args, **kwargs)
+
+
+class Sines(nn.Module):
+    """A rotation in GPT-J's form, for any position: sines, then cosines, each `[batch or 1, length, planes]`.
+
+    The same numbers as GPT-J's table has, row for row.
+
+    Attributes:
+        inv_freq: radians per position, one per plane; plain numbers, so that no load leaves them undefined.
+        is_float32: stay in float32 whatever the dtype of the model, as CodeGen does.
+    """
+
+    def __init__(self, inv_freq: list[float], is_float32: bool) -> None:
+        super().__init__()
+        self.inv_freq = inv_freq
+        self.is_float32 = is_float32
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sines and cosines for position ids."""
+        inv_freq = torch.tensor(self.inv_freq, dtype=torch.float32, device=position_ids.device)
+        angles = position_ids[..., None].float() * inv_freq
+        dtype = torch.float32 if self.is_float32 else x.dtype
+        return angles.sin().to(dtype), angles.cos().to(dtype)
+
+
+@dataclass(frozen=True)
+class SineTable(Rotary):
+    """A rotation from a table of sines and cosines that ends (GPT-J, CodeGen); ours goes on, with the same numbers.
+
+    The table has base 10,000, and its configuration no `rope_parameters`.
+    """
+
+    layout: str = "interleaved"
+
+    def options(self, config: Any, layer: int, native: nn.Module | None) -> Mapping[str, Any]:
+        """Return what the table is of, by the names of `rope`'s options."""
+        head_dim = config.hidden_size // config.num_attention_heads
+        fraction = (config.rotary_dim or config.hidden_size) / head_dim
+        return {"base": 10000.0, "layout": self.layout, "fraction": fraction, "rope_type": "default"}
+
+    def handed_in(
+        self, options: Any, native_options: Mapping[str, Any], native: nn.Module | None, config: Any, layer: int
+    ) -> str | None:
+        """Return `"rope"` where the layout and the width are the family's, or None: the table itself is used by layers without a scheme."""
+        if options.scheme != "rope" or options.logit_scale is not None or options.rope_type not in ("default", "linear"):
+            return None
+        same_form = all(getattr(options, name) == native_options[name] for name in ("layout", "fraction"))
+        return "rope" if same_form else None
+
+    def rotation_of(self, native: nn.Module, config: Any, options: Any, layers: tuple[int, ...]) -> nn.Module:
+        """Return a rope scheme's rotation in the family's form, by the float32 formula that the table is made with."""
+        width = _width(native)
+        inv_freq = 1.0 / (options.base ** (torch.arange(0, width, 2, dtype=torch.int64, device="cpu") / width))
+        return Sines((inv_freq / (options.factor or 1.0)).tolist(), config.model_type == "codegen")
+
+    def unturned(self, native: nn.Module, config: Any) -> nn.Module:
+        """Return a rotation by no angle in the family's form."""
+        return Sines([0.0] * (_width(native) // 2), config.model_type == "codegen")
+
+
+def _width(native: Any) -> int:
+    """Return how many dimensions of a head a table of sines turns."""
+    return int(native.embed_positions.shape[-1])
