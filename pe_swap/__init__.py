@@ -1,16 +1,32 @@
-"""Swap the positional scheme of a Hugging Face Transformers model: exactly, reversibly, saved and reloaded like any other."""
+"""Swap the positional scheme of a Hugging Face Transformers model: exactly, reversibly, saved and reloaded like any other.
+
+Beside the names below, every scheme's options class is found here: `pe_swap.AlibiOptions`, `pe_swap.RopeOptions`, ...
+"""
+
+from typing import Literal, overload
 
 from pe_swap import errors
 from pe_swap.checks import check_positional
 from pe_swap.families import FAMILIES
 from pe_swap.saving.class_names import register_auto_classes
 from pe_swap.saving.relative_key_bert import load_relative_key_bert
-from pe_swap.schemes import SCHEMES
+from pe_swap.schemes import OPTIONS, SCHEMES, Scheme, SchemeOptions
 from pe_swap.swap import restore_positional, swap_positional
+from pe_swap.version import __version__
 
 
-def list_schemes() -> list[str]:
-    """Return the names of all positional schemes."""
+@overload
+def list_schemes(with_description: Literal[False] = False) -> list[str]: ...
+@overload
+def list_schemes(with_description: Literal[True]) -> dict[str, str]: ...
+def list_schemes(with_description: bool = False) -> list[str] | dict[str, str]:
+    """Return the names of all positional schemes, sorted.
+
+    Args:
+        with_description: return a mapping from each name to one line that says what the scheme is.
+    """
+    if with_description:
+        return {name: SCHEMES[name].summary for name in SCHEMES.names()}
     return SCHEMES.names()
 
 
@@ -19,9 +35,23 @@ def list_families() -> list[str]:
     return FAMILIES.names()
 
 
+def __getattr__(name: str) -> type[SchemeOptions]:
+    """Return a scheme's options class; the classes are found by scanning, so that none is listed here."""
+    if name in OPTIONS:
+        return OPTIONS[name]
+    raise AttributeError(f"module 'pe_swap' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *OPTIONS})
+
+
 register_auto_classes()
 
 __all__ = [
+    "Scheme",
+    "SchemeOptions",
+    "__version__",
     "check_positional",
     "errors",
     "list_families",

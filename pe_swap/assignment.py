@@ -13,7 +13,7 @@ from typing import Any
 
 from pe_swap.errors import CheckpointError, LayerError, OptionError, UnsupportedModelError
 from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions, build_options
-from pe_swap.schemes.base import INPUT_HOOKS, hooks_of
+from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, inside_attention, two_sided
 from pe_swap.schemes.geometry import Geometry, Native
 
 FORMAT = 1
@@ -63,7 +63,7 @@ class Assignment:
         for index, options in enumerate(self.options):
             first = len(resolved)
             for layer in self.served_by(index) or (0,):
-                found = options.resolve(geometry, natives[layer].table)
+                found = options.resolve(geometry, natives[layer])
                 at = next((at for at in range(first, len(resolved)) if resolved[at] == found), len(resolved))
                 if at == len(resolved):
                     resolved.append(found)
@@ -87,7 +87,7 @@ class Assignment:
             if scheme_class.causal_only and not geometry.is_causal:
                 raise UnsupportedModelError(
                     f"The scheme '{options.scheme}' is defined for causal attention only, and this model is an encoder. "
-                    "Use a scheme with a two-sided form (python -m pe_swap schemes lists them), or a decoder."
+                    f"Use a scheme with a two-sided form ({', '.join(two_sided())}), or a decoder."
                 )
             schemes.append(scheme_class(options, geometry, self.served_by(index)))
         return schemes
@@ -168,7 +168,7 @@ def extend(
     if acts_on_input:
         raise LayerError(
             f"layers is {list(chosen)}, but the scheme '{options.scheme}' acts on the input embeddings, which all layers share. "
-            "Swap it without layers; then give some layers a scheme that acts inside attention."
+            f"Swap it without layers; then give some layers a scheme that acts inside attention ({', '.join(inside_attention())})."
         )
     before = current or Assignment((), (None,) * num_layers, None)
     assignment = tuple(len(before.options) if layer in chosen else at for layer, at in enumerate(before.layers))

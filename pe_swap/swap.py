@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pe_swap.saving.class_names import swapped_config_class
 from pe_swap.saving.relative_key_bert import require_absolute_positions
 from pe_swap.saving.swapped_config import entry_of
 from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions
-from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, root_mean_square
+from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, root_mean_square, two_sided
 from pe_swap.schemes.geometry import Geometry, Native
 from pe_swap.schemes.options import LARGEST_LENGTH
 
@@ -164,10 +165,11 @@ def resolve(model: PreTrainedModel, stack: Stack, options: SchemeOptions, layers
     paths = stack.paths(config)
     native = Native(
         table=table,
-        token_rms=token_size(stack, base_model, options) if table is None else None,
+        token_rms=None if kind.kind == "table" else token_size(stack, base_model, options),
         options=kind.options(config, 0, found),
+        bias_table=kind.bias_table(found),
     )
-    natives = [Native(native.table, native.token_rms, kind.options(config, layer, found)) for layer in range(len(paths))]
+    natives = [dataclasses.replace(native, options=kind.options(config, layer, found)) for layer in range(len(paths))]
     extended, kept = extend(None if current is None else current.assignment, options, layers, len(paths))
     assignment, origins = extended.resolve(geometry, natives)
     return Change(stack, current, assignment, tuple(kept[at] for at in origins), geometry, native, original, config)
@@ -193,13 +195,12 @@ def build(model: PreTrainedModel, change: Change) -> SchemeHolder:
             state = change.current.scheme_at(old).state_dict()
             new.load_state_dict({name: value for name, value in state.items() if name in new.state_dict()})
         else:
-            if change.native.table is not None:
-                new.start_from(change.native.table)
-            elif new.needs_table:
+            if new.starts_from_table and change.native.table is None and change.stack.native.kind == "table":
                 raise SwapStateError(
-                    f"The scheme '{new.name}' starts from the model's own position table, and this model has none. Swap the model it was "
-                    "made from, or choose another scheme."
+                    f"The scheme '{new.name}' starts from the model's own position table, but this model was loaded already swapped and "
+                    "has none left. Swap the model it was made from, or choose a scheme that needs no table."
                 )
+            new.start_from(change.native)
     holder = assemble(change.stack, model.base_model, change.config, change.assignment, schemes, change.original)
     like = holder.tokens.weight
     kept, holder.kept = holder.kept, nn.ModuleDict()
@@ -273,10 +274,9 @@ def warn_of_no_order(changes: list[Change]) -> None:
     """Warn where an encoder is left without the order of its tokens."""
     for change in changes:
         if not change.geometry.is_causal:
-            advised = [name for name in SCHEMES.names() if SCHEMES[name].tells_direction and not SCHEMES[name].causal_only]
             warnings.warn(
                 f"The scheme '{change.assignment.options[0].scheme}' on an encoder leaves no order of tokens: there is no causal mask, so "
-                f"the output does not depend on it. Use it as a baseline only, or one of {', '.join(advised)}.",
+                f"the output does not depend on it. Use it as a baseline only; schemes that tell order are {', '.join(two_sided())}.",
                 UserWarning,
                 stacklevel=3,
             )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pe_swap.schemes import SCHEMES
+
 PACKAGE = Path(__file__).parents[1] / "pe_swap"
 
 FLOORS = (
@@ -81,3 +83,47 @@ def test_scripts_only_read_a_command_line(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} == {"main"}
     assert all(name.split(".")[0] in ("pe_swap", "collections") for name in imports_of(path))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_import_is_hidden_from_the_program(path: Path) -> None:
+    assert "TYPE_CHECKING" not in path.read_text(encoding="utf-8"), "a circle: move what both need into a file of its own"
+
+
+def registers(path: Path) -> bool:
+    """Tell whether a file has a scheme in it."""
+    return "@SCHEMES.register(" in path.read_text(encoding="utf-8")
+
+
+SCHEME_FILES = {f"pe_swap.schemes.{path.stem}": path for path in MODULES if room_of(path) == "schemes" and registers(path)}
+
+
+def test_the_files_of_schemes_are_found() -> None:
+    assert len(SCHEME_FILES) == len(SCHEMES.names()) > 20
+
+
+@pytest.mark.parametrize("module", SCHEME_FILES, ids=lambda name: name.rsplit(".")[-1])
+def test_a_scheme_s_file_imports_no_other_scheme_s(module: str) -> None:
+    assert not imports_of(SCHEME_FILES[module]) & SCHEME_FILES.keys(), "what two schemes share stands in a file without a scheme"
+
+
+@pytest.mark.parametrize("path", SCHEME_FILES.values(), ids=lambda path: path.stem)
+def test_a_scheme_s_file_reads_formula_options_scheme_and_then_what_is_only_faster(path: Path) -> None:
+    """One order everywhere: formulas, given and resolved options, the scheme, a ruler, its faster form."""
+    text = path.read_text(encoding="utf-8")
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    kinds = ["options" if "Options" in node.name else "fast" if node.name.startswith("Fast") else "scheme" for node in classes]
+    kinds = [kind for kind, node in zip(kinds, classes, strict=True) if node.name != "Prepared"]
+    assert kinds in (
+        ["options", "scheme"],
+        ["options", "options", "scheme"],
+        ["options", "scheme", "fast"],
+        ["options", "options", "scheme", "fast"],
+    )
+    ruler = "\n# --- Faster forms of the same numbers ---\n"
+    assert text.count(ruler) == ("fast" in kinds)
+    if "fast" in kinds:
+        scheme = next(node.name for node in classes if node.name == f"Fast{classes[kinds.index('scheme')].name}")
+        assert text.index(f"class {scheme.removeprefix('Fast')}(") < text.index(ruler) < text.index(f"class {scheme}(")
+        assert "def prepare(" not in text[: text.index(ruler)]
+    assert ("def fold_bias_into_query_key(" in text) <= ("fast" in kinds)

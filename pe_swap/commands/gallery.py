@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pe_swap.errors import OptionError
-from pe_swap.schemes import SCHEMES, Geometry, Scheme, build_options
+from pe_swap.schemes import SCHEMES, Geometry, Native, Scheme, build_options
 from pe_swap.schemes.positions import Positions, slots_from
 
 HEAD_DIM = 64
@@ -64,7 +64,7 @@ def claims(scheme: Scheme) -> list[str]:
     ]
     if scheme.shift_invariant:
         found.append("only differences of positions matter")
-    if scheme.needs_table:
+    if scheme.starts_from_table:
         found.append("starts from the model's own table")
     return found
 
@@ -81,11 +81,11 @@ def build(name: str, options: dict[str, Any], *, heads: int, length: int, is_cau
     torch.manual_seed(0)
     geometry = Geometry(heads * HEAD_DIM, heads, HEAD_DIM, 1, is_causal, length)
     table = torch.randn(length, geometry.hidden_size).cumsum(0) * 0.02  # stands for a trained table: near positions are alike
-    resolved = build_options(SCHEMES[name].Options, options).resolve(geometry, table)
+    resolved = build_options(SCHEMES[name].Options, options).resolve(geometry, Native(table=table))
     scheme = SCHEMES[name](resolved, geometry, (0,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scheme.start_from(table)
+        scheme.start_from(Native(table=table))
     with torch.no_grad():
         for parameter in scheme.parameters():
             if not parameter.any():

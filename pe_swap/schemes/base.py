@@ -4,6 +4,9 @@ A scheme is an `nn.Module` that knows nothing of transformers. It overrides only
 decides how each is computed. Shapes in this folder: `batch`, `heads`, `q_len` queries, `kv_len` keys, `head_dim`,
 `hidden_size`. Positions and distances are int64; angles (radians), vectors and biases (logits) are computed in float32 and
 cast once, by whoever adds them.
+
+A scheme's file reads in this order: the source; formulas as functions; options; the class, which is the paper as it is written; and below
+a ruler, for a scheme that has them, faster forms of the same numbers, in a subclass `Fast...` that is then the one registered.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_swap.registry import Registry
-from pe_swap.schemes.geometry import Geometry as Geometry
+from pe_swap.schemes.geometry import Geometry, Native
 from pe_swap.schemes.options import SchemeOptions
 from pe_swap.schemes.positions import Positions
 
@@ -35,36 +38,47 @@ FoldedBias = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Scheme(nn.Module):
-    """One way of telling a model where its tokens stand.
+    """One way of giving tokens their positions.
+
+    The class attributes describe the default options; a scheme may override them per instance.
 
     Attributes:
         Options: the frozen dataclass of the scheme's options.
         summary: one line for lists.
         shift_invariant: the logits do not change when every position id moves by the same amount.
         causal_only: not defined for encoders.
+        tells_direction: in an encoder, a key before the query and one after it at the same distance get different scores. False for a
+            symmetric bias: with it, an encoder cannot tell a text from its mirror image.
         caches_rotated_keys: keys enter the cache already rotated; False where a rotation depends on the length so far.
-        cached_equals_uncached: False only where the paper's own definition makes a cached pass differ. This one, the one above and
-            `shift_invariant` say on the class what holds under default options; a scheme whose options change it says so on itself.
+        cached_equals_uncached: False only where the paper's own definition makes a cached pass differ.
         bias_is_shared: `relative_bias` is the same in every layer the scheme serves, so that one layer's serves all.
-        needs_table: starts from the model's own position table, and cannot be put into a model that no longer has one.
+        starts_from_table: starts from the model's own position table, where there is one.
+        keeps_function: as built, the scheme leaves the function of the model unchanged, as it replaces the model's own positions by the
+            same ones; `start_from` finds out.
         options: the resolved options.
         geometry: the sizes of the model.
-        layers: indices of the layers it serves; a hook's `layer` is one of them. Parameters of a layer's own live in an
-            `nn.ParameterDict` under `str(layer)`, so that a scheme that loses layers keeps the others'.
+        layers: indices of the layers it serves; a hook's `layer` is one of them. Parameters that each layer has of its own live in an
+            `nn.ParameterDict` under `str(layer)` (see `layer_parameters`), so that a scheme that loses layers keeps the others'.
     """
 
     Options: ClassVar[type[SchemeOptions]]
     summary: ClassVar[str]
     shift_invariant: bool = False
     causal_only: ClassVar[bool] = False
+    tells_direction: bool = True
     caches_rotated_keys: bool = True
     cached_equals_uncached: bool = True
     bias_is_shared: bool = False
-    needs_table: ClassVar[bool] = False
-    tells_direction: ClassVar[bool] = True
+    starts_from_table: ClassVar[bool] = False
+    keeps_function: bool = False
 
     def __init__(self, options: SchemeOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:
         """Build the scheme. A subclass creates its parameters, then calls `reset_parameters`.
+
+        Args:
+            options: resolved options, of the class that the scheme's `Options.resolve` returns.
+            geometry: sizes of the model.
+            layers: indices of the layers it serves.
 
         Raises:
             OptionError: the options do not fit the geometry.
@@ -111,11 +125,12 @@ class Scheme(nn.Module):
     @classmethod
     def hooks_for(cls, options: SchemeOptions) -> frozenset[str]:
         """Return the hooks that the scheme uses under `options`: those its class overrides, less any that they turn off."""
-        return hooks_of(cls) | ({"query_scale"} if options.logit_scale is not None else set())
+        scales = {"query_scale"} if options.logit_scale is not None else set()
+        return (hooks_of(cls) | scales) - options.unused_hooks
 
     @property
     def tells_order(self) -> bool:
-        """Whether the scheme itself tells the order of tokens; without, an encoder sees a bag of words."""
+        """Whether the scheme itself tells the order of tokens; if False, an encoder cannot tell word order."""
         return bool(self.hooks - {"query_scale"})
 
     @property
@@ -131,8 +146,8 @@ class Scheme(nn.Module):
     def reset_parameters(self) -> None:
         """Set every parameter to its start on a pretrained model: the one that disturbs the model least."""
 
-    def start_from(self, position_table: Tensor) -> None:
-        """Take what the scheme needs from the table it replaces, `[trained_length, hidden_size]`, float32.
+    def start_from(self, native: Native) -> None:
+        """Take what the scheme needs from the positions it replaces, and set `keeps_function` where they are the same.
 
         Called by the swap, after `reset_parameters`, and never on a reload.
         """
@@ -144,7 +159,7 @@ class Scheme(nn.Module):
             position_ids: `[batch or 1, length]`.
 
         Returns:
-            `[batch or 1, length, hidden_size]`, float32 (a parameter's own dtype where it is a table).
+            `[batch or 1, length, input_size]`, float32 (a parameter's own dtype where it is a table).
         """
         raise NotImplementedError
 
@@ -152,11 +167,11 @@ class Scheme(nn.Module):
         """Return the token embeddings with positions in them, for a scheme that does more than add a vector.
 
         Args:
-            token_embeddings: `[batch, length, hidden_size]`.
+            token_embeddings: `[batch, length, input_size]`.
             position_ids: `[batch or 1, length]`.
 
         Returns:
-            `[batch, length, hidden_size]`, in the dtype of `token_embeddings`.
+            `[batch, length, input_size]`, in the dtype of `token_embeddings`.
         """
         raise NotImplementedError
 
@@ -171,12 +186,12 @@ class Scheme(nn.Module):
         """
         return position_ids
 
-    def transform_query_key(self, x: Tensor, rotation: Any, *, role: Literal["query", "key"], layer: int) -> Tensor:
-        """Return queries or keys with their positions turned into them; keys before they are cached.
+    def transform_query_key(self, x: Tensor, prepared: Any, *, role: Literal["query", "key"], layer: int) -> Tensor:
+        """Return queries or keys with their positions in them; keys before they are cached.
 
         Args:
             x: `[batch, heads, length, head_dim]`. Keys have the key heads of the model, which may be fewer than its query heads.
-            rotation: what `prepare_positions` gave for their position ids.
+            prepared: what `prepare_positions` gave for their position ids.
             role: what `x` is.
             layer: index of the layer.
 
@@ -186,7 +201,7 @@ class Scheme(nn.Module):
         raise NotImplementedError
 
     def query_scale(self, num_keys: Tensor, *, layer: int) -> Tensor:
-        """Return the factor on each query, after `transform_query_key` and before it meets anything.
+        """Return the factor on each query, after `transform_query_key` and before any product.
 
         This one is log-length scaling, `logit_scale="log_n"` of every scheme: `max(1, log(n) / log(trained_length))` (Su Jianlin,
         "Rectified Rotary Position Embeddings", 2023, its code). Differs from the source: `n` is how many keys a query may look at,
@@ -233,20 +248,6 @@ class Scheme(nn.Module):
         """
         raise NotImplementedError
 
-    def prepare(self, positions: Positions, *, layer: int) -> Any:
-        """Return what `score_bias` needs that depends on no query and no key: all blocks of a call find it in `positions.prepared`.
-
-        No hook, but where work goes that would be the same in every block.
-
-        Args:
-            positions: where all the call's queries and keys stand.
-            layer: index of the layer.
-
-        Returns:
-            Whatever `score_bias` takes; None where there is nothing.
-        """
-        return None
-
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return what is added to the scaled scores, for any block of queries, where it depends on more than a distance.
 
@@ -266,26 +267,6 @@ class Scheme(nn.Module):
         """
         raise NotImplementedError
 
-    def fold_bias_into_query_key(
-        self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int
-    ) -> FoldedBias | None:
-        """Return queries and keys whose products, scaled, are a block's scores with what `score_bias` adds, or with a part of it.
-
-        No hook, but a shorter way to the result of one, for a scheme that has it: attention then needs no second product.
-
-        Args:
-            query: as in `score_bias`.
-            key: as in `score_bias`.
-            positions: as in `score_bias`.
-            scaling: as in `score_bias`.
-            layer: index of the layer.
-
-        Returns:
-            Both in the shapes and the dtype they came in, and the part of `score_bias` that is not in their products, or None where
-            there is no such part; None alone where only `score_bias` will do.
-        """
-        return None
-
     def value_bias(self, probabilities: Tensor, positions: Positions, *, layer: int) -> Tensor:
         """Return what is added to the attention output, for a block of queries.
 
@@ -303,12 +284,58 @@ class Scheme(nn.Module):
         """Show the options in `print(model)`."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.to_dict().items())
 
+    # --- Faster forms of the same numbers ---
+
+    def prepare(self, positions: Positions, *, layer: int) -> Any:
+        """Return what `score_bias` needs that depends on no query and no key: all blocks of a call find it in `positions.prepared`.
+
+        Optional. Work that is the same for every block of queries.
+
+        Args:
+            positions: where all the call's queries and keys stand.
+            layer: index of the layer.
+
+        Returns:
+            Whatever `score_bias` takes; None where there is nothing.
+        """
+        return None
+
+    def fold_bias_into_query_key(
+        self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int
+    ) -> FoldedBias | None:
+        """Return queries and keys whose products, scaled, are a block's scores with what `score_bias` adds, or with a part of it.
+
+        Optional. With it, attention needs no second product.
+
+        Args:
+            query: as in `score_bias`.
+            key: as in `score_bias`.
+            positions: as in `score_bias`.
+            scaling: as in `score_bias`.
+            layer: index of the layer.
+
+        Returns:
+            Both in the shapes and the dtype they came in, and the part of `score_bias` that is not in their products, or None where
+            there is no such part; None alone where only `score_bias` will do.
+        """
+        return None
+
+
+def two_sided() -> list[str]:
+    """Return the schemes that give an encoder the order of tokens from inside attention; those that tell direction come first."""
+    found = [
+        name
+        for name in SCHEMES.names()
+        if not (scheme := SCHEMES[name]).causal_only and hooks_of(scheme) & ATTENTION_HOOKS and scheme.hooks_for(scheme.Options())
+    ]
+    return sorted(found, key=lambda name: not SCHEMES[name].tells_direction)
+
+
+def inside_attention() -> list[str]:
+    """Return the schemes that do not act on the input, so that layers may differ in them."""
+    return [name for name in SCHEMES.names() if not hooks_of(SCHEMES[name]) & INPUT_HOOKS]
+
 
 def hooks_of(scheme_class: type[Scheme]) -> frozenset[str]:
     """Return the hooks that a class overrides."""
     return frozenset(hook for hook in INPUT_HOOKS | ATTENTION_HOOKS if getattr(scheme_class, hook) is not getattr(Scheme, hook))
-
-
-def root_mean_square(vectors: Tensor) -> float:
-    """Return the root mean square of all entries: the size that a replacement of a table should have."""
-    return float(vectors.detach().double().square().mean().sqrt())

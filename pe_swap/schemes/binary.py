@@ -1,55 +1,54 @@
 """The bits of the position: the second thing one would try.
 
 The step between the index and sinusoids in introductions to the subject; no paper proposes it. Values are bounded, but neighbours
-may differ in every bit (7 and 8), and bits beyond the trained length have never been on. Differs from the textbook: scaled, and
-the bits are repeated until the hidden size is full.
+may differ in every bit (7 and 8), and bits beyond the trained length were always 0 in training. Differs from the textbook: scaled, and
+the bits are repeated until the width is full.
+
+`python -m pe_swap show binary` draws it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pe_swap.schemes.base import SCHEMES, Geometry, Scheme, root_mean_square
-from pe_swap.schemes.options import SchemeOptions
-from pe_swap.schemes.sinusoidal import matching_scale
+from pe_swap.schemes.base import SCHEMES, Scheme
+from pe_swap.schemes.geometry import Geometry, Native
+from pe_swap.schemes.scaled import ScaledOptions
 
 BITS = 24
 """Bits of a position: enough for 16 million."""
-
-
-@dataclass(frozen=True)
-class BinaryOptions(SchemeOptions):
-    """Options of `binary`.
-
-    Attributes:
-        scale: factor on the bits; `"match"` gives the trained positions the root mean square of the table they replace.
-    """
-
-    scheme: ClassVar[str] = "binary"
-
-    scale: float | str = "match"
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        self.require_number("scale", 0.0, 1e6, or_text=("match",))
-
-    def resolve(self, geometry: Geometry, position_table: Tensor | None) -> BinaryOptions:
-        """Write out the scale, over positions 0 to `trained_length - 1`."""
-        if self.scale != "match":
-            return self
-        unscaled = root_mean_square(bits(torch.arange(max(geometry.trained_length, 2)), geometry.hidden_size))
-        return replace(self, scale=matching_scale(self, position_table, unscaled))
 
 
 def bits(position_ids: Tensor, size: int) -> Tensor:
     """Return the bits of `position_ids`, least significant first, repeated every 24 dimensions, `[..., size]`, float32 0 or 1."""
     place = torch.arange(size, device=position_ids.device) % BITS
     return ((position_ids[..., None] >> place) & 1).float()
+
+
+@dataclass(frozen=True)
+class BinaryOptions(ScaledOptions):
+    """Options of `binary`: those of `ScaledOptions`."""
+
+    scheme: ClassVar[str] = "binary"
+
+    def resolve(self, geometry: Geometry, native: Native) -> ResolvedBinaryOptions:
+        """Write out the scale, over positions 0 to `trained_length - 1`."""
+
+        def unscaled() -> Tensor:
+            return bits(torch.arange(max(geometry.trained_length, 2), device="cpu"), geometry.input_size)
+
+        return self.written_out(ResolvedBinaryOptions, native, scale=self.matching_scale(native, unscaled))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedBinaryOptions(BinaryOptions):
+    """`BinaryOptions` as they are used and saved."""
+
+    scale: float
 
 
 @SCHEMES.register("binary")
@@ -62,8 +61,8 @@ class Binary(Scheme):
     Options = BinaryOptions
     summary = "the bits of the position, repeated over the dimensions"
 
-    options: BinaryOptions
+    options: ResolvedBinaryOptions
 
     def encode(self, position_ids: Tensor) -> Tensor:
         """Return the scaled bits, float32; see `Scheme.encode`."""
-        return bits(position_ids, self.geometry.hidden_size) * float(self.options.scale)
+        return bits(position_ids, self.geometry.input_size) * self.options.scale

@@ -1,13 +1,15 @@
 """CoPE: contextual position encoding.
 
 Golovneva, Wang, Weston and Sukhbaatar, "Contextual Position Encoding: Learning to Count What's Important" (2024,
-arXiv:2405.18719), equations 3 to 5: a query counts what it looks back over, `g_ij = sigmoid(q_i . k_j)`,
-`p_ij = sum_{t = j .. i} g_it`, and meets the vector at that position, interpolated between the two nearest integers:
-`a_ij = softmax(q_i . (k_j + e[p_ij]))`. Positions are clipped to the last row; one table a layer, shared by its heads.
+arXiv:2405.18719), equations 3 to 5: a query counts the keys behind it by gates, `g_ij = sigmoid(q_i . k_j)`,
+`p_ij = sum_{t = j .. i} g_it`, and the vector at that position, interpolated between the two nearest integers, is added to the key:
+`a_ij = softmax(q_i . (k_j + e[p_ij]))`. Positions are clipped to the last row; one table per layer, shared by its heads.
 
 Differs from the paper: none beyond what its code makes precise: scores are scaled by `head_dim ** -0.5` before they open gates, and
 the positional term is scaled with them. (The listing in the paper's appendix leaves the term unscaled, which a larger table makes
 up for.)
+
+`python -m pe_swap show cope` draws it.
 """
 
 from __future__ import annotations
@@ -18,9 +20,29 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
-from pe_swap.schemes.options import SchemeOptions
+from pe_swap.schemes.base import SCHEMES, Scheme
+from pe_swap.schemes.geometry import Geometry
+from pe_swap.schemes.options import LARGEST_TABLE, SchemeOptions
+from pe_swap.schemes.parameters import at_least_float32, layer_parameters, of_layer
 from pe_swap.schemes.positions import Positions
+
+
+def count_back(gates: Tensor) -> Tensor:
+    """Return `sum_{t >= j} gates[..., t]`, the shape of `gates`: with the future's gates shut, the count from the query to key j."""
+    return gates.flip(-1).cumsum(dim=-1).flip(-1)
+
+
+def interpolated(by_row: Tensor, counts: Tensor) -> Tensor:
+    """Return `by_row[..., p]` at fractional positions p, by a straight line between the two nearest rows.
+
+    Args:
+        by_row: `[batch, heads, q_len, rows]`.
+        counts: `[batch, heads, q_len, kv_len]`, from 0 to `rows - 1`.
+    """
+    below = counts.detach().floor().long()
+    above = (below + 1).clamp(max=by_row.shape[-1] - 1)
+    share = counts - below
+    return by_row.gather(-1, below) * (1 - share) + by_row.gather(-1, above) * share
 
 
 @dataclass(frozen=True)
@@ -38,12 +60,7 @@ class CopeOptions(SchemeOptions):
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
-        self.require_int("num_positions", 2, 65536)
-
-
-def count_back(gates: Tensor) -> Tensor:
-    """Return `sum_{t >= j} gates[..., t]`, the shape of `gates`: with the future's gates shut, the count from the query to key j."""
-    return gates.flip(-1).cumsum(dim=-1).flip(-1)
+        self.require_int("num_positions", 2, LARGEST_TABLE)
 
 
 @SCHEMES.register("cope")
@@ -64,31 +81,28 @@ class Cope(Scheme):
     options: CopeOptions
 
     def __init__(self, options: CopeOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:
-        """Build the tables, `[num_positions, head_dim]` a layer."""
+        """Build the tables, `[num_positions, head_dim]` per layer."""
         super().__init__(options, geometry, layers)
-        self.tables = nn.ParameterDict({str(layer): torch.empty(options.num_positions, geometry.head_dim) for layer in layers})
+        self.tables = layer_parameters(layers, options.num_positions, geometry.head_dim)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Set every table to zeros."""
-        for table in self.tables.values():
-            nn.init.zeros_(table)
+    def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
+        """Return the bias; see `Scheme.score_bias`. Every query is multiplied by every row of the table once."""
+        counts = self.counts(query, key, positions, scaling)
+        by_row = torch.matmul(query, of_layer(self.tables, layer).to(query.dtype).T).to(counts.dtype)
+        return interpolated(by_row, counts) * scaling
 
     def counts(self, query: Tensor, key: Tensor, positions: Positions, scaling: float) -> Tensor:
         """Return `p_ij`, `[batch, heads, q_len, kv_len]`, at least float32, from 0 to `num_positions - 1`.
 
         Scores are taken in float32: rounded to bfloat16 one by one, they would move a long count by whole positions.
         """
-        wide = query.dtype if query.dtype == torch.float64 else torch.float32
-        gates = torch.sigmoid(torch.matmul(query.to(wide), key.to(wide).transpose(-1, -2)) * scaling)
+        dtype = at_least_float32(query.dtype)
+        gates = torch.sigmoid(torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scaling)
         gates = gates.masked_fill(positions.distance > 0, 0.0)
         return count_back(gates).clamp(max=self.options.num_positions - 1)
 
-    def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
-        """Return the bias; see `Scheme.score_bias`. Every query meets every row of the table once."""
-        counts = self.counts(query, key, positions, scaling)
-        by_row = torch.matmul(query, self.tables[str(layer)].to(query.dtype).T).to(counts.dtype)
-        below = counts.detach().floor().long()
-        above = (below + 1).clamp(max=self.options.num_positions - 1)
-        share = counts - below
-        return (by_row.gather(-1, below) * (1 - share) + by_row.gather(-1, above) * share) * scaling
+    def reset_parameters(self) -> None:
+        """Set every table to zeros."""
+        for table in self.tables.values():
+            nn.init.zeros_(table)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 @dataclass(frozen=True)
@@ -58,5 +57,7 @@ def transformers_frequencies(
         Radians per position, `[head_dim / 2]`, or `[..., head_dim / 2]` for a tensor of lengths, float32; and the factor on sine and
         cosine.
     """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # here, as a list of schemes needs no transformers
+
     function: Callable[..., tuple[Tensor, float]] = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
     return function(config, device, seq_len=length)

@@ -1,48 +1,53 @@
 """The position itself, as a number in every dimension: the first thing one would try.
 
-The straw man of introductions to the subject; no paper proposes it. Values grow without bound, so that beyond the trained length
-every vector is one the model has never seen and, far out, the token is lost in it.
+The straw man of introductions to the subject; no paper proposes it. Values grow without bound, so that no vector beyond the trained
+length occurred in training and, far out, the token is lost in it.
 
 Differs from the textbook: scaled, and every second dimension has a minus sign. The same number in every dimension is exactly what
-a layer norm subtracts: GPT-2 and BERT would never see it.
+a layer norm subtracts: it would change nothing in GPT-2 and BERT.
+
+`python -m pe_swap show index` draws it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pe_swap.schemes.base import SCHEMES, Geometry, Scheme, root_mean_square
-from pe_swap.schemes.options import SchemeOptions
-from pe_swap.schemes.sinusoidal import matching_scale
+from pe_swap.schemes.base import SCHEMES, Scheme
+from pe_swap.schemes.geometry import Geometry, Native
+from pe_swap.schemes.scaled import ScaledOptions
+
+
+def plus_and_minus(values: Tensor, size: int) -> Tensor:
+    """Return `(v, -v, v, -v, ...)` for each of `values`, `[..., size]`."""
+    signs = 1 - 2 * (torch.arange(size, device=values.device) % 2)
+    return values[..., None] * signs
 
 
 @dataclass(frozen=True)
-class IndexOptions(SchemeOptions):
-    """Options of `index`.
-
-    Attributes:
-        scale: factor on the position; `"match"` gives the trained positions the root mean square of the table they replace.
-    """
+class IndexOptions(ScaledOptions):
+    """Options of `index`: those of `ScaledOptions`."""
 
     scheme: ClassVar[str] = "index"
 
-    scale: float | str = "match"
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        self.require_number("scale", 0.0, 1e6, or_text=("match",))
-
-    def resolve(self, geometry: Geometry, position_table: Tensor | None) -> IndexOptions:
+    def resolve(self, geometry: Geometry, native: Native) -> ResolvedIndexOptions:
         """Write out the scale, over positions 0 to `trained_length - 1`."""
-        if self.scale != "match":
-            return self
-        unscaled = root_mean_square(torch.arange(max(geometry.trained_length, 2)))
-        return replace(self, scale=matching_scale(self, position_table, unscaled))
+
+        def unscaled() -> Tensor:
+            return torch.arange(max(geometry.trained_length, 2), device="cpu")
+
+        return self.written_out(ResolvedIndexOptions, native, scale=self.matching_scale(native, unscaled))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedIndexOptions(IndexOptions):
+    """`IndexOptions` as they are used and saved."""
+
+    scale: float
 
 
 @SCHEMES.register("index")
@@ -55,10 +60,8 @@ class Index(Scheme):
     Options = IndexOptions
     summary = "the position itself in every dimension: the naive first try"
 
-    options: IndexOptions
+    options: ResolvedIndexOptions
 
     def encode(self, position_ids: Tensor) -> Tensor:
         """Return plus and minus `scale * position`, float32; see `Scheme.encode`."""
-        values = position_ids.float() * float(self.options.scale)
-        signs = 1 - 2 * (torch.arange(self.geometry.hidden_size, device=position_ids.device) % 2)
-        return values[..., None] * signs
+        return plus_and_minus(position_ids.float() * self.options.scale, self.geometry.input_size)

@@ -1,32 +1,63 @@
 """Options of schemes: frozen dataclasses, checked when built.
 
-A check names the scheme, the option, the value, the rule and the way out. Upper bounds exist so that a hostile
-`config.json` fails here and not in an allocation.
+Options as given may leave values to the model; `resolve` writes those out and returns another class, `Resolved...`, in which they are
+plain values. A check names the scheme, the option, the value and the rule. Upper bounds exist so that a hostile `config.json` fails here
+and not in an allocation.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pe_swap.errors import OptionError
 from pe_swap.registry import did_you_mean
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from typing_extensions import Self
-
-    from pe_swap.schemes.base import Geometry
+from pe_swap.schemes.geometry import Geometry, Native
 
 LARGEST_LENGTH = 2**24
-"""Positions. Above it a table or an index of positions is refused: float32 stops telling integers apart here."""
+"""Positions. Above it a table or an index of positions is refused: float32 cannot hold larger integers exactly."""
 
-NAMES_ELSEWHERE = {"rope_theta": "base", "partial_rotary_factor": "fraction", "type": "rope_type"}
-"""Names in transformers' `rope_parameters` to those of options here: no spelling would lead from one to the other."""
+LARGEST_TABLE = 2**16
+"""Rows or columns of a table of numbers that a scheme trains."""
+
+LARGEST_BASE = 1e12
+"""Base of rotations and sinusoids."""
+
+MATCH = "match"
+"""The value of an option that a swap works out from the model."""
+
+SPELT_BY_TRANSFORMERS = {"rope_theta": "base", "partial_rotary_factor": "fraction", "type": "rope_type"}
+"""Names in transformers' `rope_parameters` to those of the same options here: both are taken."""
+
+MEANT = {"theta": "base", "rotary_dim": "fraction", "rotary_pct": "fraction", "scaling_factor": "factor"}
+"""Names that others use for an option, to that option: it is proposed, as values may differ in meaning."""
 
 OptionsType = TypeVar("OptionsType", bound="SchemeOptions")
+
+
+def native_or(otherwise: Any) -> dict[str, Any]:
+    """Return the metadata of an option that takes the model's own value where it is left out (None), or `otherwise` if there is none."""
+    return {"native_or": otherwise}
+
+
+def none_is(meaning: str) -> dict[str, Any]:
+    """Return the metadata of an option that may be None, with what None means."""
+    return {"none_is": meaning}
+
+
+def is_integer(value: object) -> bool:
+    """Tell whether a value is an integer; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value is a finite number; True and False are not."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return is_integer(value)
 
 
 @dataclass(frozen=True)
@@ -48,19 +79,42 @@ class SchemeOptions:
         """Check the values that every scheme has."""
         self.require_choice("logit_scale", (None, "log_n"))
 
-    def resolve(self, geometry: Geometry, position_table: Tensor | None) -> Self:
-        """Return the options with every value that depends on the model written out.
+    @property
+    def unused_hooks(self) -> frozenset[str]:
+        """Hooks of the scheme's class that these options turn off."""
+        return frozenset()
 
-        `None` or `"match"` become numbers here, so that a saved model needs nothing but its options to be rebuilt.
+    def resolve(self, geometry: Geometry, native: Native) -> SchemeOptions:
+        """Return the options with every value that depends on the model written out, so that they rebuild the scheme alone.
+
+        A scheme with such values has a second class for them: see `written_out`. Resolved options resolve to themselves.
 
         Args:
             geometry: sizes of the model.
-            position_table: the table being replaced, `[trained_length, hidden_size]`, or None where it is no longer at hand.
+            native: the model's own positions, which are the default of some options.
 
         Raises:
-            OptionError: a value depends on a table that is no longer at hand, or does not fit the model.
+            OptionError: a value depends on what the model does not have, or does not fit the model.
         """
         return self
+
+    def written_out(self, resolved: type[OptionsType], native: Native, **values: Any) -> OptionsType:
+        """Return these options as `resolved`, a subclass whose fields are no longer None or `"match"`.
+
+        Args:
+            resolved: the class.
+            native: the model's own positions: options with `native_or` take their values.
+            values: what the other options get where they are None or `"match"`.
+        """
+        out = {}
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if value is None and "native_or" in option.metadata:
+                value = native.options.get(option.name, option.metadata["native_or"])
+            elif option.name in values and (value is None or value == MATCH):
+                value = values[option.name]
+            out[option.name] = value
+        return resolved(**out)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values that JSON can hold; without `logit_scale` where there is none."""
@@ -76,47 +130,67 @@ class SchemeOptions:
     def require_choice(self, option: str, choices: tuple[Any, ...]) -> None:
         """Refuse a value that is not one of `choices`."""
         value = getattr(self, option)
-        if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
-            listed = ", ".join(repr(choice) for choice in choices)
-            near = did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
-            raise OptionError(f"{self.scheme}: option '{option}' is {value!r}; it must be one of {listed}.{near}")
+        if self._is_left_out(option) or any(
+            value is choice or (type(value) is type(choice) and value == choice) for choice in choices
+        ):
+            return
+        listed = ", ".join(repr(choice) for choice in choices)
+        near = did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])
+        raise OptionError(f"{self.scheme}: option '{option}' is {value!r}; it must be one of {listed}.{near}")
 
     def require_bool(self, option: str) -> None:
         """Refuse anything but True or False."""
         if not isinstance(getattr(self, option), bool):
             raise self.refuse(option, "True or False")
 
-    def require_int(self, option: str, least: int, most: int, *, none_is: str | None = None) -> None:
-        """Refuse what is not an integer from `least` to `most`; `none_is` says what None means where it is allowed."""
+    def require_int(self, option: str, least: int, most: int, *, or_text: tuple[str, ...] = ()) -> None:
+        """Refuse what is not an integer from `least` to `most`, or one of the words `or_text`."""
         value = getattr(self, option)
-        if value is None and none_is is not None:
+        if self._is_left_out(option) or (isinstance(value, str) and value in or_text):
             return
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise self.refuse(option, f"an integer from {least:,} to {most:,}" + (f", or None ({none_is})" if none_is else ""))
+        if not is_integer(value) or not least <= value <= most:
+            raise self.refuse(option, f"an integer from {least:,} to {most:,}{self._or_else(option, or_text)}")
 
     def require_number(self, option: str, above: float, most: float, *, or_text: tuple[str, ...] = ()) -> None:
         """Refuse what is not a finite number above `above` and at most `most`, or one of the words `or_text`."""
         value = getattr(self, option)
-        if isinstance(value, str) and value in or_text:
+        if self._is_left_out(option) or (isinstance(value, str) and value in or_text):
             return
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not above < value <= most:  # which NaN is not, either
-            words = "".join(f", or {word!r}" for word in or_text)
-            raise self.refuse(option, f"a number above {above:g} and at most {most:g}{words}")
+        if not is_number(value) or not above < value <= most:
+            raise self.refuse(option, f"a number above {above:g} and at most {most:g}{self._or_else(option, or_text)}")
+
+    def _is_left_out(self, option: str) -> bool:
+        """Tell whether an option is None and may be."""
+        metadata = type(self).__dataclass_fields__[option].metadata
+        return getattr(self, option) is None and ("native_or" in metadata or "none_is" in metadata)
+
+    def _or_else(self, option: str, words: tuple[str, ...]) -> str:
+        """Return the end of a rule that names the words, or the None, that are taken beside numbers."""
+        meaning = type(self).__dataclass_fields__[option].metadata.get("none_is")
+        return "".join(f", or {word!r}" for word in words) + (f", or None ({meaning})" if meaning else "")
 
 
 def build_options(options_class: type[OptionsType], values: Mapping[str, Any]) -> OptionsType:
     """Build `options_class` from plain values.
 
+    Names that transformers has in `rope_parameters` are taken too, so that `**config.rope_parameters` is.
+
     Raises:
-        OptionError: a name that is not an option (the text proposes the nearest), or a value that breaks its rule.
+        OptionError: a name that is not an option, an option in two spellings, or a value that breaks its rule.
     """
     known = [option.name for option in sorted(dataclasses.fields(options_class), key=lambda option: option.kw_only is True)]
-    for name in values:
+    given: dict[str, Any] = {}
+    for spelt, value in values.items():
+        theirs = SPELT_BY_TRANSFORMERS.get(spelt)
+        name = theirs if theirs in known else spelt
         if name not in known:
-            ours = NAMES_ELSEWHERE.get(name)
-            hint = f" transformers' {name!r} is '{ours}' here." if ours in known else did_you_mean(name, known)
+            meant = MEANT.get(name)
+            hint = f" Did you mean '{meant}'?" if meant in known else did_you_mean(name, known)
+            raise OptionError(f"{options_class.scheme}: unknown option {name!r}.{hint or ' Options: ' + ', '.join(known) + '.'}")
+        if name in given:
+            other = next(option for option, ours in SPELT_BY_TRANSFORMERS.items() if ours == name and option in values)
             raise OptionError(
-                f"{options_class.scheme}: unknown option {name!r}.{hint} Options: {', '.join(known) if known else 'none'}."
+                f"{options_class.scheme}: options '{name}' and '{other}' are both given, and they are one option. Leave one of them out."
             )
-    return options_class(**values)
+        given[name] = value
+    return options_class(**given)

@@ -1,59 +1,26 @@
-"""T5's relative bias: one trained number a head for each bucket of distances.
+"""T5's relative bias: one trained number per head and bucket of distances.
 
 Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (JMLR 2020, arXiv:1910.10683),
-section 2.1; buckets as in the authors' code: one a distance for small ones, logarithmic ones up to `max_distance`, one for the rest.
+section 2.1; buckets as in the authors' code: one per distance for small ones, logarithmic ones up to `max_distance`, one for the rest.
 Encoders split the buckets between keys before and keys after the query.
 
-Differs from the paper: T5 does not divide scores by `sqrt(head_dim)`; these models do, and the bias is added after that.
+Differs from the paper: T5 does not divide scores by `sqrt(head_dim)`; most models do, and the bias is added after that.
+
+`python -m pe_swap show t5` draws it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pe_swap.schemes.base import SCHEMES, Geometry, Scheme
-from pe_swap.schemes.options import SchemeOptions
-
-
-@dataclass(frozen=True)
-class T5Options(SchemeOptions):
-    """Options of `t5`.
-
-    Attributes:
-        num_buckets: buckets in all; an encoder gives half of them to each side.
-        max_distance: from this distance on, in positions, all share the last bucket.
-        start: `"recency"`, `-log(1 + n)` in every head with n where a bucket begins, so that a key n away weighs 1 / (1 + n);
-            `"zero"`, no bias; or None for `"recency"` in decoders and `"zero"` in encoders.
-    """
-
-    scheme: ClassVar[str] = "t5"
-
-    num_buckets: int = 32
-    max_distance: int = 128
-    start: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        self.require_int("num_buckets", 4, 65536)
-        self.require_int("max_distance", 2, 2**24)
-        if self.num_buckets % 2:
-            raise self.refuse("num_buckets", "even: half of the buckets hold one distance each, half are logarithmic")
-        if self.max_distance <= self.num_buckets // 2:
-            raise self.refuse(
-                "max_distance", f"above num_buckets / 2 = {self.num_buckets // 2}, the distances with a bucket each"
-            )
-        if self.start is not None:
-            self.require_choice("start", ("recency", "zero"))
-
-    def resolve(self, geometry: Geometry, position_table: Tensor | None) -> T5Options:
-        """Return the options with the start written out."""
-        return self if self.start is not None else replace(self, start="recency" if geometry.is_causal else "zero")
+from pe_swap.schemes.base import SCHEMES, Scheme
+from pe_swap.schemes.geometry import Geometry, Native
+from pe_swap.schemes.options import LARGEST_LENGTH, LARGEST_TABLE, SchemeOptions, native_or, none_is
 
 
 def bucket_of(distance: Tensor, num_buckets: int, max_distance: int, is_causal: bool) -> Tensor:
@@ -83,24 +50,77 @@ def bucket_starts(num_buckets: int, max_distance: int) -> Tensor:
     return torch.where(share > 0, exact * (max_distance / exact) ** share, torch.arange(num_buckets))
 
 
+@dataclass(frozen=True)
+class T5Options(SchemeOptions):
+    """Options of `t5`. Left out, the buckets are those of a model that has such a bias.
+
+    Attributes:
+        num_buckets: buckets in all; an encoder gives half of them to each side.
+        max_distance: from this distance on, in positions, all share the last bucket.
+        start: `"recency"`, `-log(1 + n)` in every head with n where a bucket begins, so that a key n away weighs 1 / (1 + n);
+            `"zero"`, no bias; `"model"`, the model's own bias; or None for `"model"` in a model with a bias in the same buckets, else
+            `"recency"` in decoders and `"zero"` in encoders.
+    """
+
+    scheme: ClassVar[str] = "t5"
+
+    num_buckets: int | None = field(default=None, metadata=native_or(32))
+    max_distance: int | None = field(default=None, metadata=native_or(128))
+    start: str | None = field(
+        default=None, metadata=none_is("the model's own, else 'recency' in decoders and 'zero' in encoders")
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values, and what they are together where both are given."""
+        super().__post_init__()
+        self.require_int("num_buckets", 4, LARGEST_TABLE)
+        self.require_int("max_distance", 2, LARGEST_LENGTH)
+        self.require_choice("start", ("recency", "zero", "model"))
+        if self.num_buckets is None:
+            return
+        if self.num_buckets % 2:
+            raise self.refuse("num_buckets", "even: half of the buckets hold one distance each, half are logarithmic")
+        if self.max_distance is not None and self.max_distance <= self.num_buckets // 2:
+            raise self.refuse(
+                "max_distance", f"above num_buckets / 2 = {self.num_buckets // 2}, the distances with a bucket each"
+            )
+
+    def resolve(self, geometry: Geometry, native: Native) -> ResolvedT5Options:
+        """Return the options with the buckets and the start written out."""
+        has_own = native.bias_table is not None and all(
+            getattr(self, option) in (None, native.options.get(option)) for option in ("num_buckets", "max_distance")
+        )
+        start = "model" if has_own else "recency" if geometry.is_causal else "zero"
+        return self.written_out(ResolvedT5Options, native, start=start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedT5Options(T5Options):
+    """`T5Options` as they are used and saved."""
+
+    num_buckets: int
+    max_distance: int
+    start: str
+
+
 @SCHEMES.register("t5")
 class T5(Scheme):
     """`bias[h](distance) = table[bucket(distance), h]`, in logits, one table for all layers.
 
-    Start on a pretrained model: a decoder prefers near keys from the first (`start="recency"`), which stands in for what the table that
-    goes had taught it, and puts buckets that a short training never reaches on the same curve: from zero they would stay there. A
-    sentence encoder (MiniLM) is disturbed less by no bias at all. The README has the figures.
+    Start on a pretrained model: a decoder prefers near keys from the first (`start="recency"`). That replaces the recency that the
+    removed table had provided, and buckets that a short training never reaches continue the same curve: from zero they would stay there.
+    A sentence encoder (MiniLM) is disturbed less by no bias at all. The README has the figures. In a model with such a bias: that bias.
     """
 
     Options = T5Options
-    summary = "a trained bias a head for each bucket of distances"
+    summary = "a trained bias per head for each bucket of distances"
     shift_invariant = True
     bias_is_shared = True
 
-    options: T5Options
+    options: ResolvedT5Options
 
-    def __init__(self, options: T5Options, geometry: Geometry, layers: tuple[int, ...]) -> None:
-        """Build the table.
+    def __init__(self, options: ResolvedT5Options, geometry: Geometry, layers: tuple[int, ...]) -> None:
+        """Build the table, `[num_buckets, heads]`.
 
         Raises:
             OptionError: an encoder's buckets that do not split into two sides of two halves.
@@ -111,9 +131,14 @@ class T5(Scheme):
         self.table = nn.Parameter(torch.empty(options.num_buckets, geometry.num_heads))
         self.reset_parameters()
 
+    def relative_bias(self, distance: Tensor, *, layer: int) -> Tensor:
+        """Return the table's entries, `[heads, n]`; see `Scheme.relative_bias`."""
+        buckets = bucket_of(distance, self.options.num_buckets, self.options.max_distance, self.geometry.is_causal)
+        return self.table.float()[buckets].T
+
     def reset_parameters(self) -> None:
         """Set the table to the start."""
-        if self.options.start == "zero":
+        if self.options.start != "recency":
             nn.init.zeros_(self.table)
             return
         sides = 1 if self.geometry.is_causal else 2
@@ -121,7 +146,19 @@ class T5(Scheme):
         with torch.no_grad():
             self.table.copy_(-starts.log1p().repeat(sides)[:, None])
 
-    def relative_bias(self, distance: Tensor, *, layer: int) -> Tensor:
-        """Return the table's entries, `[heads, n]`; see `Scheme.relative_bias`."""
-        buckets = bucket_of(distance, self.options.num_buckets, self.options.max_distance, self.geometry.is_causal)
-        return self.table.float()[buckets].T
+    def start_from(self, native: Native) -> None:
+        """Take the model's own bias, where the start is that.
+
+        Raises:
+            OptionError: the model has no bias of these sizes.
+        """
+        if self.options.start != "model":
+            return
+        if native.bias_table is None or native.bias_table.shape != self.table.shape:
+            raise self.options.refuse(
+                "start", f"'recency' or 'zero', as this model has no bias of {self.options.num_buckets} buckets"
+            )
+        with torch.no_grad():
+            self.table.copy_(native.bias_table)
+        own = [native.options.get(option) for option in ("num_buckets", "max_distance")]
+        self.keeps_function = own == [self.options.num_buckets, self.options.max_distance]

@@ -19,7 +19,7 @@ from pe_swap.assignment import Assignment, from_saved
 from pe_swap.errors import CheckpointError, OptionError, PESwapError
 from pe_swap.families import FAMILIES
 from pe_swap.saving.class_names import swapped_config_class
-from pe_swap.schemes import SCHEMES, Geometry, build_options
+from pe_swap.schemes import SCHEMES, Geometry, Native, build_options
 from tests.support.models import CASES, swapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
@@ -90,7 +90,7 @@ specifications = st.one_of(
 
 def numbers(assignment: Assignment, geometry: Geometry = GEOMETRY) -> int:
     """Return how many numbers the schemes of a assignment hold, building them where nothing is allocated."""
-    resolved = assignment.resolve(geometry, torch.ones(geometry.trained_length, geometry.hidden_size))
+    resolved = assignment.resolve(geometry, Native(table=torch.ones(geometry.trained_length, geometry.hidden_size)))
     with torch.device("meta"):
         built = resolved.build(geometry)
     return max((parameter.numel() for scheme in built for parameter in scheme.parameters()), default=0)

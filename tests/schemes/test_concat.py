@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pe_swap.errors import OptionError, PositionRangeError
+from pe_swap.schemes import Native
 from pe_swap.schemes.concat import Concat, ConcatOptions
 from tests.references import absolute as reference
 from tests.support.schemes import build, geometry
@@ -11,8 +12,9 @@ from tests.support.schemes import build, geometry
 
 def build_learned(table: torch.Tensor, **options: object) -> Concat:
     """Return a concat with a learned table; its option `table` has the name of an argument of `build`."""
-    scheme = Concat(ConcatOptions(table="learned", **options).resolve(geometry(), table), geometry(), (0, 1, 2))
-    scheme.start_from(table)
+    native = Native(table=table)
+    scheme = Concat(ConcatOptions(table="learned", **options).resolve(geometry(), native), geometry(), (0, 1, 2))
+    scheme.start_from(native)
     return scheme
 
 
@@ -66,3 +68,17 @@ def test_limits_and_wrong_options() -> None:
         build("concat", dim=0)
     with pytest.raises(OptionError, match=r"unknown option 'dims'. Did you mean 'dim'"):
         build("concat", dims=3)
+
+
+def test_says_whether_it_keeps_the_models_function() -> None:
+    table = torch.randn(32, 768)
+    assert build_learned(table).keeps_function
+    assert not build_learned(table, dim=5).keeps_function
+    assert not build("concat", table).keeps_function
+    assert not build("concat").keeps_function
+
+
+def test_is_as_wide_as_the_tokens() -> None:
+    scheme, tokens = build("concat", sizes=geometry(input_size=128)), torch.randn(1, 9, 128)
+    assert scheme.options.dim == 128
+    assert torch.equal(scheme.embed(tokens, torch.arange(9)[None]), tokens)

@@ -81,9 +81,9 @@ def test_probabilities_are_transformers_with_the_same_weights(terms: str, theirs
         torch.nn.init.normal_(parameter, std=0.4)
     scheme = random_scheme(buckets=buckets, span=span, max_distance=20, terms=terms, scale="paper")
     with torch.no_grad():
-        if scheme.key_weights is not None:
+        if scheme.key_weights:
             scheme.key_weights["0"].copy_(module.pos_key_proj.weight)  # its bias is the same for every key: softmax removes it
-        if scheme.query_weights is not None:
+        if scheme.query_weights:
             scheme.query_weights["0"].copy_(module.pos_query_proj.weight)
             scheme.query_biases["0"].copy_(module.pos_query_proj.bias)
     hidden = torch.randn(2, length, 24)

@@ -33,7 +33,7 @@ def bias(scheme: Fire, where: Positions, layer: int = 0) -> Tensor:
 
 
 def expected(scheme: Fire, query_ids: list[int], key_ids: list[int], name: str) -> Tensor:
-    threshold = abs(scheme.multipliers[name].item()) * scheme.threshold
+    threshold = abs(scheme.multipliers[name].item()) * scheme.options.threshold
     parts = (scheme.hidden_weights, scheme.hidden_biases, scheme.output_weights, scheme.output_biases)
     layers = [part[name].detach() for part in parts]
     return reference.bias(query_ids, key_ids, scheme.scales[name].item(), threshold, scheme.geometry.is_causal, *layers)
@@ -131,7 +131,7 @@ def test_a_zero_start_has_a_gradient_and_then_reaches_everything() -> None:
 
 def test_the_threshold_is_a_quarter_of_the_trained_length() -> None:
     assert build("fire", sizes=geometry(trained_length=2048)).options.threshold == 512
-    assert build("fire", threshold=7).threshold == 7
+    assert build("fire", threshold=7).options.threshold == 7
 
 
 def test_wrong_options() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pe_swap.errors import OptionError
+from pe_swap.schemes.alibi import geometric_slopes
 from pe_swap.schemes.positions import Positions
 from tests.references import fox as reference
 from tests.support.schemes import build, geometry, positions
@@ -38,7 +39,7 @@ def test_a_blocks_positions_keep_what_it_may_look_at() -> None:
 
 
 def test_constant_gates_are_alibi() -> None:
-    slope = build("alibi", slopes="geometric").initial_slopes()[0]
+    slope = geometric_slopes(12)[0]
     logit = -math.log(math.expm1(slope))  # sigmoid(logit) = exp(-slope)
     x = torch.zeros(1, 3, 9, 8)
     ours = build("fox", sizes=SMALL).score_bias(x, x, with_gates(torch.full((1, 3, 9), logit), 0), scaling=1.0, layer=0)

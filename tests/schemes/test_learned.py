@@ -6,7 +6,7 @@ import torch
 from pe_swap.errors import OptionError, PositionRangeError
 from pe_swap.schemes.learned import resample
 from tests.references import absolute as reference
-from tests.support.schemes import build
+from tests.support.schemes import build, geometry
 
 
 def test_at_the_trained_length_it_is_the_old_table_bit_for_bit() -> None:
@@ -72,3 +72,28 @@ def test_wrong_options() -> None:
         build("learned", maxlength=64)
     with pytest.raises(OptionError, match=r"'extend' is 'tiles'.*Did you mean 'tile'"):
         build("learned", extend="tiles")
+
+
+@pytest.mark.parametrize(
+    ("options", "keeps"),
+    [
+        ({}, True),
+        ({"max_length": 50}, False),
+        ({"max_length": 50, "extend": "tile"}, True),
+        ({"max_length": 50, "extend": "mean"}, True),
+        ({"max_length": 50, "extend": "group"}, False),
+        ({"max_length": 20, "extend": "tile"}, False),
+    ],
+)
+def test_says_whether_it_keeps_the_models_function(options: dict[str, object], keeps: bool) -> None:
+    table = torch.randn(32, 768)
+    scheme = build("learned", table, **options)
+    assert scheme.keeps_function is keeps
+    assert torch.equal(scheme.table[:32], table) is keeps
+
+
+def test_in_a_model_without_a_table_it_starts_at_zero_and_is_as_wide_as_the_tokens() -> None:
+    scheme = build("learned", sizes=geometry(input_size=128))
+    assert scheme.table.shape == (32, 128)
+    assert not scheme.table.any()
+    assert not scheme.keeps_function

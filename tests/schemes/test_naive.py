@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from pe_swap.errors import OptionError
-from pe_swap.schemes.base import root_mean_square
+from pe_swap.schemes import Native
+from pe_swap.schemes.parameters import root_mean_square
 from tests.references import absolute as reference
-from tests.support.schemes import build
+from tests.support.schemes import build, geometry
 
 
 def test_index_by_hand() -> None:
@@ -48,3 +49,13 @@ def test_none_has_no_hooks_and_few_options() -> None:
     assert build("none").hooks == frozenset()
     with pytest.raises(OptionError, match=r"none: unknown option 'base'\. Options: temperature, "):
         build("none", base=1)
+
+
+@pytest.mark.parametrize("name", ["index", "binary", "sinusoidal"])
+def test_without_a_table_the_size_is_that_of_the_tokens(name: str) -> None:
+    sizes = geometry(input_size=128)
+    vectors = build(name, sizes=sizes, native=Native(token_rms=0.05)).encode(torch.arange(32)[None])
+    assert vectors.shape == (1, 32, 128)
+    assert root_mean_square(vectors) == pytest.approx(0.05, rel=1e-5)
+    both = Native(table=torch.randn(32, 128), token_rms=0.05)
+    assert root_mean_square(build(name, sizes=sizes, native=both).encode(torch.arange(32)[None])) == pytest.approx(1, rel=0.05)

@@ -7,8 +7,8 @@ from transformers.models.gptj import modeling_gptj as gptj
 from transformers.models.roformer.modeling_roformer import RoFormerSelfAttention
 
 from pe_swap.errors import OptionError
-from pe_swap.schemes.rope import LARGE, rotation_by, turn
-from pe_swap.schemes.sinusoidal import inverse_frequencies
+from pe_swap.schemes.rotary import LARGE, rotation_by, turn
+from pe_swap.schemes.sinusoids import inverse_frequencies
 from tests.references import rope as reference
 from tests.support.schemes import at_positions, build, geometry
 

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from pe_swap.errors import OptionError
-from pe_swap.schemes import build_options
+from pe_swap.schemes import SCHEMES, Native, build_options
 from pe_swap.schemes.rope import REQUIRED, Rope, RopeOptions, sequence_lengths
 from tests.references import rope as plain_reference
 from tests.references import rope_scaling as reference
@@ -189,7 +189,7 @@ def test_options_survive_json() -> None:
         resolved = rope(rope_type, **options).options
         assert isinstance(resolved, RopeOptions)
         saved = json.loads(json.dumps(resolved.to_dict()))
-        assert build_options(RopeOptions, saved) == resolved
+        assert build_options(RopeOptions, saved).resolve(geometry(trained_length=5), Native()) == resolved
         assert None not in saved.values()
     assert rope("yarn", trained_length=77, factor=2.0).options.to_dict()["original_max_position_embeddings"] == 77
 
@@ -244,7 +244,7 @@ def test_a_fraction_that_floating_point_rounds_down_turns_all_its_planes() -> No
     scheme = build("rope", sizes=geometry(head_dim=100), rope_type="proportional", fraction=0.58)
     assert isinstance(scheme, Rope)
     found = frequencies(scheme, 3)
-    assert (found > 0).sum() == scheme.turning_planes == 29
+    assert (found > 0).sum() == 29
     expected = torch.tensor(reference.proportional(100, 1e4, 0.58, 1.0), dtype=torch.float64)
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
 
@@ -271,15 +271,73 @@ def test_options_of_which_one_would_hide_the_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"), [("rope_theta", "base"), ("partial_rotary_factor", "fraction"), ("type", "rope_type")]
+    ("theirs", "ours", "value"),
+    [("rope_theta", "base", 500.0), ("partial_rotary_factor", "fraction", 0.5), ("type", "rope_type", "ntk")],
 )
-def test_names_of_transformers_lead_to_ours(theirs: str, ours: str) -> None:
-    with pytest.raises(
-        OptionError, match=rf"rope: unknown option '{theirs}'\. transformers' '{theirs}' is '{ours}' here\. Options:"
-    ):
-        build("rope", **{theirs: 0.5})
-    with pytest.raises(OptionError, match=rf"alibi: unknown option '{theirs}'\.(?! transformers).* Options: slopes"):
-        build("alibi", **{theirs: 0.5})
+def test_names_of_transformers_are_taken_as_ours(theirs: str, ours: str, value: object) -> None:
+    scaling = {"factor": 2.0} if ours == "rope_type" else {}
+    assert build("rope", **{theirs: value}, **scaling).options == build("rope", **{ours: value}, **scaling).options
+    with pytest.raises(OptionError, match=rf"rope: options '{ours}' and '{theirs}' are both given, and they are one option\."):
+        build("rope", **{theirs: value, ours: value}, **scaling)
+    with pytest.raises(OptionError, match=rf"alibi: unknown option '{theirs}'\. Options: slopes"):
+        build("alibi", **{theirs: value})
+
+
+@pytest.mark.parametrize("rope_type", SCALED)
+def test_a_models_rope_parameters_are_taken_as_they_are(rope_type: str) -> None:
+    if rope_type == "ntk":
+        parameters = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
+    else:
+        config = LlamaConfig(
+            hidden_size=768,
+            num_attention_heads=12,
+            max_position_embeddings=64,
+            rope_parameters={"rope_type": rope_type, "rope_theta": 500.0, **SCALED[rope_type]},
+        )
+        parameters = dict(config.rope_parameters)
+    given = build("rope", **parameters).options
+    assert given.base == 500.0
+    assert given.rope_type == parameters["rope_type"]
+
+
+def test_what_others_call_an_option_is_answered_with_its_name() -> None:
+    for scheme in ("rope", "hope", "xpos", "self_extend", "rerope", "sinusoidal"):
+        with pytest.raises(OptionError, match=rf"^{scheme}: unknown option 'theta'\. Did you mean 'base'\?$"):
+            build_options(SCHEMES[scheme].Options, {"theta": 1e4})
+
+
+YARN = {"base": 500.0, "fraction": 0.5, "layout": "interleaved", "rope_type": "yarn", "factor": 2.0, "beta_fast": 16.0}
+
+
+def test_what_is_left_out_is_the_models_own() -> None:
+    native = Native(options=YARN)
+    own = build("rope", native=native)
+    assert own.options.to_dict() == {**YARN, "original_max_position_embeddings": 32}
+    assert own.keeps_function
+    longer = build("rope", native=native, factor=4.0)
+    assert longer.options.to_dict() == {**own.options.to_dict(), "factor": 4.0}
+    assert not longer.keeps_function
+    afresh = build("rope", native=native, rope_type="linear", factor=4.0)
+    assert afresh.options.to_dict() == {
+        "base": 500.0,
+        "fraction": 0.5,
+        "layout": "interleaved",
+        "rope_type": "linear",
+        "factor": 4.0,
+    }
+    assert not build("rope").keeps_function
+    for resolved in (own.options, longer.options, afresh.options):
+        again = build_options(RopeOptions, resolved.to_dict())
+        assert again.resolve(geometry(trained_length=7), native) == resolved
+        assert resolved.resolve(geometry(trained_length=7), Native()) == resolved
+
+
+@pytest.mark.parametrize("name", ["hope", "xpos", "self_extend", "rerope"])
+def test_other_rotations_follow_the_models_base_and_layout(name: str) -> None:
+    options = build(name, native=Native(options=YARN)).options
+    assert (options.base, options.layout) == (500.0, "interleaved")
+    assert getattr(options, "fraction", 0.5) == 0.5
+    assert build(name, native=Native(options=YARN), base=77.0).options.base == 77.0
 
 
 @pytest.mark.parametrize("divisor", [1e-50, 0.0, -1.0, float("nan"), float("inf"), 10**400, True, "2"])

@@ -7,8 +7,8 @@ import torch
 from transformers.models.roformer.modeling_roformer import RoFormerSinusoidalPositionalEmbedding
 
 from pe_swap.errors import OptionError
-from pe_swap.schemes.base import root_mean_square
-from pe_swap.schemes.sinusoidal import sinusoids
+from pe_swap.schemes.parameters import root_mean_square
+from pe_swap.schemes.sinusoids import sinusoids
 from tests.references import absolute as reference
 from tests.support.schemes import build, geometry
 

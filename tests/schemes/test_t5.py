@@ -5,6 +5,7 @@ import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from pe_swap.errors import OptionError
+from pe_swap.schemes import Native
 from pe_swap.schemes.t5 import bucket_of
 from tests.support.schemes import build, geometry
 
@@ -81,3 +82,20 @@ def test_wrong_options() -> None:
         build("t5", num_buckets=4_000_000)
     with pytest.raises(OptionError, match=r"'max_distance' is 16; it must be above num_buckets / 2 = 16"):
         build("t5", max_distance=16)
+
+
+def test_in_a_model_with_such_a_bias_it_is_that_bias() -> None:
+    native = Native(options={"num_buckets": 16, "max_distance": 40}, bias_table=torch.randn(16, 12))
+    own = build("t5", native=native)
+    assert own.options.to_dict() == {"num_buckets": 16, "max_distance": 40, "start": "model"}
+    assert torch.equal(own.table, native.bias_table)
+    assert own.keeps_function
+    for options in ({"num_buckets": 32}, {"max_distance": 128}, {"start": "recency"}):
+        other = build("t5", native=native, **options)
+        assert other.options.start == "recency"
+        assert not other.keeps_function
+    assert build("t5").options.num_buckets == 32
+    with pytest.raises(
+        OptionError, match=r"t5: option 'start' is 'model'; it must be 'recency' or 'zero', as this model has no bias"
+    ):
+        build("t5", start="model")

@@ -169,5 +169,5 @@ def test_wrong_options() -> None:
         build("xpos", scale_base=0)
     with pytest.raises(OptionError, match=r"'gamma' is 0; it must be a number above 0"):
         build("xpos", gamma=0)
-    with pytest.raises(OptionError, match=r"xpos: head_dim is 15; it must be even"):
+    with pytest.raises(OptionError, match=r"xpos: head_dim 15 x fraction 1.0 gives 15 rotary dimensions; they must be an even"):
         build("xpos", sizes=geometry(head_dim=15))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pe_swap.schemes import SCHEMES, Geometry, Scheme, build_options
+from pe_swap.schemes import SCHEMES, Geometry, Native, Scheme, build_options
 from pe_swap.schemes.positions import Positions, slots_from
 
 
@@ -17,13 +17,14 @@ def geometry(**changes: Any) -> Geometry:
     return Geometry(**{**sizes, **changes})
 
 
-def build(name: str, table: Tensor | None = None, sizes: Geometry | None = None, **options: Any) -> Scheme:
-    """Return a scheme as a swap builds it: resolved against `table`, and started from it where it is given."""
-    sizes = sizes or geometry()
-    resolved = build_options(SCHEMES[name].Options, options).resolve(sizes, table)
+def build(
+    name: str, table: Tensor | None = None, sizes: Geometry | None = None, native: Native | None = None, **options: Any
+) -> Scheme:
+    """Return a scheme as a swap builds it in a model with this table, or with these positions of its own."""
+    sizes, native = sizes or geometry(), native or Native(table=table)
+    resolved = build_options(SCHEMES[name].Options, options).resolve(sizes, native)
     scheme = SCHEMES[name](resolved, sizes, tuple(range(sizes.num_layers)))
-    if table is not None:
-        scheme.start_from(table)
+    scheme.start_from(native)
     return scheme
 
 

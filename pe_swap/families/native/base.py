@@ -91,6 +91,10 @@ class NativePositions(ABC):
         """
         return getattr(config, "max_position_embeddings", None)
 
+    def bias_table(self, native: nn.Module | None) -> Tensor | None:
+        """Return the biases per bucket and head, `[buckets, heads]`, float32, where the model has such."""
+        return None
+
     def options(self, config: Any, layer: int, native: nn.Module | None) -> Mapping[str, Any]:
         """Return the values that the model's own positions have for options of schemes, in one layer."""
         return {}
