@@ -24,9 +24,10 @@ from pe_swap.saving.class_names import swapped_config_class
 from pe_swap.saving.relative_key_bert import require_absolute_positions
 from pe_swap.saving.swapped_config import entry_of
 from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions
-from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, root_mean_square, two_sided
+from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, two_sided
 from pe_swap.schemes.geometry import Geometry, Native
 from pe_swap.schemes.options import LARGEST_LENGTH
+from pe_swap.schemes.parameters import root_mean_square
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -170,7 +171,12 @@ def resolve(model: PreTrainedModel, stack: Stack, options: SchemeOptions, layers
         bias_table=kind.bias_table(found),
     )
     natives = [dataclasses.replace(native, options=kind.options(config, layer, found)) for layer in range(len(paths))]
-    extended, kept = extend(None if current is None else current.assignment, options, layers, len(paths))
+    before = None if current is None else current.assignment
+    if layers is None and options.scheme == kind.own_scheme:
+        has_own = [layer for layer in range(len(paths)) if kind.acts_in(config, layer)]
+        if len(has_own) < len(paths):  # the model's own plan: layers without positions stay without
+            before, layers = None, has_own
+    extended, kept = extend(before, options, layers, len(paths))
     assignment, origins = extended.resolve(geometry, natives)
     return Change(stack, current, assignment, tuple(kept[at] for at in origins), geometry, native, original, config)
 

@@ -25,6 +25,10 @@ SWAPPED_PREFIX = "pe_swap_"
 """What `model_type` of a swapped model starts with; the family follows."""
 
 
+NO_LIMIT = 2**20
+"""Positions: what length fields say for a scheme that never ends. Tools truncate and allocate by it, so it is no larger."""
+
+
 def decoder(config: Any) -> bool:
     """Attention looks back only, unless the configuration says `is_causal=False`."""
     return bool(getattr(config, "is_causal", True))
@@ -70,6 +74,7 @@ class Stack:
         num_heads: the configuration's field for the number of query heads.
         token_scale: name of the factor, in `caller`, that the token embeddings get outside their module; None where there is none.
         input_size: the configuration's field for the width of the token embeddings.
+        no_limit: what the length field says for a scheme that never ends; smaller where the family allocates by it.
         layer_paths: from the configuration to the paths of the attention modules, where `attention` cannot say them.
         applies: from the configuration to whether its models have the stack.
     """
@@ -91,6 +96,7 @@ class Stack:
     num_heads: str = "num_attention_heads"
     input_size: str = "hidden_size"
     token_scale: str | None = None
+    no_limit: int = NO_LIMIT
     layer_paths: Callable[[Any], list[str]] | None = None
     applies: Callable[[Any], bool] = always
 

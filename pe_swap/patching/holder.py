@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from pe_swap.assignment import Assignment
 from pe_swap.errors import SwapStateError
 from pe_swap.families import Stack
+from pe_swap.families.base import NO_LIMIT
 from pe_swap.families.native.base import Holder
 from pe_swap.schemes.base import Scheme
-
-NO_LIMIT = 2**20
-"""Positions: what length fields say for a scheme that never ends. Tools truncate and allocate by it, so it is no larger."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pe_swap.errors import CheckpointError
 from pe_swap.families import FAMILIES, Family, Stack, family_name
 from pe_swap.families.native import Rotary
 from pe_swap.families.native.rotary import NATIVE, UNTURNED
-from pe_swap.patching.holder import NO_LIMIT, SchemeHolder
+from pe_swap.patching.holder import SchemeHolder
 from pe_swap.patching.install import attention_hooks
 from pe_swap.saving.auto_classes import CLASS_PREFIX, LENGTH_SENTENCE, STUB, auto_map, stub_text, swapped_name
 from pe_swap.saving.model_card import auto_class_of, update_model_card
@@ -58,7 +58,7 @@ class SwappedConfig:
         for stack in self.family.stacks_of(self):
             if stack.length_field is not None:
                 entry = entries.get(stack.name)
-                length = getattr(self, stack.length_field) if entry is None else entry["max_length"] or NO_LIMIT
+                length = getattr(self, stack.length_field) if entry is None else entry["max_length"] or stack.no_limit
                 fields.setdefault(stack.length_field, []).append(length)
         for field, lengths in fields.items():
             setattr(self, field, min(lengths))
@@ -152,7 +152,7 @@ class SwappedConfig:
             if entry is not None:
                 require_entry(entry)
                 if stack.length_field is not None:
-                    lengths[_saved_field(cls, stack.length_field)] = entry["max_length"] or NO_LIMIT
+                    lengths[_saved_field(cls, stack.length_field)] = entry["max_length"] or stack.no_limit
                 guard = _saved_field(cls, stack.guard_field)
                 lengths.setdefault(guard, entry["guarded"])
         result = super().from_dict({**config_dict, **lengths}, **kwargs)  # type: ignore[misc]
@@ -231,7 +231,9 @@ def rope_parameters_of(holder: SchemeHolder, config: Any) -> dict[str, Any] | No
     native = holder.stack.native
     if not isinstance(native, Rotary) or None in holder.assignment.layers or UNTURNED in holder.handed:
         return None
-    if any(scheme.hooks - {"transform_query_key"} for scheme in holder):
+    if any(scheme.hooks - {"transform_query_key"} for scheme in holder) or not isinstance(
+        getattr(config, "rope_parameters", None), dict
+    ):
         return None
     found: dict[str, Any] = {}
     layer_types = getattr(config, "layer_types", None) if "rope_type" not in (config.rope_parameters or {}) else None

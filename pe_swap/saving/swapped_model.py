@@ -12,6 +12,7 @@ from torch import nn
 from pe_swap.assignment import checked_format, from_saved, saved_stacks, short
 from pe_swap.errors import CheckpointError
 from pe_swap.families import FAMILIES, Family, Stack, family_name, known_loss_type
+from pe_swap.families.base import NO_LIMIT
 from pe_swap.patching.holder import Original
 from pe_swap.patching.install import assemble, attach, token_table
 from pe_swap.saving.swapped_config import require_entry
@@ -115,6 +116,8 @@ def _lengths(config: Any, stacks: Iterable[Stack], entries: Mapping[str, Any], u
         if stack.length_field is not None:
             own = getattr(unswapped, stack.length_field)
             length = stack.native.length_to_build(unswapped) if stack.name in entries else own
+            if stack.name in entries and stack.no_limit < NO_LIMIT:
+                length = getattr(config, stack.length_field)  # what the family allocates by it is filled by it later
             wanted[stack.length_field] = max(wanted.get(stack.length_field, 0), length or own)
     before = {field: getattr(config, field) for field in wanted}
     for field, length in wanted.items():
@@ -133,7 +136,8 @@ def _refuse_wrong_weights(model_class: Any, what: str, keys: Iterable[str]) -> N
         CheckpointError: one is.
     """
     paths = [stack.native.holder_path for stack in FAMILIES[family_name(model_class.config_class.model_type)].stacks]
-    wrong = sorted(key for key in keys if any(f".{path}." in f".{key}." for path in paths))
+    stand_ins = tuple(f".{path}.weight" for path in paths)  # families may leave tables out of what they save (Marian)
+    wrong = sorted(key for key in keys if any(f".{path}." in f".{key}." for path in paths) and not f".{key}".endswith(stand_ins))
     if wrong:
         listed = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise CheckpointError(

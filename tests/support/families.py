@@ -38,7 +38,15 @@ PARTS = {
     "d_model": 96, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 12, "decoder_attention_heads": 12,
     "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": 1,
 }  # fmt: skip
-T5 = {"d_model": 96, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 12, "decoder_start_token_id": 1}
+T5 = {
+    "d_model": 96,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 12,
+    "decoder_start_token_id": 1,
+}
 
 BERT_LIKE = {**SIZES, **LENGTH}
 LLAMA_LIKE = {**SIZES, **LENGTH, **GROUPED}
@@ -95,7 +103,10 @@ TINY: dict[str, dict[str, Any]] = {
     "phi": LLAMA_LIKE,
     "phi3": LLAMA_LIKE,
     "qwen2": LLAMA_LIKE,
-    "qwen2_moe": {**LLAMA_LIKE, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "qwen2_moe": {
+        **LLAMA_LIKE, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
     "qwen3": {**LLAMA_LIKE, "head_dim": 8},
     "qwen3_moe": {**LLAMA_LIKE, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
     "roberta": {**BERT_LIKE, "max_position_embeddings": TRAINED_LENGTH + 1},
@@ -139,7 +150,9 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> P
     model: PreTrainedModel = auto_class(family).from_config(config_of(family, **overrides), dtype=dtype)
     with torch.no_grad():  # scores of a fresh model are all but equal: positions would hardly show
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and not any(part in name for part in ("embed", "wte", "wpe", "lm_head", "relative", "decoder.weight")):
+            if parameter.dim() == 2 and not any(
+                part in name for part in ("embed", "wte", "wpe", "lm_head", "relative", "decoder.weight")
+            ):
                 parameter.mul_(4.0)
     return model.eval()
 
@@ -153,7 +166,11 @@ def outputs(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
     """Return logits (or states, of a model without a vocabulary head) of a row of tokens; an encoder-decoder decodes it from its own."""
     with torch.no_grad():
         if model.config.model_type.endswith("whisper"):
-            found = model(input_features=torch.linspace(-1, 1, 64).reshape(1, 4, 16).expand(len(ids), -1, -1), decoder_input_ids=ids, **kwargs)
+            found = model(
+                input_features=torch.linspace(-1, 1, 64).reshape(1, 4, 16).expand(len(ids), -1, -1).to(model.dtype),
+                decoder_input_ids=ids,
+                **kwargs,
+            )
         elif model.config.is_encoder_decoder:
             found = model(input_ids=ids, decoder_input_ids=ids.flip(1), **kwargs)
         else:

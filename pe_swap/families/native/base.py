@@ -79,6 +79,10 @@ class NativePositions(ABC):
             FamilyError: another module is there, so that something else has patched the model.
         """
 
+    def acts_in(self, config: Any, layer: int) -> bool:
+        """Tell whether the model's own positions act in a layer: in some models only in some."""
+        return True
+
     def table(self, config: Any, native: nn.Module | None) -> Tensor | None:
         """Return the vectors of the trained positions, `[trained_length, width]`, float32, where a table holds them."""
         return None

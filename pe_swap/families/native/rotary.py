@@ -79,6 +79,10 @@ class Rotary(NativePositions):
             )
         return found
 
+    def acts_in(self, config: Any, layer: int) -> bool:
+        """Tell whether the model turns a layer at all."""
+        return self.turns(config, layer)
+
     def parameters(self, config: Any, layer: int) -> Mapping[str, Any]:
         """Return the `rope_parameters` of one layer, as transformers spells them."""
         found = getattr(config, "rope_parameters", None) or {}

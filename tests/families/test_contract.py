@@ -1,0 +1,207 @@
+"""What every registered family has to keep; a family that is described wrongly cannot pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import pe_swap
+from pe_swap.families import FAMILIES
+from pe_swap.families.classes import modeling_of
+from pe_swap.patching.install import holders_of, positional_parameters
+from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, parameters_of
+from tests.support.families import TINY, auto_class, config_of, outputs, tiny, token_ids
+
+ROUNDING = 5e-6
+"""Largest difference of logits over the largest logit that counts as rounding."""
+
+NAMES = FAMILIES.names()
+ALONE = [name for name in NAMES if len(FAMILIES[name].stacks_of(config_of(name))) == 1 and name != "whisper"]
+CAUSAL = [name for name in ALONE if FAMILIES[name].is_causal(config_of(name))]
+CACHED = [name for name in CAUSAL if FAMILIES[name].stacks[-1].has_cache]
+
+EVERY_HOOK: dict[str, dict[str, Any]] = {
+    "alibi": {},
+    "rope": {"base": 777.0, "layout": "interleaved", "fraction": 0.5},
+    "fox": {"initial_reach": 4.0},
+    "sinusoidal": {},
+}
+"""A small set of schemes that covers every way in: a bias, a turn in the attention function, extra key channels, the input."""
+
+
+def cases(names: list[str]) -> list[tuple[str, str]]:
+    return [
+        (name, scheme)
+        for name in names
+        for scheme in EVERY_HOOK
+        if scheme != "fox" or all(stack.is_causal(config_of(name)) for stack in FAMILIES[name].stacks_of(config_of(name)))
+    ]
+
+
+def swapped(family: str, scheme: str, **overrides: Any) -> PreTrainedModel:
+    model = pe_swap.swap_positional(tiny(family, **overrides), scheme, **EVERY_HOOK[scheme])
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for _, parameter in positional_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@contextmanager
+def silent_rotation(family: str) -> Iterator[None]:
+    """Let the family's own file turn nothing."""
+    modeling = modeling_of(family)
+    own = modeling.apply_rotary_pos_emb
+    turns_one = family in ("gptj", "codegen")
+    modeling.apply_rotary_pos_emb = lambda x, *rest, **_: x if turns_one else (x, rest[0])
+    try:
+        yield
+    finally:
+        modeling.apply_rotary_pos_emb = own
+
+
+def silenced(family: str, model: PreTrainedModel) -> Any:
+    """Return a context in which an unswapped model has no positions, by other means than ours."""
+    kind = FAMILIES[family].stacks_of(model.config)[-1].native.kind
+    if kind == "rotary":
+        return silent_rotation(family)
+    with torch.no_grad():
+        for stack in FAMILIES[family].stacks_of(model.config):
+            stack.native.require_native(model.base_model).weight.zero_()
+    return silent_rotation("llama")  # nothing of these models is in it
+
+
+def test_every_family_has_a_tiny_configuration() -> None:
+    assert sorted(TINY) == NAMES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", NAMES)
+def test_its_own_scheme_changes_nothing(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, ids = tiny(family), token_ids(2, 20)
+    if dtype != torch.float32:  # as users have it: from a folder, which keeps frequencies in float32
+        model.save_pretrained(tmp_path)
+        model = auto_class(family).from_pretrained(tmp_path, dtype=dtype).eval()
+    expected = outputs(model, ids)
+    native = FAMILIES[family].stacks_of(model.config)[-1].native
+    pe_swap.swap_positional(model, native.own_scheme)
+    found = outputs(model, ids)
+    if native.kind == "bias" or family == "esm":  # added by another kernel; its queries come scaled
+        assert difference(found.float(), expected.float()) <= (ROUNDING if dtype == torch.float32 else 0.05)
+    else:
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_swap_moves_the_output_and_a_restore_gives_it_back_bit_for_bit(family: str) -> None:
+    model, ids = tiny(family), token_ids(2, 20)
+    expected, config = outputs(model, ids), model.config.to_dict()
+    hooks = {name: len(module._forward_pre_hooks) for name, module in model.named_modules()}
+    pe_swap.swap_positional(model, "alibi")
+    assert difference(outputs(model, ids), expected) > 1e-3
+    pe_swap.restore_positional(model)
+    assert torch.equal(outputs(model, ids), expected)
+    assert model.config.to_dict() == config
+    assert {name: len(module._forward_pre_hooks) for name, module in model.named_modules()} == hooks
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_none_is_the_model_without_positions(family: str) -> None:
+    ids = token_ids(2, 20)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The scheme 'none' on an encoder")
+        model = pe_swap.swap_positional(tiny(family), "none")
+    found = outputs(model, ids)
+    reference = tiny(family)
+    with silenced(family, reference):
+        expected = outputs(reference, ids)
+    assert difference(found, expected) <= ROUNDING
+
+
+@pytest.mark.parametrize("family", [name for name in CAUSAL if name != "clip_text_model"])
+def test_alibi_is_the_silenced_model_with_the_bias_in_its_mask(family: str) -> None:
+    ids = token_ids(2, 6)  # no longer than any window: a mask given by the caller is that of every layer
+    model = pe_swap.swap_positional(tiny(family, attn_implementation="eager"), "alibi")
+    found = outputs(model, ids)
+    slopes = torch.tensor(
+        [2.0 ** -(8 * (head + 1) / 8) for head in range(8)] + [2.0 ** -(8 * (2 * head + 1) / 16) for head in range(4)]
+    )
+    distance = torch.arange(6)[None, :] - torch.arange(6)[:, None]
+    mask = (
+        (slopes[:, None, None] * distance).masked_fill(distance > 0, torch.finfo(torch.float32).min)[None].expand(2, -1, -1, -1)
+    )
+    reference = tiny(family, attn_implementation="eager")
+    with silenced(family, reference):
+        expected = outputs(reference, ids, attention_mask=mask, position_ids=torch.arange(6)[None])
+    assert difference(found, expected) <= ROUNDING
+
+
+@pytest.mark.parametrize(("family", "scheme"), cases(NAMES))
+def test_eager_is_sdpa(family: str, scheme: str) -> None:
+    ids = token_ids(2, 20)
+    model = swapped(family, scheme)
+    if not model._supports_sdpa:
+        pytest.skip(f"{type(model).__name__} takes no sdpa, unswapped either")
+    found = outputs(model, ids)
+    model.config._attn_implementation = "eager"
+    assert difference(found, outputs(model, ids)) <= ROUNDING
+
+
+@pytest.mark.parametrize(("family", "scheme"), cases(CACHED))
+def test_cached_is_uncached_beyond_windows(family: str, scheme: str) -> None:
+    model, ids = swapped(family, scheme), token_ids(2, 16)
+    expected = outputs(model, ids, use_cache=False)
+    cache, parts = DynamicCache(config=model.config), []
+    name = next(name for name in CACHE_ARGUMENTS if name in parameters_of(model))
+    for start, stop in ((0, 7), (7, 10), (10, 11), (11, 12), (12, 16)):
+        parts.append(outputs(model, ids[:, start:stop], use_cache=True, **{name: cache}))
+    assert difference(torch.cat(parts, dim=1), expected) <= ROUNDING
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("family", "scheme"), cases([name for name in ALONE if name != "clip_text_model"]))
+def test_padded_is_alone(family: str, scheme: str, side: str) -> None:
+    model, row, padding = swapped(family, scheme), token_ids(1, 12), torch.zeros(1, 5, dtype=torch.long)
+    first_id = next(iter(holders_of(model))).first_id
+    parts = (padding, row) if side == "left" else (row, padding)
+    mask = torch.cat([torch.zeros_like(part) if part is padding else torch.ones_like(part) for part in parts], dim=1)
+    ids = (mask.cumsum(-1) - 1).clamp(min=0) + first_id
+    given = (
+        {"position_ids": ids}
+        if "position_ids" in parameters_of(model) or "position_ids" in parameters_of(model.base_model)
+        else {}
+    )
+    found = outputs(model, torch.cat(parts, dim=1), attention_mask=mask, **given)[0, mask[0].bool()]
+    assert difference(found, outputs(model, row)[0]) <= ROUNDING
+
+
+@pytest.mark.parametrize(("family", "scheme"), cases(NAMES))
+def test_saved_and_reloaded_is_the_same_model(family: str, scheme: str, tmp_path: Path) -> None:
+    model, ids = swapped(family, scheme), token_ids(2, 20)
+    model.save_pretrained(tmp_path)
+    again, info = auto_class(family).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(outputs(again.eval(), ids), outputs(model, ids))
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_its_own_class_refuses_a_swapped_folder(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    own_class = type(model)
+    pe_swap.swap_positional(model, "alibi").save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="pe_swap") as raised:
+        own_class.from_pretrained(tmp_path)
+    assert "pip install pe-swap" in str(raised.value) or "pe_swap" in str(raised.value)
