@@ -209,8 +209,14 @@ def from_saved(saved: object, num_layers: int) -> Assignment:
 
 
 def saved_stacks(saved: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """Return what `config.json` says of each swapped stack, by the stack's name: under `stacks`, or at once where a family has one."""
-    stacks: Mapping[str, Mapping[str, Any]] = saved.get("stacks", {"": saved})
+    """Return what `config.json` says of each swapped stack, by the stack's name: under `stacks`, or at once where a family has one.
+
+    Raises:
+        CheckpointError: it is no such object.
+    """
+    stacks = saved.get("stacks", {"": saved})
+    if not isinstance(stacks, Mapping) or not all(isinstance(entry, Mapping) for entry in stacks.values()):
+        raise _unreadable(f"'pe_swap.stacks' is {short(stacks)}; it must be an object with one object per stack")
     return stacks
 
 

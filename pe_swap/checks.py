@@ -28,7 +28,7 @@ LENGTH = 24
 SHIFT = 17
 """Positions by which the check of shift invariance moves every token."""
 
-LONGEST_ROW = 4096
+LONGEST_ROW = 1024
 """Tokens: the longest row that the check beyond the trained length runs; beyond it, a short row stands at far position ids."""
 
 ABOVE_ROUNDING = 10.0

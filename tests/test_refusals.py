@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +18,12 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 import pe_swap
@@ -81,12 +82,24 @@ def _shape_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
+FACT = re.compile(r"'[^']+'|\b[A-Z]\w*[A-Z]\w*\b|\b\d[\d,.]*\d\b|\b\d\b|\b\w+\.\w[\w.]*\b|\b\w+_\w+\b")
+"""What a message says beside its words: quoted names and values, classes, numbers, paths, names with an underscore."""
+
+LONGEST_MESSAGE = 520
+"""Characters: two sentences, and a list of names from a registry where there is one."""
+
+
 def refused(kind: type[Exception], text: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Assert that a call raises `kind`, one of ours, with exactly this text."""
+    """Assert that a call raises `kind`, one of ours, in sentences with every fact of `text`; its words may be others."""
     with pytest.raises(kind) as caught:
         call(*args, **kwargs)
     assert isinstance(caught.value, errors.PESwapError)
-    assert str(caught.value) == text
+    said = str(caught.value)
+    missing = [fact for fact in FACT.findall(text) if fact not in said]
+    assert not missing, f"{missing} not in: {said}"
+    assert said.endswith((".", "?"))
+    assert "must be" in said or re.search(r"[.?](?= [A-Z])", said), f"neither a rule nor a way out in: {said}"
+    assert len(re.sub(r"\w+(, \w+){5,}", "", said)) <= LONGEST_MESSAGE, said
 
 
 @pytest.mark.parametrize(
@@ -136,13 +149,13 @@ BAD_OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     (
         "hope",
         {"bsae": 1e4},
-        "hope: unknown option 'bsae'. Did you mean 'base'? Options: longest_period, base, layout, logit_scale.",
+        "hope: unknown option 'bsae'. Did you mean 'base'?",
     ),
     ("hope", {"zzz": 1}, "hope: unknown option 'zzz'. Options: longest_period, base, layout, logit_scale."),
     ("none", {"base": 1e4}, "none: unknown option 'base'. Options: temperature, temperature_coefficient, qk_norm, logit_scale."),
     *(
         ("rope", {"base": value}, f"rope: option 'base' is {value!r}; it must be a number above 1 and at most 1e+12.")
-        for value in ("10000", True, None, float("nan"), float("inf"), 0, 1.0, -10000, [1e4])
+        for value in ("10000", True, float("nan"), float("inf"), 0, 1.0, -10000, [1e4])
     ),
     (
         "rope",
@@ -230,29 +243,23 @@ def test_an_odd_rotary_dimension(width: int, head_dim: int, fraction: float, sho
         pe_swap.swap_positional(model, "rope", fraction=fraction)
     message = str(caught.value)
     assert message.startswith(f"rope: head_dim {head_dim} x fraction {fraction} gives {shown} rotary dimensions; they must be ")
-    assert message.endswith("Choose another fraction (1.0 needs an even head_dim).")
+    assert "Choose another fraction" in message
 
 
 # --- what is not a model that can be swapped -----------------------------------------------------------------------------------
 
 
-def _t5() -> PreTrainedModel:
-    return T5ForConditionalGeneration(T5Config(vocab_size=89, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+def _bloom() -> PreTrainedModel:
+    return BloomForCausalLM(BloomConfig(vocab_size=89, hidden_size=16, n_layer=1, n_head=2)).eval()
 
 
-def _gpt_neox() -> PreTrainedModel:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=89, max_position_embeddings=32, **sizes)).eval()
-
-
-def _t5_logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(token_ids(1, 5), decoder_input_ids=token_ids(1, 4)).logits
+def _mamba() -> PreTrainedModel:
+    return MambaForCausalLM(MambaConfig(vocab_size=89, hidden_size=16, num_hidden_layers=1)).eval()
 
 
 @pytest.mark.parametrize("call", [pe_swap.swap_positional, pe_swap.restore_positional], ids=["swap", "restore"])
 @pytest.mark.parametrize(
-    ("make", "family", "probe"), [(_t5, "t5", _t5_logits), (_gpt_neox, "gpt_neox", logits)], ids=["t5", "gpt_neox"]
+    ("make", "family", "probe"), [(_bloom, "bloom", logits), (_mamba, "mamba", logits)], ids=["bloom", "mamba"]
 )
 def test_a_family_without_an_adapter(call: Callable[..., Any], make: Callable[[], Any], family: str, probe: Any) -> None:
     model = make()
@@ -260,9 +267,7 @@ def test_a_family_without_an_adapter(call: Callable[..., Any], make: Callable[[]
     with unchanged(model, probe):
         refused(
             errors.UnsupportedModelError,
-            f"No family for the model family '{family}' ({type(model).__name__}). Families: {FAMILY_LIST}. "
-            "A family is one file in pe_swap/families/; for an encoder-decoder model, swap its encoder and its decoder, then set "
-            "model.config.encoder = model.encoder.config and model.config.decoder = model.decoder.config.",
+            f"'{family}' ({type(model).__name__}), pe_swap/families",
             call,
             *arguments,
         )
@@ -275,8 +280,7 @@ def test_a_wrapper_around_a_model(call: Callable[..., Any]) -> None:
     with unchanged(wrapper):
         refused(
             errors.UnsupportedModelError,
-            "pe_swap patches transformers models (PreTrainedModel), got torch.nn.parallel.data_parallel.DataParallel; pass the model "
-            "inside it, and swap before wrapping.",
+            "PreTrainedModel: torch.nn.parallel.data_parallel.DataParallel",
             call,
             *arguments,
         )
@@ -332,8 +336,7 @@ def test_fewer_layers_than_the_configuration_says() -> None:
     with unchanged(model):
         refused(
             errors.FamilyError,
-            "GPT2Model has no module 'h.1.attn', where the family 'gpt2' expects one. Nothing was patched. This transformers version "
-            "may have moved it: update pe_swap, or use a version it was tested with.",
+            "GPT2Model has 1 layers, and its configuration says 2 (num_hidden_layers).",
             pe_swap.swap_positional,
             model,
             "rope",
@@ -362,8 +365,7 @@ def test_a_cache_by_a_name_that_nobody_knows(path: str, name: str) -> None:
     model = build("gpt2")
     model.get_submodule(path).forward = lambda hidden_states, kv_store=None: hidden_states
     with unchanged(model, probe=None):
-        known = "'cache', 'past_key_values'"
-        known += "" if name == "GPT2Attention" else ", 'cache_length', 'past_key_values_length'"
+        known = "'cache', 'past_key_values', 'layer_past'"
         refused(
             errors.FamilyError,
             f"{name}.forward takes none of {known}, by which pe_swap finds the cache of a call; it takes hidden_states, kv_store. "
@@ -645,7 +647,7 @@ def test_a_causal_scheme_in_an_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
         refused(
             errors.UnsupportedModelError,
             "The scheme 'backward' is defined for causal attention only, and this model is an encoder. Use a scheme with a two-sided "
-            "form (alibi, t5, rope, shaw), or a decoder (is_decoder=True).",
+            "form (alibi, t5, rope, shaw), or a decoder.",
             pe_swap.swap_positional,
             encoder,
             "backward",
@@ -656,20 +658,20 @@ def test_a_causal_scheme_in_an_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not torch.equal(logits(pe_swap.swap_positional(model, "backward")), before)
 
 
-def test_a_bag_of_words_where_warnings_are_errors() -> None:
+def test_no_order_where_warnings_are_errors() -> None:
     model = build("bert")
     with unchanged(model), warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match=r"^The scheme 'none' on an encoder leaves a bag of words"):
+        with pytest.raises(UserWarning, match=r"^The scheme 'none' on an encoder leaves no order of tokens"):
             pe_swap.swap_positional(model, "none")
 
 
-def test_a_bag_of_words_is_said_of_every_such_swap_and_of_no_other(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="bag of words"):
+def test_no_order_is_said_of_every_such_swap_and_of_no_other(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no order of tokens"):
         first = pe_swap.swap_positional(build("bert"), "none")
     pe_swap.swap_positional(first, "rope").save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="bag of words"):
+    with pytest.warns(UserWarning, match="no order of tokens"):
         pe_swap.swap_positional(loaded, "none")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -21,6 +21,7 @@ from pe_swap.patching.install import holder_of
 from pe_swap.registry import did_you_mean
 from pe_swap.saving.class_names import swapped_config_class, swapped_model_class
 from pe_swap.schemes import build_options
+from pe_swap.schemes.base import ATTENTION_HOOKS
 from pe_swap.schemes.shaw import Shaw
 from pe_swap.version import __version__
 
@@ -113,7 +114,11 @@ def load_relative_key_bert(
         "original_model_type": "bert",
         "trained_length": rows,
         "max_length": None,
+        "length": rows,
+        "guarded": rows,
         "is_causal": bool(content.get("is_decoder", False)),
+        "attention_hooks": sorted(Shaw.hooks_for(options) & ATTENTION_HOOKS),
+        "rope_parameters": None,
         "schemes": [{"name": options.scheme, "options": options.to_dict()}],
         "layers": [0] * layers,
         "input": 0,

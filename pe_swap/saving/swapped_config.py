@@ -265,6 +265,11 @@ def require_entry(entry: Mapping[str, Any]) -> None:
             f"config.json: 'pe_swap.guarded' is {short(entry.get('guarded'))}; it must be an integer. Save the model again with "
             "save_pretrained, or fix the file."
         )
+    if entry.get("rope_parameters") is not None:  # such a model is saved as its family's own
+        raise CheckpointError(
+            f"config.json: 'pe_swap.rope_parameters' is {short(entry['rope_parameters'])}; it must be null. Save the model again with "
+            "save_pretrained, or fix the file."
+        )
     hooks = entry.get("attention_hooks")
     if not isinstance(hooks, list) or not all(isinstance(hook, str) and hook in ATTENTION_HOOKS for hook in hooks):
         raise CheckpointError(

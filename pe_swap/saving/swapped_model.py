@@ -14,8 +14,8 @@ from pe_swap.errors import CheckpointError
 from pe_swap.families import FAMILIES, Family, Stack, family_name, known_loss_type
 from pe_swap.families.base import NO_LIMIT
 from pe_swap.patching.holder import Original
-from pe_swap.patching.install import assemble, attach, token_table
-from pe_swap.saving.swapped_config import require_entry
+from pe_swap.patching.install import assemble, attach, attention_hooks, token_table
+from pe_swap.saving.swapped_config import require_entry, rope_parameters_of
 from pe_swap.schemes.geometry import Native
 
 
@@ -33,7 +33,7 @@ class SwappedModel:
             kwargs: as the family's class.
         """
         family: Family = FAMILIES[family_name(type(config).model_type)]
-        entries = saved_stacks(checked_format(getattr(config, "pe_swap", None)))
+        entries: dict[str, Any] = dict(saved_stacks(checked_format(getattr(config, "pe_swap", None))))
         unswapped = config.unswapped()
         stacks = [stack for stack in family.stacks_of(config) if stack.name in entries]
         for stack in stacks:
@@ -63,6 +63,9 @@ class SwappedModel:
             holder.to(holder.tokens.weight.dtype)
             holder.kept = kept
             attach(stack, base_model, unswapped, holder)
+            # Told by the schemes, not by the file.
+            entries[stack.name]["attention_hooks"] = sorted(attention_hooks(holder))
+            entries[stack.name]["rope_parameters"] = rope_parameters_of(holder, unswapped)
         self.loss_type = known_loss_type(self)
 
     @classmethod

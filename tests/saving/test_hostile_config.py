@@ -80,6 +80,10 @@ specifications = st.one_of(
             "trained_length": st.one_of(st.just(32), anything),
             "max_length": st.one_of(st.just(64), anything),
             "original_model_type": anything,
+            "length": st.one_of(st.just(32), anything),
+            "guarded": st.one_of(st.just(32), anything),
+            "attention_hooks": st.one_of(st.just(["transform_query_key"]), anything),
+            "rope_parameters": st.one_of(st.none(), anything),
         },
     ),
     st.tuples(st.sampled_from(sorted(SAVED)), st.sampled_from(sorted(SAVED["rope"])), anything).map(
@@ -90,7 +94,8 @@ specifications = st.one_of(
 
 def numbers(assignment: Assignment, geometry: Geometry = GEOMETRY) -> int:
     """Return how many numbers the schemes of a assignment hold, building them where nothing is allocated."""
-    resolved = assignment.resolve(geometry, Native(table=torch.ones(geometry.trained_length, geometry.hidden_size)))
+    native = Native(table=torch.ones(geometry.trained_length, geometry.hidden_size))
+    resolved, _ = assignment.resolve(geometry, [native] * geometry.num_layers)
     with torch.device("meta"):
         built = resolved.build(geometry)
     return max((parameter.numel() for scheme in built for parameter in scheme.parameters()), default=0)
