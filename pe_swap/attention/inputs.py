@@ -33,7 +33,15 @@ HARMLESS_KEYWORDS = frozenset(
         # Packed rows: for flash kernels; the mask contains them elsewhere.
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
         # What a model returns, and how it is trained.
-        *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch", "labels"),
+        *(
+            "output_attentions",
+            "output_hidden_states",
+            "output_router_logits",
+            "return_dict",
+            "num_items_in_batch",
+            "labels",
+            "shift_labels",
+        ),
         "logits_to_keep",
         # What a model is called with, handed down by families that hand everything down.
         *("input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids", "encoder_hidden_states", "encoder_attention_mask"),

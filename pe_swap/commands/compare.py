@@ -1,26 +1,37 @@
 """`scripts/compare.py`: several schemes from one base, trained equally, evaluated together.
 
-Every part is a folder with a record. A part whose record is done, and whose configuration, text and model are the same by their
-content, is not done again; one that was stopped in the middle continues from its last checkpoint. So does the evaluation, model by
-model.
+Every part is a folder with a record: `base`, `schemes/LABEL`, `evaluation`. A part whose record is done, and whose configuration, text
+and model are the same by their content, is not done again; one that was stopped in the middle continues from its last checkpoint. So
+does the evaluation, model by model.
 """
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pe_swap.commands.evaluate import evaluate
-from pe_swap.commands.finetune import finetune, run_fingerprint, text_digest
+from pe_swap.commands.finetune import finetune, run_fingerprint
 from pe_swap.errors import CheckpointError, ConfigError, DivergedError
+from pe_swap.evaluation.evaluator import DIVERGED
 from pe_swap.evaluation.report import write_report
 from pe_swap.runs import data
-from pe_swap.runs.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, TrainSection, build, resolved
+from pe_swap.runs.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, build, resolved
 from pe_swap.runs.models import is_configuration
+from pe_swap.runs.output import require_kind, require_output_folder
 from pe_swap.runs.records import Stopwatch, environment, read_record, write_record
 from pe_swap.schemes import SCHEMES, build_options
-from pe_swap.training.resume import complete_checkpoints
+from pe_swap.training.resume import changed_keys, complete_checkpoints, settings_that_matter
+from pe_swap.training.trainer import require_training_settings
+
+SCHEME_FOLDERS = "schemes"
+"""Folder of the trained models, one per label, in a comparison's output folder."""
+
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+=,()-]{0,79}")
+"""A name of a scheme in a comparison: a folder's name on every system, and a cell of a table."""
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -29,24 +40,23 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     A scheme whose training diverged is rows that say so; a base that diverged is an error, as nothing could come of it.
 
     Raises:
+        DivergedError: rows are errors that no length explains; record and report are written.
         PESwapError: the configuration, the text, the model or a scheme cannot be used; schemes are checked before anything runs.
     """
     watch, out = Stopwatch(), Path(config.out)
-    for scheme in config.schemes.values():
-        if scheme.name != ORIGINAL:
-            build_options(SCHEMES[scheme.name].Options, scheme.options)
-    text_key = text_digest(config.data)
-    base = _base(config, out, text_key)
-    folders = []
+    require_comparison(config, out)
+    text = data.load_text(config.data)
+    base = _base(config, out, text)
+    folders, diverged = [], []
     for label, scheme in config.schemes.items():
-        folder = out / label
-        section = _finetune_config(config, base, scheme, config.train, folder)
+        section = _finetune_config(config, base, scheme, out / SCHEME_FOLDERS / label)
         try:
-            _finetune_once(section, label, text_key)
+            _finetune_once(section, label, text, overwrite=config.overwrite)
         except DivergedError as error:
             print(f"{label}: {error}", file=sys.stderr, flush=True)
-        folders.append(str(folder))
-    measured = _evaluate(config, folders, out / "evaluation")
+            diverged.append(label)
+        folders.append(section.out)
+    measured = _evaluate(config, folders, out / "evaluation", text)
     record = {
         "kind": "comparison",
         "status": "done",
@@ -54,17 +64,69 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         **environment(),
         "seed": config.seed,
         "seconds": watch.seconds,
-        "parts": {label: _perplexities(out / label) for label in config.schemes},
-        "data": measured["data"],
+        "parts": {label: _perplexities(Path(folder)) for label, folder in zip(config.schemes, folders, strict=True)},
+        "data": {**measured["data"], "repeated_documents": text.repeated},
         "trained_length": {label: config.data.block_size for label in config.schemes},
         "results": measured["results"],
     }
     write_record(out, record)
     write_report(out, record)
+    failed = failed_labels(record["results"], diverged)
+    if failed:
+        raise DivergedError(
+            f"Rows of {', '.join(failed)} are errors; '{out / 'report.md'}' has the others. Its text says what to change."
+        )
     return record
 
 
-def _base(config: CompareConfig, out: Path, text_key: str) -> str:
+def failed_labels(rows: Iterable[dict[str, Any]], diverged: Iterable[str]) -> list[str]:
+    """Return the labels that diverged or have no number; a length beyond a model's own positions is no failure."""
+    found = set(diverged)
+    by_label: dict[str, list[Any]] = {}
+    for row in rows:
+        by_label.setdefault(row["model"], []).append(row["error"])
+    found |= {label for label, errors in by_label.items() if all(errors) or DIVERGED in errors}
+    return sorted(found)
+
+
+def require_comparison(config: CompareConfig, out: Path) -> None:
+    """Refuse what cannot be compared, before anything runs.
+
+    Raises:
+        PESwapError: a label, a scheme's options, a training section or the output folder cannot be used.
+    """
+    require_output_folder(out, (config.model, config.tokenizer))
+    require_kind(out, "comparison")
+    require_labels(config.schemes)
+    for scheme in config.schemes.values():
+        if scheme.name != ORIGINAL:
+            build_options(SCHEMES[scheme.name].Options, scheme.options)
+    for section in (config.base, config.train):
+        if section is not None:
+            require_training_settings(section)
+
+
+def require_labels(labels: Iterable[str]) -> None:
+    """Refuse labels that are no folder's name, or that a file system may take for one another.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    seen: dict[str, str] = {}
+    for label in labels:
+        if not LABEL.fullmatch(label) or label != label.strip(" ."):
+            raise ConfigError(
+                f"schemes has the label {label!r}, which becomes a folder's name: letters, digits, spaces and ._+=,()- after a letter or "
+                "digit, at most 80, with no space or dot at the end. Choose another label."
+            )
+        other = seen.setdefault(label.casefold(), label)
+        if other != label:
+            raise ConfigError(
+                f"schemes has the labels '{other}' and '{label}', one folder on some systems. Choose another label."
+            )
+
+
+def _base(config: CompareConfig, out: Path, text: data.Text) -> str:
     """Return the name of the base model, trained first where it starts from a configuration."""
     if not is_configuration(config.model):
         return str(config.model)
@@ -81,52 +143,53 @@ def _base(config: CompareConfig, out: Path, text_key: str) -> str:
         seed=config.seed,
         out=str(out / "base"),
     )
-    _finetune_once(section, "base", text_key)
+    _finetune_once(section, "base", text, overwrite=config.overwrite)
     return section.out
 
 
-def _finetune_config(
-    config: CompareConfig, base: str, scheme: SchemeSection, train: TrainSection, folder: Path
-) -> FinetuneConfig:
-    """Return one scheme's run: the same for every scheme but for the scheme."""
+def _finetune_config(config: CompareConfig, base: str, scheme: SchemeSection, folder: Path) -> FinetuneConfig:
+    """Return one scheme's run; runs differ in the scheme alone."""
     tokenizer = config.tokenizer if not is_configuration(config.model) else None
     return FinetuneConfig(
-        model=base, tokenizer=tokenizer, scheme=scheme, data=config.data, train=train, seed=config.seed, out=str(folder)
+        model=base, tokenizer=tokenizer, scheme=scheme, data=config.data, train=config.train, seed=config.seed, out=str(folder)
     )
 
 
-def _finetune_once(config: FinetuneConfig, label: str, text_key: str) -> None:
+def _finetune_once(config: FinetuneConfig, label: str, text: data.Text, *, overwrite: bool) -> None:
     """Run a part, continue it, or leave it where it is done.
 
     Raises:
-        CheckpointError: its folder holds what another run left when it was stopped.
+        CheckpointError: its folder holds another part, and `overwrite` is false.
         DivergedError: it diverged, now or before; done again it would do the same.
     """
     out = Path(config.out)
-    record = read_record(out) or {}
-    same = record.get("fingerprint") == run_fingerprint(config, text_key)
-    if same and record["status"] == "diverged":
-        raise DivergedError(
-            f"The training in '{out}' diverged before, and nothing it depends on has changed. Train with a lower learning_rate, or more "
-            "warmup_steps."
-        )
-    if same and record["status"] == "done":
+    record = read_record(out)
+    same = record is not None and record.get("fingerprint") == run_fingerprint(config, text.key)
+    if record is not None and same and record["status"] in ("done", "diverged"):
+        if record["status"] == "diverged":
+            finetune(config.model_copy(update={"resume": True}), text)  # says so
         print(f"{label}: done before, kept", flush=True)
         return
-    started = bool(complete_checkpoints(out))
-    if started and not same and record.get("status") == "running":
+    if record is not None and not same and not overwrite:
         raise CheckpointError(
-            f"'{out}' holds checkpoints of a part that was stopped, of another configuration, text or model. Bring those back to continue "
-            "it, delete the folder, or compare in another --out."
+            f"'{out}' holds a part of {_what_differs(record, config)}. Bring that back, train the part anew with --overwrite, or compare "
+            "in another --out."
         )
-    print(f"{label}: training", flush=True)
-    finetune(config.model_copy(update={"resume": same and started}))
+    resume = same and bool(complete_checkpoints(out))
+    print(f"{label}: {'continuing' if resume else 'training'}", flush=True)
+    finetune(config.model_copy(update={"resume": resume, "overwrite": overwrite and not resume}), text)
 
 
-def _evaluate(config: CompareConfig, folders: list[str], out: Path) -> dict[str, Any]:
+def _what_differs(record: dict[str, Any], config: FinetuneConfig) -> str:
+    """Return what a part's record and its configuration differ in."""
+    changed = changed_keys(settings_that_matter(record.get("config") or {}), settings_that_matter(resolved(config)))
+    return f"another configuration (another {', '.join(changed)})" if changed else "another text or model"
+
+
+def _evaluate(config: CompareConfig, folders: list[str], out: Path, text: data.Text) -> dict[str, Any]:
     """Evaluate all models on the held-out text; each model that was measured before on the same is kept."""
     settings = {"models": folders, "data": resolved(config.data), "seed": config.seed, "out": str(out)}
-    return evaluate(build(EvalConfig, {**resolved(config.eval), **settings}), data.load_documents(config.data, "eval"))
+    return evaluate(build(EvalConfig, {**resolved(config.eval), **settings}), text.held_out)
 
 
 def _perplexities(folder: Path) -> dict[str, Any]:

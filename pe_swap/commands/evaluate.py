@@ -59,7 +59,7 @@ def evaluate(config: EvalConfig, texts: Sequence[str] | None = None) -> dict[str
     labels = short_labels(config.models)
     rows: list[dict[str, Any]] = []
     failures: dict[str, PESwapError] = {}
-    bar = tqdm(config.models, desc="models")
+    bar = tqdm(config.models, desc="models", disable=None)
     for name in bar:
         label = labels[name]
         key = fingerprint([shared, name, content_hashes(name), getattr(configurations[name], "_commit_hash", None)])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,157 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from pe_swap.errors import ConfigError, DivergedError
 from pe_swap.evaluation.evaluator import Evaluator
 from pe_swap.runs import data
-from pe_swap.runs.config import DataSection, FinetuneConfig, MeasureSection, resolved
-from pe_swap.runs.models import apply_scheme, content_hashes, is_causal, is_configuration, load_model, scheme_name, start_model
-from pe_swap.runs.records import Stopwatch, environment, fingerprint, is_main_process, read_record, write_record
-from pe_swap.training.resume import CHECKPOINTS, require_not_stopped, require_same_run, settings_that_matter
-from pe_swap.training.trainer import train
+from pe_swap.runs.config import FinetuneConfig, MeasureSection, resolved
+from pe_swap.runs.models import (
+    apply_scheme,
+    content_hashes,
+    is_causal,
+    is_configuration,
+    load_model,
+    require_vocabulary,
+    scheme_name,
+    start_model,
+)
+from pe_swap.runs.output import OutputFolder, require_free, require_output_folder
+from pe_swap.runs.records import RECORD, Stopwatch, environment, fingerprint, is_main_process, read_record, write_record
+from pe_swap.training.resume import (
+    complete_checkpoints,
+    output_of_run,
+    require_not_stopped,
+    require_same_run,
+    settings_that_matter,
+)
+from pe_swap.training.trainer import require_training_settings, train
+
+
+def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str, Any]:
+    """Swap, fine-tune and save; return the record, which is also written to the output folder.
+
+    The output folder stays as it is until all input has been checked. A finished run that is resumed stays as it is.
+
+    Args:
+        config: model, scheme, text, and how to train.
+        text: what `config.data` names, where it has been read already.
+
+    Raises:
+        DivergedError: the training ended with losses or weights that are not finite; the record says so too.
+        PESwapError: the configuration, the text, the model, the scheme or the output folder cannot be used.
+    """
+    watch, out = Stopwatch(), Path(config.out)
+    require_output_folder(out, (config.model, config.tokenizer))
+    require_training_settings(config.train)
+    text = data.load_text(config.data) if text is None else text
+    key = run_fingerprint(config, text.key)
+    output, finished = _open_output(config, out, key, text.key)
+    if finished is not None:
+        print(f"'{out}' holds this run, finished: nothing is trained", file=sys.stderr, flush=True)
+        return finished
+    set_seed(config.seed)
+    tokenizer = _tokenizer(config, text.train)
+    train_documents, eval_documents = text.tokens(tokenizer)
+    data.require_tokens(train_documents, "train")
+    data.require_tokens(eval_documents, "eval")
+    evaluator = _evaluator(config, eval_documents, tokenizer)
+    model = start_model(config.model, tokenizer) if is_configuration(config.model) else load_model(str(config.model))
+    require_vocabulary(model, tokenizer)
+    record: dict[str, Any] = {
+        "kind": "finetune",
+        "status": "running",
+        "fingerprint": key,
+        "config": resolved(config),
+        **environment(),
+        "processes": processes(),
+        "seed": config.seed,
+        "data": {
+            "train": data.describe(train_documents),
+            "eval": data.describe(eval_documents),
+            "sha256": text.key,
+            "repeated_documents": text.repeated,
+        },
+        "perplexity": {"length": evaluator.measure.lengths[0], "before_swap": perplexity(model, evaluator)},
+    }
+    apply_scheme(model, config.scheme)
+    record["scheme"] = scheme_name(model)
+    record["perplexity"]["after_swap"] = perplexity(model, evaluator)
+    write = _writer(output, record)
+
+    def start() -> None:
+        """Delete what an earlier run wrote, whose checkpoints a later resume would take for this run's, and write the record."""
+        if is_main_process() and not config.resume:
+            output.delete()
+        if text.repeated:
+            print(f"{text.repeated:,} documents to measure on are also trained on: the text repeats them", file=sys.stderr)
+        write()
+
+    record["training"] = train(
+        model,
+        tokenizer,
+        train_documents,
+        config.train,
+        block_size=config.data.block_size,
+        seed=config.seed,
+        output=output,
+        resume=config.resume,
+        on_start=start,
+        on_checkpoint=write,
+    )
+    trained = config.train.max_steps > 0
+    record["perplexity"]["after_training"] = perplexity(model, evaluator) if trained else None
+    diverged = trained and has_diverged(model, record)
+    record |= {"status": "diverged" if diverged else "done", "seconds": watch.seconds}
+    write()
+    if diverged:
+        raise DivergedError(
+            f"The training in '{out}' diverged: its losses or weights are not finite, and the model saved there is of no use "
+            f"(train.learning_rate {config.train.learning_rate:g}). Train again with a lower --train.learning_rate, or more "
+            "--train.warmup_steps."
+        )
+    return record
+
+
+def _open_output(config: FinetuneConfig, out: Path, key: str, text_key: str) -> tuple[OutputFolder, dict[str, Any] | None]:
+    """Return the output folder, with the files in it that are a run's, and the record of the run if it is finished.
+
+    Raises:
+        PESwapError: the folder holds what this run would mix with, or delete.
+    """
+    previous = read_record(out)
+    output = output_of_run(out, previous)
+    if config.resume:
+        if config.overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other. Drop one of them.")
+        require_same_run(out, previous, key, resolved(config), text_key, processes())
+        if previous is not None and previous["status"] == "diverged":
+            raise DivergedError(
+                f"The training in '{out}' diverged before, and nothing it depends on has changed. Train with a lower learning_rate, or "
+                "more warmup_steps."
+            )
+        return output, previous if previous is not None and previous["status"] == "done" else None
+    if is_main_process():  # the others may come here when the first one has begun to write
+        nothing_to_lose = previous is not None and previous.get("status") == "running" and not complete_checkpoints(out)
+        if not config.overwrite:
+            require_not_stopped(out, previous)
+        require_free(output, overwrite=config.overwrite or nothing_to_lose)
+    return output, None
+
+
+def _writer(output: OutputFolder, record: dict[str, Any]) -> Callable[[], None]:
+    """Return a function that writes the record, with the run's files, if this process writes."""
+
+    def write() -> None:
+        if is_main_process():
+            output.files.add(RECORD)
+            record["files"] = sorted(output.files)
+            write_record(output.path, record)
+
+    return write
+
+
+def _evaluator(config: FinetuneConfig, documents: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> Evaluator:
+    """Return the short evaluation at the trained length that every record holds."""
+    length = min(config.data.block_size, max(len(document) for document in documents))
+    measure = MeasureSection(lengths=[length], max_document_tokens=16 * length, max_documents=20)
+    return Evaluator(documents, tokenizer, measure, config.seed)
 
 
 def perplexity(model: PreTrainedModel, evaluator: Evaluator) -> float | None:
@@ -33,14 +179,11 @@ def perplexity(model: PreTrainedModel, evaluator: Evaluator) -> float | None:
     return found
 
 
-def text_digest(section: DataSection) -> str:
-    """Return a hash of the text that a section names, of both parts: the text itself, wherever it lies."""
-    return _joint_digest(data.load_documents(section, "train"), data.load_documents(section, "eval"))
-
-
-def _joint_digest(train_texts: Sequence[str], eval_texts: Sequence[str]) -> str:
-    """Return one hash of a text's two parts."""
-    return fingerprint([data.digest(train_texts), data.digest(eval_texts)])
+def has_diverged(model: PreTrainedModel, record: dict[str, Any]) -> bool:
+    """Tell whether training left a loss, a weight or a perplexity that is not finite."""
+    lost = record["perplexity"]["after_training"] is None and record["perplexity"]["after_swap"] is not None
+    finite = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+    return lost or not finite or not math.isfinite(record["training"]["train_loss"])
 
 
 def run_fingerprint(config: FinetuneConfig, text_key: str) -> str:
@@ -48,94 +191,16 @@ def run_fingerprint(config: FinetuneConfig, text_key: str) -> str:
 
     Args:
         config: the run's.
-        text_key: `text_digest` of its data. Of local models, tokenizers and configurations the content counts too.
+        text_key: `Text.key` of its text. Of local models, tokenizers and configurations the content counts too.
     """
     return fingerprint(
         [settings_that_matter(resolved(config)), text_key, content_hashes(config.model), content_hashes(config.tokenizer)]
     )
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Swap, fine-tune and save; return the record, which is also written to the output folder.
-
-    Whatever the output folder holds of a run before stays as it is until all input has been checked.
-
-    Raises:
-        DivergedError: the training ended with losses or weights that are not finite; the record says so too.
-        PESwapError: the configuration, the text, the model or the scheme cannot be used.
-    """
-    watch, out = Stopwatch(), Path(config.out)
-    settings = resolved(config)
-    train_texts, eval_texts = data.load_documents(config.data, "train"), data.load_documents(config.data, "eval")
-    text_key = _joint_digest(train_texts, eval_texts)
-    key = run_fingerprint(config, text_key)
-    previous = read_record(out)
-    if not config.resume:
-        require_not_stopped(out, previous)
-    elif previous is not None:
-        require_same_run(out, previous, key, settings, text_key)
-    set_seed(config.seed)
-    tokenizer = _tokenizer(config, train_texts)
-    train_documents, eval_documents = (data.tokenized(part, tokenizer) for part in (train_texts, eval_texts))
-    length = min(config.data.block_size, max(len(document) for document in eval_documents))
-    measure = MeasureSection(lengths=[length], max_document_tokens=16 * length, max_documents=20)
-    evaluator = Evaluator(eval_documents, tokenizer, measure, config.seed)
-    scratch = is_configuration(config.model)
-    model = start_model(config.model, tokenizer) if scratch else load_model(str(config.model))
-    record: dict[str, Any] = {
-        "kind": "finetune",
-        "status": "running",
-        "fingerprint": key,
-        "config": settings,
-        **environment(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "seed": config.seed,
-        "data": {"train": data.describe(train_documents), "eval": data.describe(eval_documents), "sha256": text_key},
-        "perplexity": {"length": length, "before_swap": perplexity(model, evaluator)},
-    }
-    apply_scheme(model, config.scheme)
-    record["scheme"] = scheme_name(model)
-    record["perplexity"]["after_swap"] = perplexity(model, evaluator)
-    is_main = is_main_process()
-
-    def discard_previous_run() -> None:
-        """Let go of the run before: of its checkpoints, which a later resume would take for this run's own, and its record."""
-        if is_main:
-            if not config.resume and (out / CHECKPOINTS).exists():
-                shutil.rmtree(out / CHECKPOINTS)
-            write_record(out, record)
-
-    record["training"] = train(
-        model,
-        tokenizer,
-        train_documents,
-        config.train,
-        block_size=config.data.block_size,
-        seed=config.seed,
-        out=out,
-        resume=config.resume,
-        on_start=discard_previous_run,
-    )
-    trained = config.train.max_steps > 0
-    record["perplexity"]["after_training"] = perplexity(model, evaluator) if trained else None
-    diverged = trained and has_diverged(model, record)
-    record |= {"status": "diverged" if diverged else "done", "seconds": watch.seconds}
-    if is_main:
-        write_record(out, record)
-    if diverged:
-        raise DivergedError(
-            f"The training in '{out}' diverged: its losses or weights are not finite, and the model saved there is of no use "
-            f"(train.learning_rate {config.train.learning_rate:g}). Train again with a lower --train.learning_rate, or more "
-            "--train.warmup_steps."
-        )
-    return record
-
-
-def has_diverged(model: PreTrainedModel, record: dict[str, Any]) -> bool:
-    """Tell whether training left a loss, a weight or a perplexity that is not finite."""
-    lost = record["perplexity"]["after_training"] is None and record["perplexity"]["after_swap"] is not None
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
-    return lost or not finite or not math.isfinite(record["training"]["train_loss"])
+def processes() -> int:
+    """Return how many processes train together, from the launcher's variable."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _tokenizer(config: FinetuneConfig, documents: Sequence[str]) -> PreTrainedTokenizerBase:

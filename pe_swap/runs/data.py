@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pe_swap.errors import DataError
 from pe_swap.runs.config import KEYS_OF_SOURCE, SOURCES, DataSection
+from pe_swap.runs.records import fingerprint
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -64,7 +65,38 @@ def require_one_source(data: DataSection) -> str:
     return sources[0]
 
 
-def load_both_parts(data: DataSection) -> tuple[list[str], list[str]]:
+class Text:
+    """The documents of a run, to train on and to measure on.
+
+    Attributes:
+        train: documents to train on.
+        held_out: documents to measure on.
+        key: a hash of both parts: the text itself, wherever it lies.
+        repeated: how many documents to measure on are also trained on, such as lines that a data set repeats.
+    """
+
+    def __init__(self, train: Sequence[str], held_out: Sequence[str]) -> None:
+        self.train = train
+        self.held_out = held_out
+        self.key = fingerprint([digest(train), digest(held_out)])
+        self.repeated = len(shared_documents(train, held_out))
+        self._tokens: tuple[str, tuple[list[list[int]], list[list[int]]]] | None = None
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the token ids of both parts. Those of the last tokenizer are kept: a comparison has one for all its models."""
+        rules = _rules(tokenizer)
+        if self._tokens is None or rules is None or self._tokens[0] != rules:
+            self._tokens = rules or "", (tokenized(self.train, tokenizer), tokenized(self.held_out, tokenizer))
+        return self._tokens[1]
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return all that decides a tokenizer's tokens, or None where it does not say."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else str(backend.to_str())
+
+
+def load_text(data: DataSection) -> Text:
     """Return the documents to train on and the documents to measure on.
 
     Raises:
@@ -72,13 +104,13 @@ def load_both_parts(data: DataSection) -> tuple[list[str], list[str]]:
             the first.
     """
     require_two_parts(data)
-    train, held_out = load_documents(data, "train"), load_documents(data, "eval")
-    if len(shared_documents(train, held_out)) == len(held_out):
+    text = Text(load_documents(data, "train"), load_documents(data, "eval"))
+    if text.repeated == len(text.held_out):
         raise DataError(
             "Every document to measure on is also one to train on, so its perplexity would say nothing about other text. Name other "
             "text under data."
         )
-    return train, held_out
+    return text
 
 
 def require_two_parts(data: DataSection) -> None:

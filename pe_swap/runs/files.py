@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
@@ -36,25 +33,3 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def whole_folder(folder: Path, *, is_writer: bool = True) -> Iterator[Path]:
-    """Give a folder to write into, whose files move to `folder` once all of them are written.
-
-    Args:
-        folder: where the files go.
-        is_writer: whether this process moves them; in a distributed run one does.
-    """
-    temporary = folder / ".writing"
-    if is_writer:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if is_writer:
-            for file in sorted(temporary.iterdir()):
-                file.replace(folder / file.name)
-    finally:
-        if is_writer:
-            shutil.rmtree(temporary, ignore_errors=True)

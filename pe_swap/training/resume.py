@@ -1,17 +1,31 @@
-"""What `--resume` may continue from, and what it must not be mixed with."""
+"""Which checkpoint `--resume` continues from, and which runs must not be mixed."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
 from pe_swap.errors import CheckpointError, ConfigError, DataError
+from pe_swap.runs.output import OutputFolder
 
 CHECKPOINTS = "checkpoints"
 """Folder of the Trainer's checkpoints in a run's output folder."""
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+"""The Trainer's name of a checkpoint; a folder such as checkpoint-20-best is somebody's own."""
+
+KEPT_CHECKPOINTS = 2
+"""How many of its newest checkpoints a run keeps."""
+
+
+def checkpoint_folders(out: Path) -> list[Path]:
+    """Return the folders with a checkpoint's name, by step."""
+    named = [(CHECKPOINT.fullmatch(folder.name), folder) for folder in (out / CHECKPOINTS).glob("checkpoint-*")]
+    return [folder for _, folder in sorted((int(match[1]), folder) for match, folder in named if match and folder.is_dir())]
 
 
 def complete_checkpoints(out: Path) -> list[Path]:
@@ -20,7 +34,7 @@ def complete_checkpoints(out: Path) -> list[Path]:
     The Trainer writes `trainer_state.json` last, so a folder in which it cannot be read is not whole.
     """
     found = []
-    for folder in (out / CHECKPOINTS).glob("checkpoint-*"):
+    for folder in checkpoint_folders(out):
         try:
             found.append((int(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]), folder))
         except (OSError, ValueError, KeyError, TypeError):
@@ -40,34 +54,72 @@ def last_checkpoint(out: Path) -> str:
     return str(found[-1])
 
 
-def require_not_stopped(out: Path, previous: dict[str, Any] | None) -> None:
+def delete_old_checkpoints(out: OutputFolder) -> None:
+    """Delete all but the newest checkpoints, as far as the run wrote them."""
+    own = [folder for folder in checkpoint_folders(out.path) if any(f"/{folder.name}/" in file for file in out.files)]
+    for folder in own[:-KEPT_CHECKPOINTS]:
+        out.delete(folder.relative_to(out.path).as_posix())
+
+
+def output_of_run(out: Path, record: dict[str, Any] | None) -> OutputFolder:
+    """Return a run's output folder with the files that its record lists.
+
+    A run that was stopped may have begun a checkpoint which its record does not list yet: folders with a checkpoint's name are its own
+    too.
+    """
+    found = OutputFolder(out)
+    if record is not None and record.get("kind") == "finetune":
+        listed = [
+            out / file for file in record.get("files") or () if ".." not in Path(file).parts and not Path(file).is_absolute()
+        ]
+        found.add(*(file for file in listed if file.is_file()))
+        if record.get("status") == "running":
+            found.add(*checkpoint_folders(out))
+    return found
+
+
+def require_not_stopped(out: Path, record: dict[str, Any] | None) -> None:
     """Refuse to start in the folder of a run that was stopped before its end: its checkpoints are all there is of it.
 
     Raises:
         CheckpointError: it is one.
     """
-    if complete_checkpoints(out) and (previous is None or previous.get("status") == "running"):
+    if complete_checkpoints(out) and (record is None or record.get("status") == "running"):
         raise CheckpointError(
-            f"'{out}' holds checkpoints of a run that was stopped. Continue it with --resume, or start anew in another --out."
+            f"'{out}' holds checkpoints of a run that was stopped. Continue it with --resume, delete it with --overwrite, or start anew in "
+            "another --out."
         )
 
 
-def require_same_run(out: Path, previous: dict[str, Any], key: str, settings: dict[str, Any], text_key: str) -> None:
+def require_same_run(
+    out: Path, record: dict[str, Any] | None, key: str, settings: dict[str, Any], text_key: str, processes: int
+) -> None:
     """Refuse to resume a run with anything that would change its numbers.
 
     Raises:
-        ConfigError: the configuration, or a file of the model, is not what it was.
+        CheckpointError: there is no run to resume.
+        ConfigError: the configuration, the number of processes, or a file of the model, is not what it was.
         DataError: the text is not what it was.
     """
-    if previous.get("fingerprint") in (None, key):
+    if record is None:
+        last_checkpoint(out)
+        raise CheckpointError(
+            f"'{out}' has checkpoints and no record of their run, so nothing tells what they are. Run in another --out."
+        )
+    if record.get("fingerprint") == key:
+        if record.get("status") == "running" and record.get("processes") != processes:
+            raise ConfigError(
+                f"'{out}' holds a run of {record.get('processes')} processes, and this is one of {processes}: its batches would be others. "
+                f"Launch {record.get('processes')} processes, or start anew in another --out."
+            )
         return
-    changed = _changed_keys(settings_that_matter(previous.get("config") or {}), settings_that_matter(settings))
+    changed = changed_keys(settings_that_matter(record.get("config") or {}), settings_that_matter(settings))
     if changed:
         raise ConfigError(
             f"'{out}' holds a run with another configuration (another {', '.join(changed)}); resuming would mix the two. Use the same "
             "options, or another --out."
         )
-    if (previous.get("data") or {}).get("sha256") != text_key:
+    if (record.get("data") or {}).get("sha256") != text_key:
         raise DataError(
             f"'{out}' holds a run on another text: what 'data' names has changed since; resuming would mix the two. Bring the text back, "
             "or start anew in another --out."
@@ -78,13 +130,13 @@ def require_same_run(out: Path, previous: dict[str, Any], key: str, settings: di
     )
 
 
-def _changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
     """Return the dotted keys whose values differ."""
     found = []
     for name in dict.fromkeys([*before, *after]):
         old, new = before.get(name), after.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _changed_keys(old, new, f"{prefix}{name}.")
+            found += changed_keys(old, new, f"{prefix}{name}.")
         elif old != new:
             found.append(f"{prefix}{name}")
     return found
@@ -92,4 +144,4 @@ def _changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "
 
 def settings_that_matter(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that a run's numbers depend on."""
-    return {name: value for name, value in settings.items() if name not in ("out", "resume")}
+    return {name: value for name, value in settings.items() if name not in ("out", "resume", "overwrite")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,91 @@ from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
+    TrainerCallback,
+    TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from pe_swap.errors import CheckpointError, ConfigError, DataError
 from pe_swap.patching.install import positional_parameters
+from pe_swap.registry import did_you_mean
 from pe_swap.runs import data
 from pe_swap.runs.config import PositionSampling, TrainSection
-from pe_swap.runs.models import is_causal, longest_input
+from pe_swap.runs.models import is_causal, longest_input, require_vocabulary
+from pe_swap.runs.output import OutputFolder, whole_folder
+from pe_swap.runs.progress import EveryMinute, on_terminal
 from pe_swap.runs.records import fingerprint, is_main_process
 from pe_swap.saving.model_card import record_fine_tuning
 from pe_swap.training.chunked_loss import loss_in_chunks
 from pe_swap.training.position_sampling import require_positions, with_sampled_positions
-from pe_swap.training.resume import CHECKPOINTS, last_checkpoint
+from pe_swap.training.resume import CHECKPOINTS, delete_old_checkpoints, last_checkpoint
+
+ATTENTION_DROPOUTS = ("attn_pdrop", "attention_probs_dropout_prob", "attention_dropout")
+"""Configuration fields of the share of attention weights that training drops, by family."""
+
+TRACKED = "runs"
+"""Folder that tensorboard writes to, below the checkpoints."""
+
+
+class LossTotal(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is untyped here
+    """Sum of the losses of all steps, in the checkpoints too: the Trainer's own mean counts the steps since the last start only."""
+
+    def __init__(self, total: float = 0.0) -> None:
+        self.total = torch.tensor(total, dtype=torch.float64)
+
+    def add(self, loss: Tensor) -> None:
+        """Add a batch's share of its step's loss."""
+        self.total = self.total.to(loss.device) + loss.double()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"args": {"total": float(self.total)}, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Take the sum of the checkpoint that the training continues from."""
+        self.restore(state)
+
+    def restore(self, state: TrainerState) -> None:
+        """Take the sum that a state holds."""
+        self.total = torch.tensor(state.stateful_callbacks[type(self).__name__]["args"]["total"], dtype=torch.float64)
+
+
+class ProgressLines(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """One line per minute, in place of a progress bar or of transformers' line for every logged step."""
+
+    def __init__(self) -> None:
+        self._minutes = EveryMinute()
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Print a line if one is due."""
+        if state.is_world_process_zero and "loss" in (logs or {}) and self._minutes.is_due():
+            print(f"step {state.global_step:,} of {state.max_steps:,}: loss {float((logs or {})['loss']):.4f}", flush=True)
+
+
+class AfterCheckpoint(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Notes a checkpoint's files as the run's own, and deletes the run's checkpoints before the last two."""
+
+    def __init__(self, output: OutputFolder, on_checkpoint: Callable[[], None]) -> None:
+        self._output = output
+        self._on_checkpoint = on_checkpoint
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note, delete, and tell the caller."""
+        if state.is_world_process_zero:
+            checkpoints = self._output.path / CHECKPOINTS
+            self._output.add(checkpoints / f"checkpoint-{state.global_step}", checkpoints / TRACKED)
+            delete_old_checkpoints(self._output)
+            self._on_checkpoint()
 
 
 class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
-    """A Trainer with a learning rate of its own for the parameters that a swap brought, and position ids drawn where asked."""
+    """A Trainer with a learning rate of its own for the parameters that a swap adds, and position ids drawn at random if wanted."""
 
     def __init__(
         self, *args: Any, positional_learning_rate: float | None = None, positions: PositionSampling | None = None, **kwargs: Any
@@ -37,28 +105,65 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
         super().__init__(*args, **kwargs)
         self.positional_learning_rate = positional_learning_rate
         self.positions = positions
+        self.losses = LossTotal()
+        self.add_callback(self.losses)
+        if self.args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
+            self.add_callback(ProgressLines)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Draw positions, then take the Trainer's step."""
+        """Draw positions, take the Trainer's step, and add its loss, the mean over processes, to the total."""
         if self.positions is not None:
             inputs = with_sampled_positions(inputs, self.positions)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        several = self.accelerator.num_processes > 1
+        self.losses.add(self.accelerator.gather(loss.detach().reshape(1)).mean() if several else loss.detach())
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Build the Trainer's optimizer, then split its groups."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.positional_learning_rate is not None:
-            ours = {id(parameter) for _, parameter in positional_parameters(self.accelerator.unwrap_model(self.model))}
+            added = {id(parameter) for _, parameter in positional_parameters(self.accelerator.unwrap_model(self.model))}
             groups = list(optimizer.param_groups)
             optimizer.param_groups.clear()
             for group in groups:
-                for is_ours in (False, True):
-                    members = [parameter for parameter in group["params"] if (id(parameter) in ours) is is_ours]
+                for is_added in (False, True):
+                    members = [parameter for parameter in group["params"] if (id(parameter) in added) is is_added]
                     if members:
-                        learning_rate = self.positional_learning_rate if is_ours else group["lr"]
+                        learning_rate = self.positional_learning_rate if is_added else group["lr"]
                         optimizer.add_param_group({**group, "params": members, "lr": learning_rate})
         return optimizer
+
+    def train_from(self, checkpoint: str | None) -> None:
+        """Train to the last step, from the first one or from a checkpoint; of the last step's checkpoint nothing is trained.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+        """
+        try:
+            if checkpoint is not None:
+                state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+                if state.global_step >= self.args.max_steps:  # the Trainer would take one step more
+                    self._load_from_checkpoint(checkpoint)
+                    self.state = state
+                    self.losses.restore(state)
+                    return
+            with loss_in_chunks(self.model):
+                self.train(resume_from_checkpoint=checkpoint)
+        except OSError:
+            raise
+        except Exception as error:
+            if checkpoint is not None and self.state.global_step == 0:
+                raise CheckpointError(
+                    f"Cannot resume from '{checkpoint}': {error}. Delete that folder to resume from the one before, or start anew in "
+                    "another --out."
+                ) from error
+            raise
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def train(
@@ -69,11 +174,12 @@ def train(
     *,
     block_size: int,
     seed: int,
-    out: Path,
+    output: OutputFolder,
     resume: bool = False,
-    on_start: Callable[[], None] = lambda: None,
+    on_start: Callable[[], None] = _nothing,
+    on_checkpoint: Callable[[], None] = _nothing,
 ) -> dict[str, Any]:
-    """Train a model in place and save it, with its tokenizer, in `out`.
+    """Train a model in place and save it, with its tokenizer, in an output folder.
 
     Args:
         model: a language model.
@@ -82,86 +188,131 @@ def train(
         section: how to train.
         block_size: tokens in a block.
         seed: of data order, masks and dropout.
-        out: output folder; checkpoints go below it.
+        output: output folder; checkpoints go below it.
         resume: continue from the last checkpoint there. On the same machine the numbers are those of a run never interrupted.
-        on_start: called once nothing of the input can be refused any more, before the first step and before anything is written.
+        on_start: called after all checks of the input, before the first step and before anything is written.
+        on_checkpoint: called after each checkpoint is written.
 
     Returns:
-        Steps, final training loss, and the loss log. With no steps to train the model is saved as it is.
+        Steps, mean training loss of all steps, and the loss log. With no steps to train the model is saved as it is.
 
     Raises:
         CheckpointError: nothing to resume from, or a damaged checkpoint.
         ConfigError: blocks longer than the model's positions, or a value that transformers refuses.
-        DataError: not enough text for one block.
+        DataError: not enough text for one block, or a tokenizer that does not fit.
     """
+    require_vocabulary(model, tokenizer)
     if section.max_steps == 0:
         on_start()
         if is_main_process():
-            model.save_pretrained(out)
-            _save_tokenizer(tokenizer, model, out)
+            with whole_folder(output) as folder:
+                model.save_pretrained(folder)
+                _save_tokenizer(tokenizer, model, folder)
         return {"steps": 0, "train_loss": None, "blocks": 0, "dropped_tokens": 0, "log": []}
-    limit = longest_input(model)
-    if limit is not None and block_size > limit:
-        raise ConfigError(
-            f"data.block_size is {block_size:,}, but the model's positions end at {limit:,}. Use blocks of at most {limit:,}, or swap "
-            "to a scheme that goes on."
-        )
+    _require_positions_for(model, section, block_size)
     packed, dropped = data.blocks(documents, tokenizer, block_size, causal=is_causal(model))
-    arguments = _arguments(section, seed, out)
-    if section.gradient_checkpointing:  # on the model, as the Trainer's argument changes its name within v5
-        _checkpoint_activations(model)
-    collator = causal_batch
-    if not is_causal(model):
-        if tokenizer.mask_token is None:
-            raise DataError("The tokenizer has no mask token, which an encoder's training needs. Name the model's own tokenizer.")
-        collator = MaskedBatch(tokenizer, section.mlm_probability, seed)
-    if section.positions is not None:
-        require_positions(model, section.positions, block_size, limit)
     trainer = PositionalTrainer(
         model=model,
-        args=arguments,
+        args=_arguments(section, seed, output.path),
         train_dataset=packed,
-        data_collator=collator,
+        data_collator=_collator(model, tokenizer, section, seed),
         positional_learning_rate=section.positional_learning_rate,
         positions=section.positions,
+        callbacks=[AfterCheckpoint(output, on_checkpoint)],
     )
-    checkpoint = last_checkpoint(out) if resume else None
+    checkpoint = last_checkpoint(output.path) if resume else None
+    if section.gradient_checkpointing:  # on the model, as the Trainer's argument changes its name within v5
+        _checkpoint_activations(model)
+    warn_of_slow_training(model, trainer.args)
     on_start()
-    try:
-        with loss_in_chunks(model):
-            result = trainer.train(resume_from_checkpoint=checkpoint)
-    except Exception as error:
-        if checkpoint is not None and trainer.state.global_step == 0:
-            raise CheckpointError(
-                f"Cannot resume from '{checkpoint}': {error}. Delete that folder to resume from the one before, or start anew in "
-                "another --out."
-            ) from error
-        raise
-    trainer.save_model(str(out))
-    if trainer.is_world_process_zero():
-        _save_tokenizer(tokenizer, model, out)
-        if getattr(model.config, "pe_swap", None):
-            record_fine_tuning(out, block_size)
+    trainer.train_from(checkpoint)
+    _save(trainer, tokenizer, output, block_size)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "steps": result.global_step,
-        "train_loss": result.training_loss,
+        "steps": trainer.state.global_step,
+        "train_loss": float(trainer.losses.total) / trainer.state.global_step,
+        "bf16": bool(trainer.args.bf16),
         "blocks": len(packed),
         "dropped_tokens": dropped,
         "log": [{"step": entry["step"], "loss": entry["loss"]} for entry in log],
     }
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, out: Path) -> None:
+def _require_positions_for(model: PreTrainedModel, section: TrainSection, block_size: int) -> None:
+    """Refuse blocks, or sampled positions, that the model has no positions for.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    limit = longest_input(model)
+    if limit is not None and block_size > limit:
+        raise ConfigError(
+            f"data.block_size is {block_size:,}, but the model's positions end at {limit:,}. Use blocks of at most {limit:,}, or swap "
+            "to a scheme that has no such end."
+        )
+    if section.positions is not None:
+        require_positions(model, section.positions, block_size, limit)
+
+
+def _save(trainer: PositionalTrainer, tokenizer: PreTrainedTokenizerBase, output: OutputFolder, block_size: int) -> None:
+    """Save the trained model, its tokenizer and its card: all of it, or, if the disk fails, nothing."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    is_writer = trainer.is_world_process_zero()
+    with whole_folder(output, is_writer=is_writer) as folder:
+        trainer.save_model(str(folder))
+        if is_writer:
+            _save_tokenizer(tokenizer, model, folder)
+            if getattr(model.config, "pe_swap", None):
+                record_fine_tuning(folder, block_size)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> None:
     """Save a tokenizer that says how far the model goes: tools truncate by it."""
     tokenizer.model_max_length = longest_input(model) or tokenizer.model_max_length
-    tokenizer.save_pretrained(out)
+    tokenizer.save_pretrained(folder)
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
     """Turn gradient checkpointing on, by the name this transformers version has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def warn_of_slow_training(model: PreTrainedModel, arguments: TrainingArguments) -> None:
+    """Print one line for each setting that makes a training on a CPU several times slower."""
+    if torch.cuda.is_available() or not is_main_process():
+        return
+    instructions: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if arguments.bf16 and not (instructions.get("avx512_bf16") or instructions.get("amx_bf16")):
+        print(
+            "warning: train.bf16 is true, and this CPU has no bfloat16 instructions: about five times slower than false",
+            file=sys.stderr,
+        )
+    dropouts = [name for name in ATTENTION_DROPOUTS if getattr(model.config, name, 0.0)]
+    if dropouts:
+        print(
+            f"warning: {dropouts[0]} is {getattr(model.config, dropouts[0])}, and attention with dropout has no fused kernel on a CPU: up "
+            "to five times slower than 0.0",
+            file=sys.stderr,
+        )
+
+
+def _collator(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: TrainSection, seed: int
+) -> Callable[[Sequence[dict[str, list[int]]]], dict[str, Tensor]]:
+    """Return what makes a batch of blocks.
+
+    Raises:
+        DataError: an encoder's tokenizer lacks a token that training needs.
+    """
+    if is_causal(model):
+        return causal_batch
+    for name in ("mask", "pad"):
+        if getattr(tokenizer, f"{name}_token") is None:
+            raise DataError(
+                f"The tokenizer has no {name} token, which an encoder's training needs. Name the model's own tokenizer with --tokenizer."
+            )
+    return MaskedBatch(tokenizer, section.mlm_probability, seed)
 
 
 def causal_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -178,7 +329,7 @@ class MaskedBatch:
     """transformers' random masking, drawn from the batch itself.
 
     Batches are fetched ahead of the step that trains on them, so a checkpoint's random state is further than its step. Masks that
-    follow from the run's seed and the batch's own tokens need no state: a resumed run meets the same ones. Blocks come in other
+    follow from the run's seed and the batch's own tokens need no state: a resumed run gets the same ones. Blocks come in other
     batches every epoch, and get other masks.
 
     Attributes:
@@ -198,6 +349,45 @@ class MaskedBatch:
         return batch
 
 
+def require_training_settings(section: TrainSection) -> None:
+    """Refuse a schedule or a tracker that cannot work, before anything is written.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=section.learning_rate)
+    try:
+        schedule = get_scheduler(
+            section.schedule,
+            optimizer,
+            section.warmup_steps,
+            max(1, section.max_steps),
+            scheduler_specific_kwargs=dict(section.schedule_options),
+        )
+        optimizer.step()
+        schedule.step()
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"train.schedule is '{section.schedule}' with schedule_options {section.schedule_options}, which transformers refuses: "
+            f"{error}. Correct them; a schedule that follows a measured loss is not offered."
+        ) from error
+    if section.schedule.startswith("constant") and section.schedule_options:
+        raise ConfigError(f"train.schedule is '{section.schedule}', which takes no schedule_options. Drop them.")
+    trackers = [*get_available_reporting_integrations(), "none", "all"]
+    for name in section.report_to:
+        if name not in trackers:
+            known = name in INTEGRATION_TO_CALLBACK
+            raise ConfigError(
+                f"train.report_to names '{name}', which "
+                + (
+                    "is not installed. Install it, or drop it."
+                    if known
+                    else f"is no tracker.{did_you_mean(name, INTEGRATION_TO_CALLBACK)}"
+                )
+                + f" Here are: {', '.join(trackers)}."
+            )
+
+
 def uses_bf16(section: TrainSection) -> bool:
     """Tell whether a training runs in mixed precision; 'auto' is where a GPU has bfloat16."""
     if section.bf16 == "auto":
@@ -211,6 +401,7 @@ def _arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments
     Raises:
         ConfigError: a value that transformers refuses, such as a schedule it does not know.
     """
+    require_training_settings(section)
     try:
         return TrainingArguments(
             output_dir=str(out / CHECKPOINTS),
@@ -221,15 +412,16 @@ def _arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments
             warmup_steps=section.warmup_steps,
             weight_decay=section.weight_decay,
             lr_scheduler_type=section.schedule,
+            lr_scheduler_kwargs=dict(section.schedule_options),
             bf16=uses_bf16(section),
             save_steps=section.save_steps,
-            save_total_limit=2,
             logging_steps=section.logging_steps,
             logging_nan_inf_filter=False,  # it would log the loss before in place of one that is not finite
             report_to=section.report_to,
             seed=seed,
             data_seed=seed,
             dataloader_pin_memory=False,
+            disable_tqdm=not on_terminal(),
             use_cpu=not torch.cuda.is_available(),
         )
     except ValueError as error:

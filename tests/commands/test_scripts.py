@@ -68,7 +68,7 @@ def test_compare_then_evaluate_then_finetune(quick: Path, tmp_path: Path, texts:
     assert [(row["model"], row["length"]) for row in rows if row["error"]] == [("control", 32)] * 2
     assert all(math.isfinite(row["perplexity"]) for row in rows if not row["error"])
 
-    folders = [str(out / "alibi"), str(out / "control")]
+    folders = [str(out / "schemes" / "alibi"), str(out / "schemes" / "control")]
     line = ["--models", *folders, "--lengths", "16", "32", "--protocols", "nonoverlapping", "sliding", "same_targets"]
     assert call("eval_long_context", *line, "--data.text_files", *texts[2:], "--out", str(tmp_path / "eval")) == 0
     record = json.loads((tmp_path / "eval" / "record.json").read_text())
@@ -88,11 +88,11 @@ def test_compare_does_not_redo_what_is_done(quick: Path, tmp_path: Path, monkeyp
     arguments = ["--config", str(quick), "--out", str(tmp_path / "compared")]
     original, done = comparing.finetune, []
 
-    def counted(config: Any) -> Any:
+    def counted(config: Any, text: Any) -> Any:
         done.append(Path(config.out).name)
         if len(done) == 3:
             raise PESwapError("stopped")
-        return original(config)
+        return original(config, text)
 
     monkeypatch.setattr(comparing, "finetune", counted)
     assert call("compare", *arguments) == 2
@@ -138,9 +138,9 @@ def test_a_part_that_was_killed_is_done_to_the_same_numbers(
             patch.setattr(Trainer, "_save_checkpoint", killed_in_a_checkpoint)
         with pytest.raises(KilledError):
             call("compare", "--config", str(quick), "--out", str(out))
-    assert json.loads((out / "alibi" / "record.json").read_text())["status"] == "running"
+    assert json.loads((out / "schemes" / "alibi" / "record.json").read_text())["status"] == "running"
     resumed, original = [], comparing.finetune
-    monkeypatch.setattr(comparing, "finetune", lambda config: resumed.append(config.resume) or original(config))
+    monkeypatch.setattr(comparing, "finetune", lambda config, text: resumed.append(config.resume) or original(config, text))
     assert call("compare", "--config", str(quick), "--out", str(out)) == 0
     assert resumed == [where == "between checkpoints"]
     assert results(out) == results(whole)
@@ -158,8 +158,11 @@ def test_an_edited_text_or_model_is_not_taken_for_what_was_done(
         if change == "model":
             model.write_text(json.dumps({**content, "n_layer": 2}))
         elif change != "nothing":
-            Path(texts[0 if change == "text" else 2]).write_text(WORDS * 31, encoding="utf-8")
-        assert call("compare", *arguments) == 0
+            Path(texts[0 if change == "text" else 2]).write_text(WORDS * (31 + len(found)), encoding="utf-8")
+        if change != "nothing":
+            assert call("compare", *arguments) == 2
+            assert "--overwrite" in capsys.readouterr().err
+        assert call("compare", *arguments, "--overwrite") == 0
         assert "kept" not in "".join(capsys.readouterr())
         found.append(results(tmp_path / "out"))
     assert all(found.count(rows) == 1 for rows in found)
@@ -188,8 +191,8 @@ def test_a_part_that_was_stopped_is_not_mixed_with_another_text(
     Path(texts[0]).write_text(WORDS * 31, encoding="utf-8")
     assert call("compare", "--config", str(quick), "--out", str(out)) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: '{out / 'base'}' holds checkpoints of a part that was stopped, of another configuration, text or model. Bring those "
-        "back to continue it, delete the folder, or compare in another --out."
+        f"error: '{out / 'base'}' holds a part of another text or model. Bring that back, train the part anew with --overwrite, or "
+        "compare in another --out."
     )
 
 
@@ -200,8 +203,10 @@ def test_a_scheme_that_diverges_is_rows_beside_the_others(
     arguments = ["--config", str(quick), "--out", str(out), "--schemes", "{control: {name: original}, t5: {name: t5}}"]
     arguments += ["--train.positional_learning_rate", "1e38"]
     for said in ("its losses or weights are not finite", "diverged before, and nothing it depends on has changed"):
-        assert call("compare", *arguments) == 0
-        assert said in capsys.readouterr().err
+        assert call("compare", *arguments) == 2
+        shown = capsys.readouterr().err
+        assert said in shown
+        assert shown.splitlines()[-1].startswith("error: Rows of t5 are errors")
         rows = results(out)
         assert [row["error"] for row in rows if row["model"] == "t5"] == [DIVERGED] * 4
         assert [row["error"] is None for row in rows if row["model"] == "control"] == [True, False] * 2
@@ -215,8 +220,8 @@ def test_a_base_that_diverges_ends_a_comparison(quick: Path, tmp_path: Path, cap
     assert f"error: The training in '{tmp_path / 'out' / 'base'}' diverged: its losses" in capsys.readouterr().err
     assert call("compare", *arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: The training in '{tmp_path / 'out' / 'base'}' diverged before, and nothing it depends on has changed. Train with a lower "
-        "learning_rate, or more warmup_steps."
+        f"error: The training in '{tmp_path / 'out' / 'base'}' diverged before, and nothing it depends on has changed. Train with a "
+        "lower learning_rate, or more warmup_steps."
     )
 
 
@@ -230,7 +235,15 @@ def test_an_evaluation_that_was_killed_keeps_the_models_it_measured(
 ) -> None:
     out = tmp_path / "out"
     assert call("compare", "--config", str(quick), "--out", str(out)) == 0
-    line = ["--models", str(out / "control"), str(out / "alibi"), "--lengths", "16", "--data.text_files", *texts]
+    line = [
+        "--models",
+        str(out / "schemes" / "control"),
+        str(out / "schemes" / "alibi"),
+        "--lengths",
+        "16",
+        "--data.text_files",
+        *texts,
+    ]
     line += ["--out", str(tmp_path / "e")]
     loaded, original = [], evaluating.load_model
 
@@ -262,16 +275,24 @@ def test_a_corrupt_model_among_several_is_rows_and_the_others_stand(
 ) -> None:
     out = tmp_path / "out"
     assert call("compare", "--config", str(quick), "--out", str(out)) == 0
-    whole = (out / "alibi" / "model.safetensors").read_bytes()
-    (out / "alibi" / "model.safetensors").write_bytes(b"broken")
-    line = ["--models", str(out / "alibi"), str(out / "control"), "--lengths", "16", "--protocols", "nonoverlapping"]
+    whole = (out / "schemes" / "alibi" / "model.safetensors").read_bytes()
+    (out / "schemes" / "alibi" / "model.safetensors").write_bytes(b"broken")
+    line = [
+        "--models",
+        str(out / "schemes" / "alibi"),
+        str(out / "schemes" / "control"),
+        "--lengths",
+        "16",
+        "--protocols",
+        "nonoverlapping",
+    ]
     line += ["--data.text_files", texts[0], "--out", str(tmp_path / "e")]
     assert call("eval_long_context", *line) == 0
     broken, control = results(tmp_path / "e")
-    assert broken["error"].startswith(f"The weights in '{out / 'alibi'}' cannot be read")
-    assert f"alibi: The weights in '{out / 'alibi'}' cannot be read" in capsys.readouterr().err
+    assert broken["error"].startswith(f"The weights in '{out / 'schemes' / 'alibi'}' cannot be read")
+    assert f"alibi: The weights in '{out / 'schemes' / 'alibi'}' cannot be read" in capsys.readouterr().err
     assert control["perplexity"] > 0
-    (out / "alibi" / "model.safetensors").write_bytes(whole)
+    (out / "schemes" / "alibi" / "model.safetensors").write_bytes(whole)
     assert call("eval_long_context", *line) == 0
     assert [row["error"] for row in results(tmp_path / "e")] == [None, None]
 
@@ -282,17 +303,17 @@ def test_an_evaluation_is_told_to_the_model_card(
     out = tmp_path / "out"
     assert call("compare", "--config", str(quick), "--data.block_size", "12", "--out", str(out)) == 0
     line = ["--lengths", "16", "64", "--data.text_files", texts[0], "--out", str(tmp_path / "e"), "--models"]
-    assert call("eval_long_context", *line, str(out / "alibi"), str(out / "control")) == 0
-    card = (out / "alibi" / "README.md").read_text()
+    assert call("eval_long_context", *line, str(out / "schemes" / "alibi"), str(out / "schemes" / "control")) == 0
+    card = (out / "schemes" / "alibi" / "README.md").read_text()
     assert "| alibi | `slopes='press'`, `trainable=False` | every layer |" in card
     assert "- Trained length before the swap: 16 positions.\n- Fine-tuned after the swap at: 12 tokens.\n" in card
     assert re.search(
         r"- Evaluated lengths: nonoverlapping, [\d,]+ tokens scored\.\n\n.*\n.*\n\| 16 \| [\d.]+ \|\n\| 64 \| [\d.]+ \|\n", card
     )
-    assert not (out / "control" / "README.md").exists()
+    assert not (out / "schemes" / "control" / "README.md").exists()
 
     cached = tmp_path / "hub" / "models--us--alibi" / "snapshots" / "0"
-    shutil.copytree(out / "alibi", cached)
+    shutil.copytree(out / "schemes" / "alibi", cached)
     (cached / "README.md").write_text("as it came")
     assert call("eval_long_context", *line, str(cached)) == 0
     assert (cached / "README.md").read_text() == "as it came"
@@ -302,9 +323,9 @@ def test_an_evaluation_is_told_to_the_model_card(
 
     monkeypatch.setattr("pe_swap.saving.model_card.ModelCard.save", read_only)
     capsys.readouterr()
-    assert call("eval_long_context", *line, str(out / "alibi")) == 0
+    assert call("eval_long_context", *line, str(out / "schemes" / "alibi")) == 0
     assert (
-        f"The model card in '{out / 'alibi'}' could not be told what was measured: [Errno 13] Permission denied: 'README.md'\n"
+        f"The model card in '{out / 'schemes' / 'alibi'}' could not be told what was measured: [Errno 13] Permission denied: 'README.md'\n"
         in capsys.readouterr().err
     )
 
@@ -327,10 +348,19 @@ def test_a_missing_model_is_named_before_anything_runs(
 def test_a_corrupt_model_is_named(quick: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "compared"
     assert call("compare", "--config", str(quick), "--out", str(out)) == 0
-    (out / "alibi" / "model.safetensors").write_bytes(b"broken")
-    line = ["--models", str(out / "alibi"), "--lengths", "16", "--data.text_files", texts[0], "--out", str(tmp_path / "e")]
+    (out / "schemes" / "alibi" / "model.safetensors").write_bytes(b"broken")
+    line = [
+        "--models",
+        str(out / "schemes" / "alibi"),
+        "--lengths",
+        "16",
+        "--data.text_files",
+        texts[0],
+        "--out",
+        str(tmp_path / "e"),
+    ]
     assert call("eval_long_context", *line) == 2
-    assert f"The weights in '{out / 'alibi'}' cannot be read" in capsys.readouterr().err
+    assert f"The weights in '{out / 'schemes' / 'alibi'}' cannot be read" in capsys.readouterr().err
 
 
 def test_models_of_two_vocabularies_are_refused(
@@ -341,7 +371,7 @@ def test_models_of_two_vocabularies_are_refused(
         folders.append(str(tmp_path / size))
         line = ["--config", str(quick), "--vocab_size", size, "--schemes", "{control: {name: original}}", "--out", folders[-1]]
         assert call("compare", *line) == 0
-    models = [f"{folder}/control" for folder in folders]
+    models = [f"{folder}/schemes/control" for folder in folders]
     line = ["--models", *models, "--lengths", "16", "--data.text_files", texts[0], "--out", str(tmp_path / "e")]
     assert call("eval_long_context", *line) == 2
     assert "have different vocabularies" in capsys.readouterr().err
@@ -376,3 +406,55 @@ def test_two_processes_train_as_one_with_the_same_effective_batch(texts: list[st
         found.append([entry["loss"] for entry in record["training"]["log"]])
     assert len(set(found[0])) > 1
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("label", ["../x", "a/b", "", ".", "..", ".hidden", "a ", "a.", "a|b", "a\nb"])
+def test_a_label_that_is_no_folders_name_is_refused(
+    label: str, quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(quick.read_text())
+    quick.write_text(yaml.safe_dump({**content, "schemes": {label: {"name": "original"}}}))
+    assert call("compare", "--config", str(quick), "--out", str(tmp_path / "out")) == 2
+    assert f"schemes has the label {label!r}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_may_be_names_of_the_comparisons_own_folders(quick: Path, tmp_path: Path) -> None:
+    found = []
+    for label in ("control", "base"):
+        schemes = f"{{{label}: {{name: original}}, evaluation: {{name: alibi}}}}"
+        assert call("compare", "--config", str(quick), "--schemes", schemes, "--out", str(tmp_path / label)) == 0
+        found.append([row["perplexity"] for row in results(tmp_path / label)])
+    assert found[0] == found[1]
+
+
+def test_labels_of_one_folder_are_refused(quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schemes = "{rope: {name: rope}, Rope: {name: original}}"
+    assert call("compare", "--config", str(quick), "--schemes", schemes, "--out", str(tmp_path / "out")) == 2
+    assert "schemes has the labels 'rope' and 'Rope'" in capsys.readouterr().err
+
+
+def test_a_comparison_does_not_replace_another_kind_of_run(
+    quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    for name, content, said in (
+        ("report.md", "mine", "holds report.md that no"),
+        ("record.json", '{"kind": "finetune"}', "of another kind"),
+    ):
+        (tmp_path / "out" / name).write_text(content)
+        assert call("compare", "--config", str(quick), "--out", str(tmp_path / "out")) == 2
+        assert said in capsys.readouterr().err
+        assert (tmp_path / "out" / name).read_text() == content
+
+
+def test_a_log_holds_no_progress_bars(quick: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "compare.py"), "--config", str(quick), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stdout + done.stderr
+    assert "it/s" not in done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if "training" in line] == [
+        f"{name}: training" for name in ("base", "control", "alibi")
+    ]
+    assert len(done.stdout.splitlines()) < 10

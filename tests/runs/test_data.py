@@ -9,11 +9,12 @@ import pytest
 from pe_swap.errors import DataError
 from pe_swap.runs.config import KEYS_OF_SOURCE, SOURCES, DataSection
 from pe_swap.runs.data import (
+    Text,
     blocks,
     digest,
     document_start,
-    load_both_parts,
     load_documents,
+    load_text,
     require_tokens,
     shared_documents,
     sotu_texts,
@@ -140,16 +141,24 @@ def test_every_key_of_a_source_is_a_field() -> None:
 )
 def test_one_text_cannot_be_trained_and_measured_on(data: dict[str, object]) -> None:
     with pytest.raises(DataError, match="both to train on and to measure on"):
-        load_both_parts(DataSection(**data))
+        load_text(DataSection(**data))
 
 
 def test_documents_in_both_parts_are_found(tmp_path: Path) -> None:
     paths = write(tmp_path, a="one", b="two", c="one")
     data = DataSection(text_files=paths[:2], eval_text_files=paths[2:])
     with pytest.raises(DataError, match="Every document to measure on is also one to train on"):
-        load_both_parts(data)
+        load_text(data)
     assert shared_documents(["one", "two"], ["three", "one"]) == ["one"]
-    assert load_both_parts(DataSection(text_files=paths[:1], eval_text_files=paths[1:])) == (["one"], ["two", "one"])
+    assert load_text(DataSection(text_files=paths[:1], eval_text_files=paths[1:])).repeated == 1
+
+
+def test_tokens_are_kept_for_one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("pe_swap.runs.data.tokenized", lambda documents, tokenizer: calls.append(documents) or [[len(calls)]])
+    text = Text(["a"], ["b"])
+    assert text.tokens(tokenizer()) == text.tokens(tokenizer()) == ([[1]], [[2]])
+    assert text.tokens(train_tokenizer(["the union"], 300)) == ([[3]], [[4]])
 
 
 def test_a_text_of_no_tokens_is_refused() -> None:

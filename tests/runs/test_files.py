@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pe_swap.runs.files import whole_folder, write_whole
+from pe_swap.runs.files import write_whole
+from pe_swap.runs.output import OutputFolder, whole_folder
 from pe_swap.runs.progress import EveryMinute
 
 
@@ -26,14 +27,16 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkey
 
 
 def test_a_folder_is_written_whole(tmp_path: Path) -> None:
+    output = OutputFolder(tmp_path)
     (tmp_path / "a").write_text("old")
-    with pytest.raises(FileNotFoundError), whole_folder(tmp_path) as folder:
+    with pytest.raises(FileNotFoundError), whole_folder(output) as folder:
         (folder / "a").write_text("half") and (tmp_path / "nowhere" / "b").write_text("fails")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
-    with whole_folder(tmp_path) as folder:
+    with whole_folder(output) as folder:
         (folder / "a").write_text("new")
         (folder / "b").write_text("new")
     assert sorted((path.name, path.read_text()) for path in tmp_path.iterdir()) == [("a", "new"), ("b", "new")]
+    assert output.files == {"a", "b"}
 
 
 def test_lines_come_at_most_once_in_the_time_between_them() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from pe_swap.commands.finetune import finetune, run_fingerprint
 from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError, PESwapError
 from pe_swap.patching.install import positional_parameters
 from pe_swap.runs.config import FinetuneConfig, SchemeSection
+from pe_swap.runs.output import OutputFolder
 from pe_swap.training import trainer as training
 from pe_swap.training.resume import CHECKPOINTS, complete_checkpoints, last_checkpoint
 from pe_swap.training.trainer import PositionalTrainer, causal_batch, train
@@ -72,11 +75,178 @@ def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path: Path, mo
     assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "running"
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
     resumed = finetune(config(tmp_path, resume=True))
-    assert resumed["training"]["log"] == whole["training"]["log"]
+    assert resumed["training"] == whole["training"]
     assert resumed["perplexity"] == whole["perplexity"]
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_run_killed_after_its_last_checkpoint_trains_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = finetune(config(tmp_path, out=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finetune(config(tmp_path))
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-6")
+    killed_after(monkeypatch, 0)
+    resumed = finetune(config(tmp_path, resume=True))
+    assert (resumed["training"], resumed["perplexity"]) == (whole["training"], whole["perplexity"])
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = finetune(config(tmp_path))
+    before = files_below(tmp_path / "run")
+    killed_after(monkeypatch, 0)
+    assert finetune(config(tmp_path, resume=True)) == json.loads(json.dumps(record))
+    assert files_below(tmp_path / "run") == before
+
+
+def test_the_training_loss_is_the_mean_of_all_steps(tmp_path: Path) -> None:
+    found = finetune(config(tmp_path))["training"]
+    assert found["train_loss"] == pytest.approx(sum(entry["loss"] for entry in found["log"]) / 6, rel=1e-4)
+
+
+def test_a_run_resumed_with_another_number_of_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        killed_after(patch, 4)
+        with pytest.raises(KilledError):
+            finetune(config(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"holds a run of 1 processes, and this is one of 2.*Launch 1 processes"):
+        finetune(config(tmp_path, resume=True))
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nobodys_file_is_deleted(tmp_path: Path) -> None:
+    best, notes = tmp_path / "run" / "checkpoints" / "checkpoint-3-best" / "weights.pt", tmp_path / "run" / "notes.txt"
+    best.parent.mkdir(parents=True)
+    best.write_text("precious")
+    with pytest.raises(ConfigError, match=r"holds files that are not of a run, such as 'checkpoints/checkpoint-3-best"):
+        finetune(config(tmp_path))
+    notes.write_text("mine")
+    finetune(config(tmp_path, overwrite=True))
+    before = files_below(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"holds an earlier run\. Name another --out, or start anew with --overwrite"):
+        finetune(config(tmp_path))
+    assert files_below(tmp_path / "run") == before
+    longer = config(tmp_path).train.model_copy(update={"max_steps": 9})
+    finetune(config(tmp_path, overwrite=True, train=longer))
+    assert (best.read_text(), notes.read_text()) == ("precious", "mine")
+    found = {path.name for path in (tmp_path / "run" / CHECKPOINTS).iterdir()}
+    assert found == {"checkpoint-3-best", "checkpoint-6", "checkpoint-9"}
+    short = config(tmp_path).train.model_copy(update={"max_steps": 3})
+    finetune(config(tmp_path, overwrite=True, train=short))
+    assert {path.name for path in (tmp_path / "run" / CHECKPOINTS).iterdir()} == {"checkpoint-3-best", "checkpoint-3"}
+
+
+def test_a_record_lists_all_that_its_run_wrote(tmp_path: Path) -> None:
+    record = finetune(config(tmp_path))
+    assert set(record["files"]) == set(files_below(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "checkpoints/checkpoint-3/optimizer.pt"])
+def test_a_file_that_a_run_would_replace_is_not_overwritten(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match=rf"holds '{name}', which no run wrote by its record"):
+        finetune(config(tmp_path, overwrite=True))
+    assert path.read_text() == "mine"
+
+
+def test_a_record_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
+    finetune(config(tmp_path))
+    (tmp_path / "mine.txt").write_text("mine")
+    path = tmp_path / "run" / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": ["../mine.txt", str(tmp_path / "mine.txt")]}))
+    with pytest.raises(ConfigError, match="which no run wrote"):
+        finetune(config(tmp_path, overwrite=True))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_run_does_not_overwrite_its_own_source(tmp_path: Path) -> None:
+    finetune(config(tmp_path))
+    before = files_below(tmp_path / "run")
+    for source in (tmp_path / "run", tmp_path / "run" / CHECKPOINTS / "checkpoint-3"):
+        with pytest.raises(ConfigError, match="it would overwrite its own source"):
+            finetune(config(tmp_path, model=str(source), vocab_size=None, tokenizer=str(tmp_path / "run"), overwrite=True))
+    assert files_below(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("out", ["a.txt", "a.txt/run"])
+def test_an_output_folder_that_is_a_file_is_refused(out: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a\.txt' is a file\. Name a folder"):
+        finetune(config(tmp_path, out=str(tmp_path / out)))
+
+
+def test_a_full_disk_while_saving_leaves_no_half_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device", "tokenizer.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save_tokenizer", full)
+        with pytest.raises(OSError, match="No space left"):
+            finetune(config(tmp_path))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {CHECKPOINTS, "record.json"}
+    assert finetune(config(tmp_path, resume=True))["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "linaer"}, "train.schedule is 'linaer'"),
+        ({"schedule": "warmup_stable_decay"}, "num_decay_steps"),
+        ({"schedule": "cosine_with_min_lr"}, "min_lr"),
+        ({"schedule": "reduce_lr_on_plateau"}, "not offered"),
+        ({"schedule": "linear", "schedule_options": {"power": 2}}, "power"),
+        ({"schedule": "constant", "schedule_options": {"power": 2}}, "takes no schedule_options"),
+        ({"report_to": ["tensorbord"]}, "is no tracker. Did you mean 'tensorboard'"),
+        ({"report_to": ["clearml"]}, "is not installed"),
+    ],
+    ids=str,
+)
+def test_schedules_and_trackers_that_cannot_work_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        finetune(config(tmp_path, train={**config(tmp_path).train.model_dump(), **changes}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_takes_its_arguments(tmp_path: Path) -> None:
+    wanted = {"schedule": "warmup_stable_decay", "schedule_options": {"num_decay_steps": 2}}
+    assert finetune(config(tmp_path, train={**config(tmp_path).train.model_dump(), **wanted}))["status"] == "done"
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="but the model has rows for 100"):
+        finetune(config(tmp_path, model={**GPT2, "vocab_size": 100}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_is_for_gpus_and_costs_a_line_on_other_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = config(tmp_path).train
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        assert training.uses_bf16(section) is available
+        assert not training.uses_bf16(section.model_copy(update={"bf16": False}))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    arguments = SimpleNamespace(bf16=True)
+    training.warn_of_slow_training(build("gpt2", attn_pdrop=0.1), arguments)  # type: ignore[arg-type]
+    assert [line.split(" is ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "warning: train.bf16",
+        "warning: attn_pdrop",
+    ]
+    training.warn_of_slow_training(build("gpt2"), SimpleNamespace(bf16=False))  # type: ignore[arg-type]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_is_a_record_and_a_folder_that_loads(tmp_path: Path) -> None:
@@ -107,7 +277,13 @@ def test_an_encoder_is_trained_on_masked_tokens(tmp_path: Path) -> None:
     documents = [[5 + index % 7 for index in range(300)]]
     section = config(tmp_path).train
     result = train(
-        swapped("bert", "alibi"), tokenizer(masked=True), documents, section, block_size=16, seed=0, out=tmp_path / "b"
+        swapped("bert", "alibi"),
+        tokenizer(masked=True),
+        documents,
+        section,
+        block_size=16,
+        seed=0,
+        output=OutputFolder(tmp_path / "b"),
     )
     assert result["log"][-1]["loss"] < result["log"][0]["loss"]
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "b").config.model_type == "pe_swap_bert"
@@ -130,7 +306,7 @@ def test_a_resumed_encoder_meets_the_same_masks(tmp_path: Path) -> None:
     for resumes in (False, True):
         model, out = swapped("bert", "alibi"), tmp_path / str(resumes)
         section = config(tmp_path).train.model_copy(update={"save_steps": 2, "max_steps": 6, "logging_steps": 1})
-        arguments = {"block_size": 16, "seed": 0, "out": out}
+        arguments = {"block_size": 16, "seed": 0, "output": OutputFolder(out)}
         if resumes:
             train(model, tokenizer(masked=True), documents, section, **arguments)
             shutil.rmtree(out / "checkpoints" / "checkpoint-6")
@@ -142,7 +318,15 @@ def test_a_resumed_encoder_meets_the_same_masks(tmp_path: Path) -> None:
 
 def test_an_encoder_without_a_mask_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no mask token"):
-        train(swapped("bert", "alibi"), tokenizer(), [[5] * 90], config(tmp_path).train, block_size=16, seed=0, out=tmp_path)
+        train(
+            swapped("bert", "alibi"),
+            tokenizer(),
+            [[5] * 90],
+            config(tmp_path).train,
+            block_size=16,
+            seed=0,
+            output=OutputFolder(tmp_path),
+        )
 
 
 def test_positional_parameters_get_their_own_learning_rate(tmp_path: Path) -> None:
@@ -281,6 +465,7 @@ def test_what_cannot_run_leaves_a_finished_run_as_it_is(mistake: dict[str, Any],
     assert any(CHECKPOINTS in path.parts for path in before)
     settings = config(tmp_path).model_dump()
     wrong = {key: {**settings[key], **value} if key in ("data", "train") else value for key, value in mistake.items()}
+    wrong["overwrite"] = True
     with pytest.raises(PESwapError):
         finetune(config(tmp_path, **wrong))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
@@ -315,7 +500,7 @@ def test_the_card_says_at_which_length_a_model_was_fine_tuned(tmp_path: Path) ->
 def test_a_finished_run_may_be_done_again_and_leaves_no_old_checkpoint(tmp_path: Path) -> None:
     first = finetune(config(tmp_path))
     short = config(tmp_path).train.model_copy(update={"max_steps": 3})
-    second = finetune(config(tmp_path, train=short))
+    second = finetune(config(tmp_path, train=short, overwrite=True))
     assert (first["training"]["steps"], second["training"]["steps"]) == (6, 3)
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
 
@@ -339,9 +524,3 @@ def test_blocks_longer_than_the_models_table_are_refused(tmp_path: Path) -> None
     data = {**config(tmp_path).data.model_dump(), "block_size": 17}
     with pytest.raises(ConfigError, match=r"data\.block_size is 17, but the model's positions end at 16"):
         finetune(config(tmp_path, scheme={"name": "original"}, data=data))
-
-
-def test_a_schedule_that_transformers_does_not_know_is_named(tmp_path: Path) -> None:
-    section = config(tmp_path).train.model_copy(update={"schedule": "linaer"})
-    with pytest.raises(ConfigError, match=r"transformers refuses the section 'train': .*linaer"):
-        finetune(config(tmp_path, train=section))
