@@ -1,10 +1,11 @@
-"""`python -m pe_swap schemes` lists the schemes; `python -m pe_swap show alibi --out alibi.png` draws one or more."""
+"""`python -m pe_swap schemes` and `families` list; `python -m pe_swap show alibi --out alibi.png` draws one scheme or more."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
+from pe_swap.commands.families import families_table, families_text
 from pe_swap.commands.gallery import describe, drawable, markdown_table, show, show_several
 from pe_swap.runs.command_line import free_options, run
 from pe_swap.schemes import SCHEMES
@@ -14,7 +15,7 @@ EVERY = "all"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run one of the two commands.
+    """Run one of the three commands.
 
     Raises:
         PESwapError: an unknown scheme or option.
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     listed = commands.add_parser("schemes", help="list every scheme with its options and what it claims")
     listed.add_argument("--markdown", action="store_true", help="as the README's table")
+    families = commands.add_parser("families", help="list every model family with the kind of its positions")
+    families.add_argument("--markdown", action="store_true", help="as the README's table")
     shown = commands.add_parser(
         "show", help="draw what a scheme does", epilog="Of one scheme, any other --option is the scheme's own."
     )
@@ -37,6 +40,11 @@ def main(arguments: Sequence[str]) -> None:
         if unknown:
             parser.error(f"unexpected {' '.join(unknown)}")
         print(markdown_table() if known.markdown else "\n\n".join(describe(name) for name in SCHEMES.names()))
+        return
+    if known.command == "families":
+        if unknown:
+            parser.error(f"unexpected {' '.join(unknown)}")
+        print(families_table() if known.markdown else families_text())
         return
     for name in ("heads", "length"):
         if not 1 <= getattr(known, name) <= 4096:

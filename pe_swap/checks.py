@@ -28,7 +28,7 @@ LENGTH = 24
 SHIFT = 17
 """Positions by which the check of shift invariance moves every token."""
 
-LONGEST_ROW = 1024
+LONGEST_ROW = 2048
 """Tokens: the longest row that the check beyond the trained length runs; beyond it, a short row stands at far position ids."""
 
 ABOVE_ROUNDING = 10.0
@@ -228,7 +228,7 @@ class _Checker:
                 starts_neutral = self.order_difference() > ABOVE_ROUNDING * rounding
             if starts_neutral:
                 return Check("order matters", None, difference, "not yet: the scheme starts from adding nothing, train it")
-        detail = f"last state, tokens before it reversed; rounding is {rounding:.0e}"
+        detail = f"last state, tokens before it reversed; rounding is {rounding:.1e}"
         return Check("order matters", difference > ABOVE_ROUNDING * rounding, difference, detail)
 
     def order_difference(self) -> float:

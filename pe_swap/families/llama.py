@@ -13,12 +13,14 @@ from pe_swap.families.native import Rotary
 LLAMA = Stack(Rotary(), attention="layers.{layer}.self_attn", tokens="embed_tokens", is_causal=decoder)
 
 ALIKE = (
-    "apertus", "arcee", "gemma", "gemma2", "gemma3_text", "gpt_oss", "granite", "llama", "ministral", "mistral", "mixtral", "nemotron",
-    "olmo", "olmo2", "olmo3", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "stablelm", "starcoder2",
+    "apertus", "apertus1p5_text", "arcee", "aria_text", "bitnet", "cwm", "dots1", "flex_olmo", "gemma", "gemma2", "gemma3_text",
+    "glm4_moe", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "hyperclovax", "jais2", "laguna", "llama", "mellum", "minimax_m2",
+    "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "solar_open", "stablelm", "starcoder2", "vaultgemma",
 )  # fmt: skip
 """Families that differ in nothing that positions depend on."""
 
-INTERLEAVED = ("cohere", "glm", "glm4", "helium")
+INTERLEAVED = ("cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium")
 """Families whose rotation pairs neighbouring dimensions."""
 
 
@@ -28,8 +30,8 @@ def has_rope(config: Any, layer: int) -> bool:
 
 
 def slides(config: Any, layer: int) -> bool:
-    """Tell whether a Cohere 2 or EXAONE 4 turns a layer: the layers with a window, or all where it has none."""
-    if config.model_type.endswith("exaone4") and config.sliding_window is None:
+    """Tell whether a Cohere 2 or EXAONE 4 turns a layer: those with a window; an EXAONE without windows turns all."""
+    if "exaone" in config.model_type and config.sliding_window is None:
         return True
     return bool(config.layer_types[layer] == "sliding_attention")
 
@@ -39,5 +41,7 @@ for model_type in ALIKE:
 for model_type in INTERLEAVED:
     register(model_type, replace(LLAMA, native=Rotary(layout="interleaved")))
 register("smollm3", replace(LLAMA, native=Rotary(turns=has_rope)))
-register("cohere2", replace(LLAMA, native=Rotary(layout="interleaved", turns=slides)))
-register("exaone4", replace(LLAMA, native=Rotary(turns=slides)))
+for model_type in ("cohere2", "cohere2_moe"):
+    register(model_type, replace(LLAMA, native=Rotary(layout="interleaved", turns=slides)))
+for model_type in ("exaone4", "exaone_moe"):
+    register(model_type, replace(LLAMA, native=Rotary(turns=slides)))

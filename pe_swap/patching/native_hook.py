@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pe_swap.attention.shared_in_call import ARGUMENT
+from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED, SharedInCall
+from pe_swap.errors import UnsupportedModelError
 from pe_swap.families.native import Bias, Rotary
 from pe_swap.patching.holder import HolderRef
 
@@ -38,10 +39,18 @@ def hand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     native = handed.native
     if isinstance(native, Bias):
         return args, {**kwargs, native.argument: native.neutral(hidden_states)}
-    shared = kwargs[ARGUMENT]
+    shared: SharedInCall = kwargs.get(ARGUMENT, NOTHING_SHARED)
+    given = (
+        kwargs.get("position_ids") if shared.position_ids is None else shared.position_ids
+    )  # some layers hand on no more than these
+    if given is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} was called without position ids, by which its scheme turns. Call the whole model, not a layer of it."
+        )
+    position_ids: Tensor = given
 
     def compute() -> Any:
-        return native.handed(handed.holder_ref.holder, handed.name, hidden_states, shared.position_ids, handed.layer_type)
+        return native.handed(handed.holder_ref.holder, handed.name, hidden_states, position_ids, handed.layer_type)
 
     rotation = shared.constant(("rotation", handed.name, handed.layer_type, hidden_states.device), compute)
     return args, {**kwargs, native.argument: rotation}

@@ -50,6 +50,11 @@ T5 = {
 
 BERT_LIKE = {**SIZES, **LENGTH}
 LLAMA_LIKE = {**SIZES, **LENGTH, **GROUPED}
+EXPERTS = {
+    "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "n_routed_experts": 2,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+"""Sizes of a mixture of experts, by every name that families have for them; a family takes those that it knows."""
 
 TINY: dict[str, dict[str, Any]] = {
     "albert": {**BERT_LIKE, "embedding_size": 48, "num_hidden_groups": 2},
@@ -117,6 +122,29 @@ TINY: dict[str, dict[str, Any]] = {
     "t5": T5,
     "whisper": {**PARTS, "max_target_positions": TRAINED_LENGTH, "max_source_positions": 8, "num_mel_bins": 4},
     "xlm-roberta": {**BERT_LIKE, "max_position_embeddings": TRAINED_LENGTH + 1},
+    "apertus1p5_text": LLAMA_LIKE,
+    "aria_text": {**LLAMA_LIKE, **EXPERTS},
+    "bitnet": LLAMA_LIKE,
+    "cohere2_moe": {**LLAMA_LIKE, **WINDOW, **EXPERTS},
+    "cwm": {**LLAMA_LIKE, **WINDOW, "head_dim": 8},
+    "dots1": {**LLAMA_LIKE, **WINDOW, **EXPERTS},
+    "ernie4_5": {**LLAMA_LIKE, "head_dim": 8},
+    "ernie4_5_moe": {**LLAMA_LIKE, **EXPERTS},
+    "exaone_moe": {**LLAMA_LIKE, **WINDOW, **EXPERTS},
+    "flex_olmo": {**LLAMA_LIKE, **EXPERTS},
+    "glm4_moe": {**LLAMA_LIKE, **EXPERTS, "head_dim": 8},
+    "granitemoe": {**LLAMA_LIKE, **EXPERTS},
+    "granitemoeshared": {**LLAMA_LIKE, **EXPERTS},
+    "hyperclovax": {**LLAMA_LIKE, "head_dim": 8},
+    "jais2": {**LLAMA_LIKE, "head_dim": 8},
+    "laguna": {**LLAMA_LIKE, **WINDOW, **EXPERTS, "head_dim": 8},
+    "mellum": {**LLAMA_LIKE, **WINDOW, **EXPERTS, "head_dim": 8},
+    "minimax_m2": {**LLAMA_LIKE, **EXPERTS, "head_dim": 8},
+    "ministral3": {**LLAMA_LIKE, "head_dim": 8},
+    "olmoe": {**LLAMA_LIKE, **EXPERTS},
+    "phimoe": {**LLAMA_LIKE, **EXPERTS},
+    "solar_open": {**LLAMA_LIKE, **EXPERTS, "head_dim": 8},
+    "vaultgemma": {**LLAMA_LIKE, **WINDOW, "head_dim": 8},
 }  # fmt: skip
 """What differs from `AutoConfig.for_model(name)`; every registered family has an entry, and a test says so."""
 
@@ -130,6 +158,7 @@ def config_of(family: str, **overrides: Any) -> Any:
     """Return the family's tiny configuration."""
     known = AutoConfig.for_model(family).to_dict()
     settings = {**TOKENS, **{name: value for name, value in NO_DROPOUT.items() if name in known}, **TINY[family], **overrides}
+    settings = {name: value for name, value in settings.items() if name not in EXPERTS or name in known}
     return AutoConfig.for_model(family, **settings)
 
 
