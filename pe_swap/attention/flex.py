@@ -4,6 +4,10 @@ The bias is a score function, which reads one number per distance while the kern
 mask, with causality, padding, packing and caches in it. Compiled, nothing of heads x q_len x kv_len exists, and blocks that a mask
 forbids are not computed.
 
+On a CPU it runs uncompiled. The kernel that PyTorch 2.13 compiles there is wrong, without any scheme too: not a number, or off by up to
+24, where keys are 8 more than a multiple of 16 in heads of 16 channels. PyTorch warns that scores are then written out whole; `sdpa` does
+not write them.
+
 PyTorch has no dropout here, and no backward on a CPU; both are errors. Gradients of a bias that is trained are PyTorch's own, on
 CUDA alone, and have not been run.
 
@@ -14,11 +18,12 @@ name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.masking_utils import flex_attention_mask
 
@@ -74,7 +79,7 @@ def flex_bias_attention(
     query, key, value = of_one_width(query, key, value)
     if not is_power_of_two(query.shape[1]):  # as transformers does: the kernel then takes no groups
         key, value = per_head(key, query.shape[1]), per_head(value, query.shape[1])
-    output: Tensor = compile_friendly_flex_attention(
+    output: Tensor = kernel_for(query, training)(
         query,
         key,
         value,
@@ -82,9 +87,25 @@ def flex_bias_attention(
         block_mask=attention_mask if isinstance(attention_mask, BlockMask) else None,
         enable_gqa=query.shape[1] != key.shape[1],
         scale=scaling,
-        training=training,
     )
     return output[..., :value_width]
+
+
+def kernel_for(query: Tensor, training: bool) -> Callable[..., Tensor]:
+    """Return FlexAttention as it is right on the device of `query`: compiled, as transformers does it, or on a CPU uncompiled.
+
+    Raises:
+        UnsupportedBackendError: a compiler runs, which would compile the kernel for a CPU.
+    """
+    if query.device.type != "cpu":
+        return partial(compile_friendly_flex_attention, training=training)
+    if torch.compiler.is_compiling():
+        raise UnsupportedBackendError(
+            "The attention implementation is 'flex_attention', whose compiled kernel for CPUs gives wrong numbers at some lengths, and "
+            'the model is being compiled. Call model.set_attn_implementation("sdpa").'
+        )
+    kernel: Callable[..., Tensor] = flex_attention
+    return kernel
 
 
 def is_power_of_two(number: int) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from pe_swap.errors import UnsupportedBackendError
 from tests.support.models import CASES, LENGTH_DEPENDENT, build, swapped, token_ids, with_cache
@@ -98,10 +98,15 @@ def test_a_cache_that_returns_other_keys_than_it_said_is_refused() -> None:
 
 @torch.no_grad()
 def test_a_layer_that_stores_no_keys_is_refused() -> None:
+    class Dummy:
+        """As transformers' layer for keys that another layer stores: it does not know how many there are."""
+
+        keys = None
+
     model = swapped("gpt2", "shaw")
     cache = DynamicCache(config=model.config)
     model(token_ids(1, 4), **with_cache(model, cache))
-    cache.layers[1] = DummyLayer()
+    cache.layers[1] = Dummy()
     with pytest.raises(UnsupportedBackendError, match=r"Layer 1 carries the scheme 'shaw', but stores no keys in the cache"):
         model(token_ids(1, 1), **with_cache(model, cache))
 
