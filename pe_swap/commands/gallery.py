@@ -35,7 +35,9 @@ def describe(name: str) -> str:
     """
     scheme = SCHEMES[name]
     lines = [f"{name}: {scheme.summary}"]
-    lines += [f"    {field.name}: {field.type} = {field.default!r}" for field in dataclasses.fields(scheme.Options)]
+    for field in dataclasses.fields(scheme.Options):
+        own = f" (the model's own, else {field.metadata['native_or']!r})" if "native_or" in field.metadata else ""
+        lines.append(f"    {field.name}: {field.type} = {field.default!r}{own}")
     built = build(name, {}, heads=12, length=32, is_causal=True)
     return "\n".join([*lines, f"    [with its defaults: {'; '.join(claims(built))}]"])
 
@@ -48,7 +50,7 @@ def markdown_table() -> str:
         own = [
             field for field in dataclasses.fields(scheme.Options) if not field.kw_only
         ]  # what every scheme takes is keyword-only
-        options = ", ".join(f"`{field.name}={field.default!r}`" for field in own)
+        options = ", ".join(f"`{field.name}={field.metadata.get('native_or', field.default)!r}`" for field in own)
         lines.append(f"| `{name}` | {scheme.summary}{' (decoders only)' if scheme.causal_only else ''} | {options} |")
     return "\n".join(lines)
 
@@ -123,7 +125,7 @@ def show(name: str, options: dict[str, Any], *, heads: int = 12, length: int = 2
             axes[0].set_axis_off()
         chosen = ", ".join(f"{option}={value}" for option, value in options.items())
         title = f"{name}{f' ({chosen})' if chosen else ''}: {scheme.summary}"
-        figure.suptitle(textwrap.fill(title, 72 * max(1, len(panels))), fontsize=9)  # 72 characters are as wide as a panel
+        figure.suptitle(textwrap.fill(title, 64 * max(1, len(panels))), fontsize=9)  # fewer characters than a panel is wide
     return figure
 
 
@@ -155,12 +157,12 @@ def show_several(names: Sequence[str], *, heads: int = 12, length: int = 256, is
             panel.set_title(scheme.name, loc="left", fontsize=10, fontweight="bold")
         for panel in list(axes)[len(drawn) :]:
             panel.set_axis_off()
-        figure.suptitle(
-            f"{length:,} positions, {heads:,} heads: where a panel has many lines, the first head is dark, the last bright. "
-            "Squares of keys and queries show one head,\nboth drawn at random, as are parameters that start at zero "
-            "and the table that learned and concat take over.",
-            fontsize=8.5,
+        title = (
+            f"{length:,} positions, {heads:,} heads: where a panel has many lines, the first head is dark, the last bright. Squares of keys "
+            "and queries show one head, both drawn at random, as are parameters that start at zero and the table that learned and concat "
+            "take over."
         )
+        figure.suptitle(textwrap.fill(title, 40 * columns), fontsize=8.5)  # fewer characters than the panels are wide
     return figure
 
 
@@ -211,7 +213,7 @@ def _rotation(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
     axes.plot(slots, scores[0, 0, 0].flip(0) / (scaling * head_dim), color="#0072b2")
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.set_xlabel("tokens back")
-    axes.set_ylabel("score, unturned = 1")
+    axes.set_ylabel("score of equal vectors,\nover that without the scheme")
 
 
 def _bias(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
@@ -219,8 +221,11 @@ def _bias(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
     distance = torch.arange(-length + 1, 1 if scheme.geometry.is_causal else length)
     bias = scheme.relative_bias(distance, layer=0)
     colours = mpl.colormaps["viridis"]
-    for head, line in enumerate(bias):
-        axes.plot(distance, line, color=colours(head / max(1, len(bias) - 1)), linewidth=1.2, label=f"head {head}")
+    if torch.equal(bias, bias[:1].expand_as(bias)):  # as they start
+        axes.plot(distance, bias[0], color=colours(0.0), linewidth=1.2, label=f"each of {len(bias)} heads")
+    else:
+        for head, line in enumerate(bias):
+            axes.plot(distance, line, color=colours(head / max(1, len(bias) - 1)), linewidth=1.2, label=f"head {head}")
     axes.set_xlabel("key minus query, tokens")
     axes.set_ylabel("added to the score, logits")
 
@@ -241,11 +246,11 @@ def _scores(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
 
 
 def _query_scale(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
-    """Draw the factor on a query by how many keys it sees, to eight times the trained length, which is the number of positions drawn."""
+    """Draw the factor on a query by how many keys it may attend to, to eight times the trained length, which is the number of positions drawn."""
     num_keys = torch.arange(1, 8 * length + 1)
     axes.plot(num_keys, scheme.query_scale(num_keys[None], layer=0)[0], color="#0072b2")
     axes.axvline(length, color="#999999", linewidth=0.8)
-    axes.set_xlabel("keys seen; the line is the trained length")
+    axes.set_xlabel("keys that the query may attend to; the line is the trained length")
     axes.set_ylabel("factor on the query")
 
 
