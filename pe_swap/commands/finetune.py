@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from pe_swap.errors import ConfigError, DivergedError
 from pe_swap.evaluation.evaluator import Evaluator
 from pe_swap.runs import data
-from pe_swap.runs.config import FinetuneConfig, MeasureSection, resolved
+from pe_swap.runs.config import ORIGINAL, FinetuneConfig, MeasureSection, resolved
 from pe_swap.runs.models import (
     apply_scheme,
     content_hashes,
@@ -82,11 +82,12 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
             "sha256": text.key,
             "repeated_documents": text.repeated,
         },
-        "perplexity": {"length": evaluator.measure.lengths[0], "before_swap": perplexity(model, evaluator)},
+        "perplexity": {"length": evaluator.measure.lengths[0], "before_swap": _before_swap(config, text, model, evaluator)},
     }
     apply_scheme(model, config.scheme)
     record["scheme"] = scheme_name(model)
-    record["perplexity"]["after_swap"] = perplexity(model, evaluator)
+    before = record["perplexity"]["before_swap"]
+    record["perplexity"]["after_swap"] = before if config.scheme.name == ORIGINAL else perplexity(model, evaluator)
     write = _writer(output, record)
 
     def start() -> None:
@@ -166,6 +167,17 @@ def _evaluator(config: FinetuneConfig, documents: Sequence[Sequence[int]], token
     length = min(config.data.block_size, max(len(document) for document in documents))
     measure = MeasureSection(lengths=[length], max_document_tokens=16 * length, max_documents=20)
     return Evaluator(documents, tokenizer, measure, config.seed)
+
+
+def _before_swap(config: FinetuneConfig, text: data.Text, model: PreTrainedModel, evaluator: Evaluator) -> float | None:
+    """Return the perplexity before the swap; of the same files on the same text it is measured once."""
+    files = content_hashes(config.model)
+    if not files or is_configuration(config.model):
+        return perplexity(model, evaluator)
+    key = fingerprint([files, content_hashes(config.tokenizer), config.vocab_size, resolved(evaluator.measure), config.seed])
+    if key not in text.perplexities:
+        text.perplexities[key] = perplexity(model, evaluator)
+    return text.perplexities[key]
 
 
 def perplexity(model: PreTrainedModel, evaluator: Evaluator) -> float | None:

@@ -73,6 +73,7 @@ class Text:
         held_out: documents to measure on.
         key: a hash of both parts: the text itself, wherever it lies.
         repeated: how many documents to measure on are also trained on, such as lines that a data set repeats.
+        perplexities: what was measured on it, by what was measured: a comparison has one base for all its models.
     """
 
     def __init__(self, train: Sequence[str], held_out: Sequence[str]) -> None:
@@ -80,6 +81,7 @@ class Text:
         self.held_out = held_out
         self.key = fingerprint([digest(train), digest(held_out)])
         self.repeated = len(shared_documents(train, held_out))
+        self.perplexities: dict[str, float | None] = {}
         self._tokens: tuple[str, tuple[list[list[int]], list[list[int]]]] | None = None
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[list[int]]]:

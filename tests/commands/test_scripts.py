@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from pe_swap.commands import compare as comparing
 from pe_swap.commands import evaluate as evaluating
+from pe_swap.commands import finetune as finetuning
 from pe_swap.errors import PESwapError
 from pe_swap.evaluation.evaluator import DIVERGED
 from pe_swap.evaluation.report import COLUMNS
@@ -82,6 +83,21 @@ def test_compare_then_evaluate_then_finetune(quick: Path, tmp_path: Path, texts:
     assert saved["schemes"] == [
         {"name": "rope", "options": {"base": 20000, "layout": "half", "fraction": 1.0, "rope_type": "default"}}
     ]
+
+
+def test_a_comparison_measures_its_base_once(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, measured = finetuning.perplexity, []
+    monkeypatch.setattr(finetuning, "perplexity", lambda *args: measured.append(original(*args)) or measured[-1])
+    assert call("compare", "--config", str(quick), "--out", str(tmp_path / "out")) == 0
+    parts = json.loads((tmp_path / "out" / "record.json").read_text())["parts"]
+    before = {label: part["perplexity"]["before_swap"] for label, part in parts.items()}
+    assert (
+        before["alibi"]
+        == before["control"]
+        == parts["control"]["perplexity"]["after_swap"]
+        != parts["alibi"]["perplexity"]["after_swap"]
+    )
+    assert len(measured) == 6  # base: before and after training; control: the same; alibi: after the swap and after training
 
 
 def test_compare_does_not_redo_what_is_done(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
