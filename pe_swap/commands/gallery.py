@@ -158,8 +158,8 @@ def show_several(names: Sequence[str], *, heads: int = 12, length: int = 256, is
         for panel in list(axes)[len(drawn) :]:
             panel.set_axis_off()
         title = (
-            f"{length:,} positions, {heads:,} heads: where a panel has many lines, the first head is dark, the last bright. Squares of keys "
-            "and queries show one head, both drawn at random, as are parameters that start at zero and the table that learned and concat "
+            f"{length:,} positions, {heads:,} heads: where a panel has many lines, the first head is dark, the last bright. Squares of "
+            "keys and queries show one head, both drawn at random, as are parameters that start at zero and the table that learned and concat "
             "take over."
         )
         figure.suptitle(textwrap.fill(title, 40 * columns), fontsize=8.5)  # fewer characters than the panels are wide
@@ -246,7 +246,7 @@ def _scores(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
 
 
 def _query_scale(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
-    """Draw the factor on a query by how many keys it may attend to, to eight times the trained length, which is the number of positions drawn."""
+    """Draw the factor on a query by how many keys it may attend to, up to eight times the length drawn, which stands for the trained."""
     num_keys = torch.arange(1, 8 * length + 1)
     axes.plot(num_keys, scheme.query_scale(num_keys[None], layer=0)[0], color="#0072b2")
     axes.axvline(length, color="#999999", linewidth=0.8)
