@@ -5,7 +5,7 @@ Usage: python scripts/eval_long_context.py --config configs/... [--key value ...
 
 from collections.abc import Sequence
 
-from pe_swap.commands.evaluate import evaluate
+from pe_swap.commands.evaluate import DESCRIPTION, evaluate
 from pe_swap.runs.command_line import parse, run
 from pe_swap.runs.config import EvalConfig
 from pe_swap.runs.records import flush_denormals
@@ -13,7 +13,7 @@ from pe_swap.runs.records import flush_denormals
 
 def main(arguments: Sequence[str]) -> None:
     """Read the configuration and run."""
-    evaluate(parse(EvalConfig, arguments, description="Perplexity of models at lengths they were never trained on."))
+    evaluate(parse(EvalConfig, arguments, description=DESCRIPTION))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
 from pe_swap.commands.benchmark_report import BenchmarkRow, benchmark_plot, benchmark_table
 from pe_swap.errors import ConfigError
+from pe_swap.evaluation.report import png, write_whole
 from pe_swap.families import FAMILIES
 from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.runs.config import BenchmarkConfig, Task, resolved
@@ -85,8 +86,8 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     record |= {"status": "done", "seconds": watch.seconds}
     write_record(out, record)
     table = benchmark_table(record)
-    (out / "report.md").write_text(table, encoding="utf-8")
-    benchmark_plot(rows).savefig(out / "benchmark.png", dpi=150)
+    write_whole(out / "report.md", table)
+    write_whole(out / "benchmark.png", png(benchmark_plot(rows)))
     print(table)
     return record
 

@@ -16,8 +16,10 @@ from typing import Any
 from pe_swap.commands.evaluate import evaluate
 from pe_swap.commands.finetune import finetune, run_fingerprint
 from pe_swap.errors import CheckpointError, ConfigError, DivergedError
+from pe_swap.evaluation.comparison import require_control
 from pe_swap.evaluation.evaluator import DIVERGED
-from pe_swap.evaluation.report import write_report
+from pe_swap.evaluation.measures import chosen
+from pe_swap.evaluation.report import REPORTED, write_report
 from pe_swap.runs import data
 from pe_swap.runs.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, build, resolved
 from pe_swap.runs.models import is_configuration
@@ -65,9 +67,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "seed": config.seed,
         "seconds": watch.seconds,
         "parts": {label: _perplexities(Path(folder)) for label, folder in zip(config.schemes, folders, strict=True)},
+        **{key: measured[key] for key in REPORTED},
         "data": {**measured["data"], "repeated_documents": text.repeated},
         "trained_length": {label: config.data.block_size for label in config.schemes},
-        "results": measured["results"],
     }
     write_record(out, record)
     write_report(out, record)
@@ -98,6 +100,8 @@ def require_comparison(config: CompareConfig, out: Path) -> None:
     require_output_folder(out, (config.model, config.tokenizer))
     require_kind(out, "comparison")
     require_labels(config.schemes)
+    chosen(config.eval)
+    require_control(config.eval.control, list(config.schemes))
     for scheme in config.schemes.values():
         if scheme.name != ORIGINAL:
             build_options(SCHEMES[scheme.name].Options, scheme.options)

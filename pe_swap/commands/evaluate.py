@@ -1,4 +1,4 @@
-"""`scripts/eval_long_context.py`: several models, on the same tokens.
+"""`scripts/eval_long_context.py`: several models, on the same text.
 
 Each model's rows are kept in a folder of their own as soon as they are measured. A rerun takes them from there where the model, the
 text and what is measured are the same, by their content.
@@ -16,57 +16,82 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a pa
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from pe_swap.errors import CheckpointError, DataError, PESwapError
-from pe_swap.evaluation.evaluator import NOTHING, Evaluator
+from pe_swap.evaluation.comparison import require_control, with_ratios
+from pe_swap.evaluation.effective_length import effective_lengths
+from pe_swap.evaluation.evaluator import Evaluator, unmeasured_row
+from pe_swap.evaluation.measures import Probe, chosen, descriptions
 from pe_swap.evaluation.report import write_report
+from pe_swap.evaluation.rows import PROTOCOL_VERSION, PerplexityRow, ProbeRow
+from pe_swap.evaluation.text import tokens_and_bytes, where_first_token_stands
 from pe_swap.runs import data as text
 from pe_swap.runs.config import EvalConfig, MeasureSection, resolved
 from pe_swap.runs.models import content_hashes, load_model, scheme_name
+from pe_swap.runs.output import require_kind, require_output_folder
 from pe_swap.runs.records import Stopwatch, environment, fingerprint, read_record, write_record
 from pe_swap.saving.model_card import record_evaluation
 
 PARTS = "models"
 """Folder of the kept results of each model, in an evaluation's output folder."""
 
+COMPARISON_ONLY = ("control", "effective_length_bound")
+"""Settings that change no model's own numbers, so that kept results stay valid."""
+
+DESCRIPTION = f"""Models at lengths they were never trained on, on the same text.
+
+--protocols and --measures take:
+{descriptions()}"""
+"""The first part of the script's --help."""
+
 
 def evaluate(config: EvalConfig, texts: Sequence[str] | None = None) -> dict[str, Any]:
-    """Evaluate every model and write record, tables and plot; return the record.
+    """Evaluate every model and write record, tables and plots; return the record.
 
     Of several models, one that cannot be loaded or measured is rows that say why, so that the others' results stand.
 
     Args:
-        config: models, lengths, protocols.
+        config: models, lengths, measures.
         texts: documents to evaluate on; all that `config.data` names by default.
 
     Raises:
-        PESwapError: the text cannot be used, a model is not there, none can be measured, or two models have different tokens.
+        PESwapError: the text cannot be used, a measure or a model is not there, none can be measured, or two models have different
+            tokens.
     """
     watch, out = Stopwatch(), Path(config.out)
+    measures, labels = chosen(config), short_labels(config.models)
+    require_control(config.control, list(labels.values()))
+    require_output_folder(out, (*config.models, config.tokenizer))
+    require_kind(out, "evaluation")
     configurations = {name: require_model(name) for name in config.models}
-    tokenizer = text.load_tokenizer(config.tokenizer or config.models[0])
-    if config.tokenizer is None:
-        require_one_vocabulary(config.models, tokenizer)
+    tokenizers = _tokenizers(config)
     for name, configuration in configurations.items():
-        if len(tokenizer) > configuration.vocab_size:
+        if len(tokenizers[name]) > configuration.vocab_size:
             raise DataError(
-                f"The tokenizer has {len(tokenizer):,} tokens, the model '{name}' knows {configuration.vocab_size:,}. Models compared "
-                "on the same tokens need one vocabulary; name it with --tokenizer, or evaluate this model alone."
+                f"The tokenizer has {len(tokenizers[name]):,} tokens, the model '{name}' knows {configuration.vocab_size:,}. Models "
+                "compared on the same tokens need one vocabulary; name it with --tokenizer, or evaluate this model alone."
             )
-    documents = text.tokenized(
-        text.load_documents(_all_for_evaluation(config).data, "eval") if texts is None else texts, tokenizer
-    )
-    evaluator = Evaluator(documents, tokenizer, config, config.seed)
-    shared = _shared_key(config, documents, tokenizer)
-    labels = short_labels(config.models)
-    rows: list[dict[str, Any]] = []
+    texts = text.load_documents(_all_for_evaluation(config).data, "eval") if texts is None else texts
+    texts = [document[: config.max_document_characters] for document in texts]
+    evaluators: dict[int, Evaluator] = {}
+    for tokenizer in tokenizers.values():
+        if id(tokenizer) not in evaluators:
+            documents, byte_ends = tokens_and_bytes(texts, tokenizer)
+            if not any(documents):
+                raise DataError(
+                    "The tokenizer leaves no token of the text to evaluate. Name other text, or the models' own tokenizer."
+                )
+            evaluators[id(tokenizer)] = Evaluator(documents, tokenizer, config, config.seed, byte_ends)
+    rows: list[PerplexityRow] = []
+    probes: list[ProbeRow] = []
     failures: dict[str, PESwapError] = {}
     bar = tqdm(config.models, desc="models", disable=None)
     for name in bar:
-        label = labels[name]
+        label, evaluator = labels[name], evaluators[id(tokenizers[name])]
+        shared = _shared_key(config, evaluator)
         key = fingerprint([shared, name, content_hashes(name), getattr(configurations[name], "_commit_hash", None)])
         part = read_record(_part(out, name))
         try:
             if part is None or part.get("fingerprint") != key:
-                part = {"kind": "measured model", "fingerprint": key, "results": _measure(config, evaluator, name, label, bar)}
+                part = {"kind": "measured model", "fingerprint": key, **_measure(config, evaluator, name, label, bar)}
                 write_record(_part(out, name), part)
             else:
                 bar.write(f"{label}: measured before, kept", file=sys.stderr)
@@ -77,12 +102,18 @@ def evaluate(config: EvalConfig, texts: Sequence[str] | None = None) -> dict[str
             bar.write(f"{label}: {error}", file=sys.stderr)
             rows += _error_rows(config, label, str(error))
             continue
-        found = [{**row, "model": label} for row in part["results"]]
-        rows += found
+        found: list[PerplexityRow] = part["results"]
+        kept: list[ProbeRow] = part["probes"]
+        for row in (*found, *kept):
+            row["model"] = label  # labels depend on what the model is compared with
+        rows, probes = rows + found, probes + kept
         if getattr(configurations[name], "pe_swap", None):
             _update_card(Path(name), found)
     if len(failures) == len(config.models):
         raise next(iter(failures.values()))
+    rows = with_ratios(rows, control=config.control, unit=config.unit, samples=config.bootstrap_samples, seed=config.seed)
+    trained = {labels[name]: trained_length(configurations[name], name) for name in config.models}
+    first = evaluators[id(tokenizers[config.models[0]])]
     record = {
         "kind": "evaluation",
         "status": "done",
@@ -90,13 +121,46 @@ def evaluate(config: EvalConfig, texts: Sequence[str] | None = None) -> dict[str
         **environment(),
         "seed": config.seed,
         "seconds": watch.seconds,
-        "data": text.describe(documents),
-        "trained_length": {labels[name]: trained_length(configurations[name], name) for name in config.models},
+        "protocol_version": PROTOCOL_VERSION,
+        "first_token": where_first_token_stands(first.tokenizer, config),
+        "unit": config.unit,
+        "data": text.describe(first.text().documents),
+        "trained_length": trained,
+        "measures": {one.name: one.note() for one in measures if isinstance(one, Probe)},
         "results": rows,
+        "probes": probes,
+        "effective_lengths": effective_lengths(rows, probes, trained, config.effective_length_bound),
     }
     write_record(out, record)
     write_report(out, record)
     return record
+
+
+def _tokenizers(config: EvalConfig) -> dict[str, PreTrainedTokenizerBase]:
+    """Return each model's tokenizer: one and the same, unless bits per byte are asked for and vocabularies differ.
+
+    Raises:
+        DataError: vocabularies differ and a setting counts tokens, which would then be of different text.
+    """
+    if config.tokenizer is not None:
+        return dict.fromkeys(config.models, text.load_tokenizer(config.tokenizer))
+    own = {name: text.load_tokenizer(name) for name in config.models}
+    first = own[config.models[0]]
+    differing = [name for name, tokenizer in own.items() if tokenizer.get_vocab() != first.get_vocab()]
+    if not differing:
+        return dict.fromkeys(config.models, first)
+    if config.unit == "perplexity":
+        raise DataError(
+            f"The models '{config.models[0]}' and '{differing[0]}' have different vocabularies; perplexities are compared on the same "
+            "tokens. Compare --unit bits_per_byte, evaluate them apart, or name the one vocabulary that holds for both with --tokenizer."
+        )
+    if config.max_document_tokens is not None or "same_targets" in config.protocols:
+        what = "max_document_tokens" if config.max_document_tokens is not None else "same_targets"
+        raise DataError(
+            f"The models '{config.models[0]}' and '{differing[0]}' have different vocabularies, so {what} would take different text from "
+            "each. Use max_document_characters, and the protocols nonoverlapping and sliding."
+        )
+    return own
 
 
 def _part(out: Path, name: str) -> Path:
@@ -104,28 +168,27 @@ def _part(out: Path, name: str) -> Path:
     return out / PARTS / f"{Path(name).name}-{fingerprint(name)[:8]}"
 
 
-def _shared_key(config: EvalConfig, documents: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of all that decides every model's numbers: what is measured, and on which tokens."""
-    measure = {name: value for name, value in resolved(config).items() if name in MeasureSection.model_fields}
-    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    return fingerprint([measure, config.dtype, config.seed, documents, special])
+def _shared_key(config: EvalConfig, evaluator: Evaluator) -> str:
+    """Return a hash of all that decides every model's numbers: what is measured, how, and on which tokens."""
+    names = MeasureSection.model_fields.keys() - set(COMPARISON_ONLY)
+    measure = {name: value for name, value in resolved(config).items() if name in names}
+    special = sorted((name, str(token)) for name, token in evaluator.tokenizer.special_tokens_map.items())
+    return fingerprint([PROTOCOL_VERSION, measure, config.dtype, config.seed, evaluator.documents, special])
 
 
-def _measure(config: EvalConfig, evaluator: Evaluator, name: str, label: str, bar: Any) -> list[dict[str, Any]]:
+def _measure(config: EvalConfig, evaluator: Evaluator, name: str, label: str, bar: Any) -> dict[str, Any]:
     """Return one model's rows."""
     model = load_model(name, getattr(torch, config.dtype)).eval()
     if torch.cuda.is_available():
         model = model.cuda()
-    return evaluator.rows(model, label, scheme_name(model), progress=bar.set_postfix_str)
+    scheme = scheme_name(model)
+    rows = evaluator.rows(model, label, scheme, progress=bar.set_postfix_str)
+    return {"results": rows, "probes": evaluator.probe_rows(model, label, scheme, progress=bar.set_postfix_str)}
 
 
-def _error_rows(config: EvalConfig, label: str, error: str) -> list[dict[str, Any]]:
+def _error_rows(config: EvalConfig, label: str, error: str) -> list[PerplexityRow]:
     """Return the rows of a model that could not be loaded or measured."""
-    return [
-        {"model": label, "scheme": "-", "protocol": protocol, "length": length, **NOTHING, "error": error}
-        for protocol in config.protocols
-        for length in config.lengths
-    ]
+    return [unmeasured_row(label, "-", protocol, length, error) for protocol in config.protocols for length in config.lengths]
 
 
 def _update_card(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -166,20 +229,6 @@ def require_model(name: str) -> Any:
         raise CheckpointError(
             f"Cannot load a model from '{name}': {error}. --models takes folders that hold a config.json and weights, or hub names."
         ) from error
-
-
-def require_one_vocabulary(models: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse models whose own tokenizers differ: the tokens of one mean nothing to the other.
-
-    Raises:
-        DataError: a model has another vocabulary than the first.
-    """
-    for name in models[1:]:
-        if text.load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
-            raise DataError(
-                f"The models '{models[0]}' and '{name}' have different vocabularies; models are compared on the same tokens. Evaluate "
-                "them apart, or name the one vocabulary that holds for both with --tokenizer."
-            )
 
 
 def short_labels(models: Sequence[str]) -> dict[str, str]:

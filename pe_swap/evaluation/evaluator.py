@@ -1,11 +1,10 @@
-"""Evaluate a model at every length under every protocol, on tokens that are the same for every model."""
+"""Evaluate a model with every measure at every length, on tokens that are the same for every model."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,22 +14,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pe_swap.errors import DataError, PositionRangeError
 from pe_swap.evaluation.bootstrap import perplexity_interval
 from pe_swap.evaluation.losses import check_head, target_losses
-from pe_swap.evaluation.measures.masked import masked_windows, masks
-from pe_swap.evaluation.measures.protocols import windows
+from pe_swap.evaluation.measures import MEASURES, Example, Measure, Perplexity, Probe, chosen, measure
+from pe_swap.evaluation.rows import PROTOCOL_VERSION, PerplexityRow, PositionLoss, ProbeRow
+from pe_swap.evaluation.text import Text, where_first_token_stands
 from pe_swap.runs.config import MeasureSection
-from pe_swap.runs.data import document_start
 from pe_swap.runs.models import is_causal, longest_input
-
-Example = tuple[list[int], list[int], list[bool]]
-"""Inputs, targets, and which targets are scored; of one length."""
-
-
-NOTHING: dict[str, Any] = {"perplexity": None, "ci_low": None, "ci_high": None, "tokens": 0, "loss_by_position": []}
-"""What a row says where nothing was measured, beside its `error`."""
 
 DIVERGED = (
     "the model's losses are not finite, or too large for a perplexity: it diverged. Train it again at a lower learning rate"
 )
+
+
+def unmeasured_row(model: str, scheme: str, protocol: str, length: int, error: str, first_token: str = "") -> PerplexityRow:
+    """Return the row of a length at which nothing was measured."""
+    return {
+        "model": model, "scheme": scheme, "protocol": protocol, "protocol_version": PROTOCOL_VERSION, "first_token": first_token,
+        "length": length, "perplexity": None, "ci_low": None, "ci_high": None, "bits_per_byte": None, "tokens": 0, "documents": 0,
+        "loss_by_position": [], "document_losses": [], "document_tokens": [], "document_bytes": None,
+        "control": None, "ratio": None, "ratio_low": None, "ratio_high": None, "error": error,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,149 +40,187 @@ class Evaluator:
     """Documents and the way to measure on them.
 
     Attributes:
-        documents: token ids of each document, without special tokens.
+        documents: token ids of each document, without special tokens, before `measure` cuts them.
         tokenizer: whose tokens they are.
-        measure: lengths and protocols.
-        seed: of masks and intervals.
+        measure: lengths, measures and their settings.
+        seed: of masks, intervals and probes.
+        byte_ends: `Text.byte_ends` of the documents; None where not known, and then there are no bits per byte.
     """
 
     documents: Sequence[Sequence[int]]
     tokenizer: PreTrainedTokenizerBase
     measure: MeasureSection
     seed: int = 0
+    byte_ends: Sequence[Sequence[int]] | None = None
+
+    def text(self, *, causal: bool = True) -> Text:
+        """Return what is measured on: at most `max_documents` documents, of each at most `max_document_tokens` tokens."""
+        documents, tokens = slice(self.measure.max_documents), slice(self.measure.max_document_tokens)
+        ends = self.byte_ends
+        return Text(
+            documents=[document[tokens] for document in self.documents[documents]],
+            byte_ends=None if ends is None else [document[tokens] for document in ends[documents]],
+            tokenizer=self.tokenizer,
+            settings=self.measure,
+            seed=self.seed,
+            first_token=where_first_token_stands(self.tokenizer, self.measure),
+            is_causal=causal,
+        )
+
+    def measures(self, *, causal: bool) -> list[Measure]:
+        """Return the measures that a model takes: of an encoder, `masked` in place of the protocols.
+
+        Raises:
+            UnknownNameError: the settings name a measure that is not there.
+            ConfigError: an option of a measure is wrong.
+        """
+        asked = chosen(self.measure)
+        found = [one for one in asked if (one.for_decoders if causal else one.for_encoders)]
+        if not causal and not any(isinstance(one, Perplexity) for one in found):
+            names = [name for name in MEASURES.names() if issubclass(MEASURES[name], Perplexity) and MEASURES[name].for_encoders]
+            found = [*(measure(name, self.measure.options.get(name)) for name in names), *found]
+        return found
 
     def rows(
         self, model: PreTrainedModel, label: str, scheme: str, *, progress: Callable[[str], None] = lambda text: None
-    ) -> list[dict[str, Any]]:
-        """Return one row a protocol and length; a length the model cannot take, or a loss that is not finite, is a row with `error`.
+    ) -> list[PerplexityRow]:
+        """Return one row per perplexity and length; a length the model cannot take, or a loss that is not finite, is a row with `error`.
 
         Raises:
             DataError: no document is long enough for any of the lengths.
             UnsupportedModelError: a model whose head is not what its logits come from.
         """
         check_head(model)
-        protocols = list(self.measure.protocols) if is_causal(model) else ["masked"]
+        text = self.text(causal=is_causal(model))
+        measures = [one for one in self.measures(causal=text.is_causal) if isinstance(one, Perplexity)]
         rows = []
-        for protocol in protocols:
+        for one in measures:
             for length in self.measure.lengths:
-                progress(f"{label}: {protocol} at {length:,}")
-                row = {"model": label, "scheme": scheme, "protocol": protocol, "length": length}
-                rows.append({**row, **self.measured(model, protocol, length)})
-        if all(row["error"] for row in rows) and not any(
-            self._has_examples(protocol, length) for protocol in protocols for length in self.measure.lengths
+                progress(f"{label}: {one.name} at {length:,}")
+                row = self.measured(model, one.name, length)
+                row["model"], row["scheme"] = label, scheme
+                rows.append(row)
+        if (
+            rows
+            and all(row["error"] for row in rows)
+            and not any(self._has_examples(one, length) for one in measures for length in self.measure.lengths)
         ):
             raise DataError(f"Nothing can be measured on this text: {rows[0]['error']}")
         return rows
 
-    def _has_examples(self, protocol: str, length: int) -> bool:
+    def _has_examples(self, one: Perplexity, length: int) -> bool:
         """Tell whether the documents are long enough for a length."""
         try:
-            self.examples(protocol, length)
+            one.examples(self.text(causal=one.for_decoders), length)
         except DataError:
             return False
         return True
 
-    def measured(self, model: PreTrainedModel, protocol: str, length: int) -> dict[str, Any]:
-        """Return perplexity, interval, tokens and loss by position at one length, or why there are none."""
-        limit = longest_input(model)
-        if limit is not None and length > limit:
-            return {
-                **NOTHING,
-                "error": f"{length:,} tokens are more than the {limit:,} positions this model has; swap it to go on",
-            }
+    def measured(self, model: PreTrainedModel, protocol: str, length: int) -> PerplexityRow:
+        """Return the row of one perplexity at one length, without labels."""
+        text = self.text(causal=is_causal(model))
+
+        def unmeasured(error: str) -> PerplexityRow:
+            return unmeasured_row("", "", protocol, length, error, text.first_token)
+
+        if too_long := self._too_long(model, length):
+            return unmeasured(too_long)
+        one = measure(protocol, self.measure.options.get(protocol))
+        assert isinstance(one, Perplexity), f"{protocol} is no perplexity"
         try:
-            examples, owners = self.examples(protocol, length)
+            examples = one.examples(text, length)
             losses, positions = self.losses(model, examples)
         except (PositionRangeError, DataError) as error:
-            return {**NOTHING, "error": str(error)}
-        sums, counts = np.zeros(len(self.documents)), np.zeros(len(self.documents))
-        for owner, loss in zip(owners, losses, strict=True):
-            sums[owner] += float(loss.sum())
-            counts[owner] += len(loss)
+            return unmeasured(str(error))
+        size = len(text.documents)
+        sums, counts, sizes = np.zeros(size), np.zeros(size, dtype=int), np.zeros(size, dtype=int)
+        for example, loss in zip(examples, losses, strict=True):
+            sums[example.document] += float(loss.sum())
+            counts[example.document] += len(loss)
+            sizes[example.document] += text.bytes_of(example.document, example.tokens) or 0
         if not np.isfinite(sums).all():
-            return {**NOTHING, "error": DIVERGED}
+            return unmeasured(DIVERGED)
         used = counts > 0
         perplexity, low, high = perplexity_interval(
-            sums[used], counts[used], samples=self.measure.bootstrap_samples, seed=self.seed
+            sums[used], counts[used].astype(float), samples=self.measure.bootstrap_samples, seed=self.seed
         )
-        if not np.isfinite([perplexity, low, high]).all():
-            return {**NOTHING, "error": DIVERGED}
+        if not np.isfinite([value for value in (perplexity, low, high) if value is not None]).all():
+            return unmeasured(DIVERGED)
+        has_bytes = text.byte_ends is not None and bool(sizes.sum())
         return {
+            **unmeasured(""),
             "perplexity": perplexity,
             "ci_low": low,
             "ci_high": high,
+            "bits_per_byte": float(sums.sum() / np.log(2) / sizes.sum()) if has_bytes else None,
             "tokens": int(counts.sum()),
+            "documents": int(used.sum()),
+            "loss_by_position": by_position(losses, positions, length),
+            "document_losses": sums[used].tolist(),
+            "document_tokens": counts[used].tolist(),
+            "document_bytes": sizes[used].tolist() if has_bytes else None,
             "error": None,
-            "loss_by_position": by_position(losses, positions),
         }
 
-    def examples(self, protocol: str, length: int) -> tuple[list[Example], list[int]]:
-        """Return every forward pass's inputs and targets, and the document each belongs to."""
-        documents = [list(document[: self.measure.max_document_tokens]) for document in self.documents]
-        documents = documents[: self.measure.max_documents]
-        if protocol == "masked":
-            return self._masked(documents, length)
-        start = document_start(self.tokenizer)
-        tokens = [[*start, *document] for document in documents]
-        shortest, longest = min(self.measure.lengths), max(self.measure.lengths)
-        found = windows(
-            protocol,
-            [len(document) for document in tokens],
-            length,
-            stride=self.measure.stride or max(1, length // 2),
-            targets=min(self.measure.targets or max(1, shortest // 2), shortest),
-            longest=longest,
-        )
-        examples = []
-        for window in found:
-            document = tokens[window.document]
-            scored = [index >= window.first_target for index in range(window.start + 1, window.stop + 1)]
-            examples.append((document[window.start : window.stop], document[window.start + 1 : window.stop + 1], scored))
-        return examples, [window.document for window in found]
+    def probe_rows(
+        self, model: PreTrainedModel, label: str, scheme: str, *, progress: Callable[[str], None] = lambda text: None
+    ) -> list[ProbeRow]:
+        """Return the readings of every probe at every length; what cannot be measured is a row with `error`."""
+        text = self.text(causal=is_causal(model))
+        rows: list[ProbeRow] = []
+        for one in self.measures(causal=text.is_causal):
+            if not isinstance(one, Probe):
+                continue
+            for length in one.lengths(self.measure):
+                progress(f"{label}: {one.name} at {length:,}")
+                row: ProbeRow = {
+                    "model": label, "scheme": scheme, "measure": one.name, "protocol_version": PROTOCOL_VERSION, "length": length,
+                    "quantity": "", "at": {}, "value": None, "count": 0, "error": self._too_long(model, length),
+                }  # fmt: skip
+                if row["error"] is not None:
+                    rows.append(row)
+                    continue
+                try:
+                    for found in one.readings(model, text, length):
+                        finite = bool(np.isfinite(found.value))
+                        rows.append(
+                            {
+                                **row,
+                                "quantity": found.quantity,
+                                "at": dict(found.at),
+                                "value": found.value if finite else None,
+                                "count": found.count,
+                                "error": None if finite else DIVERGED,
+                            }
+                        )
+                except (PositionRangeError, DataError) as error:
+                    rows.append({**row, "error": str(error)})
+        return rows
 
-    def _masked(self, documents: list[list[int]], length: int) -> tuple[list[Example], list[int]]:
-        """Return the windows of a masked language model."""
-        tokenizer = self.tokenizer
-        if tokenizer.mask_token_id is None:
-            raise DataError(
-                "The tokenizer has no mask token, so a masked language model cannot be evaluated. Name its own tokenizer."
-            )
-        before = [] if tokenizer.cls_token_id is None else [int(tokenizer.cls_token_id)]
-        after = [] if tokenizer.sep_token_id is None else [int(tokenizer.sep_token_id)]
-        if length <= len(before) + len(after):
-            raise DataError(f"A length of {length} leaves no room between [CLS] and [SEP]; it must be at least 3.")
-        longest = max(len(document) for document in documents) + len(before) + len(after)
-        if longest < length:
-            raise DataError(
-                f"No document has {length:,} tokens (the longest has {longest:,}); a length needs one that fills it. Use shorter lengths, "
-                "or longer documents."
-            )
-        chosen = masks([len(document) for document in documents], self.measure.mask_probability, self.seed)
-        examples, owners = [], []
-        for owner, (document, mask) in enumerate(zip(documents, chosen, strict=True)):
-            for example in masked_windows(
-                document, mask, length, before=before, after=after, mask_token=int(tokenizer.mask_token_id)
-            ):
-                examples.append(example)
-                owners.append(owner)
-        return examples, owners
+    def _too_long(self, model: PreTrainedModel, length: int) -> str | None:
+        """Return why a model cannot take a length, or None."""
+        limit = longest_input(model)
+        if limit is None or length <= limit:
+            return None
+        return f"{length:,} tokens are more than the {limit:,} positions this model has; swap it to go on"
 
     def losses(self, model: PreTrainedModel, examples: Sequence[Example]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return each example's losses, nats, and the index in the window of the last token each target sees.
+        """Return each example's losses, nats, and the index in the window of the last token each target is predicted from.
 
         Examples of one length go through the model together; no padding is involved.
         """
         device = model.device
         by_length: dict[int, list[int]] = defaultdict(list)
-        for index, (inputs, _, _) in enumerate(examples):
-            by_length[len(inputs)].append(index)
+        for index, example in enumerate(examples):
+            by_length[len(example.inputs)].append(index)
         losses: list[Tensor] = [torch.zeros(0)] * len(examples)
         positions: list[Tensor] = [torch.zeros(0)] * len(examples)
         for length, members in by_length.items():
             size = max(1, self.measure.batch_tokens // length)
             for batch in (members[start : start + size] for start in range(0, len(members), size)):
                 input_ids, targets, scored = (
-                    torch.tensor([examples[index][part] for index in batch], device=device) for part in range(3)
+                    torch.tensor([getattr(examples[index], part) for index in batch], device=device)
+                    for part in ("inputs", "targets", "scored")
                 )
                 found = target_losses(model, input_ids, targets, scored).cpu()
                 counts = scored.sum(1).tolist()
@@ -189,14 +229,20 @@ class Evaluator:
         return losses, positions
 
 
-def by_position(losses: Iterable[Tensor], positions: Iterable[Tensor]) -> list[dict[str, Any]]:
-    """Return the mean loss of targets by how many tokens they see: 1, 2 to 3, 4 to 7, and so on in powers of two."""
+def by_position(losses: Iterable[Tensor], positions: Iterable[Tensor], length: int) -> list[PositionLoss]:
+    """Return the mean loss of targets by how many tokens they are predicted from.
+
+    The ranges are 1, 2, 3 to 4, 5 to 8, and so on up to powers of two, the last one up to the length, so that a length that is a
+    power of two ends with a whole range.
+    """
     loss = torch.cat([torch.as_tensor(part, dtype=torch.float64) for part in losses])
-    seen = torch.cat([torch.as_tensor(part, dtype=torch.int64) for part in positions]) + 1
-    rows = []
-    for exponent in range(int(seen.max()).bit_length() if len(seen) else 0):
-        low, high = 2**exponent, 2 ** (exponent + 1) - 1
-        chosen = (seen >= low) & (seen <= high)
-        if chosen.any():
-            rows.append({"from": low, "to": high, "tokens": int(chosen.sum()), "loss": float(loss[chosen].mean())})
+    context = torch.cat([torch.as_tensor(part, dtype=torch.int64) for part in positions]) + 1
+    rows: list[PositionLoss] = []
+    first, last = 1, 1
+    while first <= length:
+        inside = (context >= first) & (context <= last)
+        if inside.any():
+            mean = float(loss[inside].mean())
+            rows.append({"first": first, "last": min(last, length), "tokens": int(inside.sum()), "loss": mean})
+        first, last = last + 1, 2 * last
     return rows

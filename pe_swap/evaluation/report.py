@@ -1,87 +1,284 @@
-"""Tables and plots, from records alone."""
+"""Tables, plots and CSV of an evaluation, from its record alone."""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-COLUMNS = ("model", "scheme", "protocol", "length", "perplexity", "ci_low", "ci_high", "tokens", "error")
+from pe_swap.errors import ConfigError
+from pe_swap.evaluation.comparison import differs
+from pe_swap.evaluation.rows import PerplexityRow, ProbeNote, ProbeRow
+
+COLUMNS = (
+    "model", "scheme", "protocol", "length", "perplexity", "ci_low", "ci_high", "control", "ratio", "ratio_low", "ratio_high",
+    "bits_per_byte", "tokens", "documents", "first_token", "protocol_version", "error",
+)  # fmt: skip
+
+PROBE_COLUMNS = ("model", "scheme", "measure", "length", "at", "quantity", "value", "count", "protocol_version", "error")
+
+REPORTED = ("data", "results", "probes", "measures", "effective_lengths", "protocol_version", "first_token", "unit")
+"""Keys of an evaluation's record that a report is made from, beside seed, commit and trained lengths."""
 
 COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f", "#bcbd22")
 """Okabe and Ito's colours, told apart by the colour-blind, and a few more; the control comes first, in black."""
 
 
 def write_report(folder: Path, record: dict[str, Any], *, title: str = "Perplexity at lengths never trained on") -> None:
-    """Write `report.md`, `results.csv` and `perplexity.png` into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = record["results"]
-    (folder / "results.csv").write_text(csv_table(rows), encoding="utf-8")
-    plot(rows, record.get("trained_length") or {}).savefig(folder / "perplexity.png", dpi=150)
-    parts = [f"# {title}", "", "![perplexity against length](perplexity.png)", ""]
+    """Write `report.md`, `results.csv` and `perplexity.png` into a folder; of probes `probes.csv` and a picture each.
+
+    Each file is written whole or not at all.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+    rows: list[PerplexityRow] = record["results"]
+    probes: list[ProbeRow] = record.get("probes") or []
+    trained_length = record.get("trained_length") or {}
+    write_whole(folder / "results.csv", csv_table(rows))
+    parts = [f"# {title}", ""]
+    if rows:
+        write_whole(folder / "perplexity.png", png(plot(rows, trained_length)))
+        parts += ["![perplexity against length](perplexity.png)", ""]
     for protocol in dict.fromkeys(row["protocol"] for row in rows):
         chosen = [row for row in rows if row["protocol"] == protocol]
-        parts += [f"## {protocol}", "", markdown_table(chosen), "", *refusals(chosen), *position_table(chosen)]
+        parts += [f"## {protocol}", "", *ratio_table(chosen), *unit_tables(chosen, record.get("unit") or "perplexity")]
+        parts += [*refusals(chosen), *position_table(chosen)]
+    parts += effective_length_table(record)
+    if probes:
+        write_whole(folder / "probes.csv", csv_table([{**row, "at": _at_text(row["at"])} for row in probes], PROBE_COLUMNS))
+    for name, note in (record.get("measures") or {}).items():
+        readings = [row for row in probes if row["measure"] == name]
+        if any(row["value"] is not None for row in readings):
+            write_whole(folder / f"{name}.png", png(probe_plot(readings, note)))
+        parts += probe_section(name, note, readings)
     parts += start_table(record)
-    data = record.get("data") or {}
-    parts += [
-        f"{data.get('documents')} documents, {data.get('tokens')} tokens. Perplexity is token-weighted; in brackets its 95% bootstrap "
-        f"interval over documents. A dash is a length that could not be taken; the reason stands below its table. "
-        f"Commit {record.get('commit')}, seed {record.get('seed')}.",
-        "",
-    ]
-    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    parts += [_footer(record), ""]
+    write_whole(folder / "report.md", "\n".join(parts))
 
 
-def csv_table(rows: Sequence[dict[str, Any]]) -> str:
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file; a reader sees the old one or the whole new one.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        raise ConfigError(
+            f"Cannot write '{path}': {error.strerror}. Free some space, or name another folder with --out."
+        ) from error
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
+    return content.getvalue()
+
+
+def csv_table(rows: Sequence[Any], columns: Sequence[str] = COLUMNS) -> str:
     """Return the rows as CSV."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the rows of one protocol as a Markdown table, a row a model and a column a length."""
+def _footer(record: dict[str, Any]) -> str:
+    """Return what holds for every table."""
+    data = record.get("data") or {}
+    starts = {"window": "at the start of every window", "document": "at the start of a document alone"}
+    where = starts.get(record.get("first_token") or "")
+    return " ".join(
+        [
+            f"Measured on {data.get('documents')} documents, {data.get('tokens')} tokens. Perplexity is token-weighted; in brackets stands "
+            "its 95% bootstrap interval over documents (none of a single document). A dash is a length that could not be taken; the reason "
+            "stands below its table.",
+            *([f"The tokenizer's first token stands {where}."] if where else []),
+            f"Protocol {record.get('protocol_version')}, commit {record.get('commit')}, seed {record.get('seed')}.",
+        ]
+    )
+
+
+def _table(rows: Sequence[PerplexityRow], cell: Any) -> list[str]:
+    """Return the lines of a table, a row per model and a column per length."""
     lengths = sorted({row["length"] for row in rows})
     lines = ["| model | scheme | " + " | ".join(f"{length:,}" for length in lengths) + " |"]
     lines.append("|---|---|" + "---:|" * len(lengths))
     for model in dict.fromkeys(row["model"] for row in rows):
         cells = {row["length"]: row for row in rows if row["model"] == model}
         scheme = next(iter(cells.values()))["scheme"]
-        lines.append(f"| {model} | {scheme} | " + " | ".join(_cell(cells.get(length)) for length in lengths) + " |")
-    return "\n".join(lines)
+        found = [cell(cells[length]) if length in cells else "-" for length in lengths]
+        lines.append(f"| {model} | {scheme} | " + " | ".join(found) + " |")
+    return lines
 
 
-def refusals(rows: Sequence[dict[str, Any]]) -> list[str]:
+def markdown_table(rows: Sequence[PerplexityRow]) -> str:
+    """Return the perplexities of one protocol as a Markdown table."""
+    return "\n".join(_table(rows, _cell))
+
+
+def ratio_table(rows: Sequence[PerplexityRow]) -> list[str]:
+    """Return the lines of a table of ratios to the control; none where no two models were measured at one length."""
+    controls: dict[str, list[int]] = {}
+    for row in rows:
+        if row.get("control") and row["control"] != row["model"] and row["ratio"] is not None:
+            controls.setdefault(str(row["control"]), []).append(row["length"])
+    if not controls:
+        return []
+    said = "; ".join(
+        f"**{control}** at {', '.join(f'{length:,}' for length in sorted(set(lengths)))}" for control, lengths in controls.items()
+    )
+    lines = [
+        f"Perplexity over the control's on the same documents. The control is {said}. In brackets stands the paired 95% interval over "
+        "documents; a star marks an interval without 1.",
+        "",
+    ]
+    return [*lines, *_table(rows, _ratio_cell), ""]
+
+
+def _ratio_cell(row: PerplexityRow) -> str:
+    """Return a row's ratio as text."""
+    if row.get("ratio") is None:
+        return "-"
+    if row["control"] == row["model"]:
+        return "1"
+    low, high = row["ratio_low"], row["ratio_high"]
+    interval = "" if low is None or high is None else f" [{_ratio(low)}, {_ratio(high)}]"
+    star = "\\*" if differs(row) else ""
+    return f"{_ratio(row['ratio'])}{interval}{star}"
+
+
+def _ratio(value: float | None) -> str:
+    """Return a ratio to three figures behind the point, or fewer where it is large."""
+    return "-" if value is None else f"{value:.3f}" if value < 10 else _number(value)
+
+
+def unit_tables(rows: Sequence[PerplexityRow], unit: str) -> list[str]:
+    """Return the lines of the tables of perplexities and of bits per byte, the asked one first."""
+    kind = "Perplexity" if rows[0]["protocol"] != "masked" else "Exponential of the loss on masked tokens"
+    perplexities = [f"{kind}:", "", markdown_table(rows), ""]
+    if all(row.get("bits_per_byte") is None for row in rows):
+        return perplexities
+    title = "Bits per byte of text, comparable between vocabularies:"
+    bits = [title, "", *_table(rows, lambda row: "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}"), ""]
+    return [*bits, *perplexities] if unit == "bits_per_byte" else [*perplexities, *bits]
+
+
+def refusals(rows: Sequence[PerplexityRow]) -> list[str]:
     """Return a line for every length that could not be taken, saying why."""
     lines = [f"* {row['model']} at {row['length']:,}: {row['error']}" for row in rows if row.get("error")]
     return [*lines, ""] if lines else []
 
 
-def position_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def position_table(rows: Sequence[PerplexityRow]) -> list[str]:
     """Return the lines of a table of loss by position, at the longest length each model took."""
-    longest: dict[str, dict[str, Any]] = {}
+    longest: dict[str, PerplexityRow] = {}
     for row in sorted(rows, key=lambda row: int(row["length"])):
         if row.get("loss_by_position"):
             longest[row["model"]] = row
-    buckets = sorted({(part["from"], part["to"]) for row in longest.values() for part in row["loss_by_position"]})
+    buckets = sorted({(part["first"], part["last"]) for row in longest.values() for part in row["loss_by_position"]})
     if not buckets:
         return []
-    lines = ["Mean loss (nats) of targets by how many tokens they see, at the longest length taken:", ""]
-    lines += ["| model | length | " + " | ".join(f"{low:,}-{high:,}" for low, high in buckets) + " |"]
+    by = "place in the window" if rows[0]["protocol"] == "masked" else "number of tokens they are predicted from"
+    lines = [f"Mean loss (nats) of targets by {by}, at the longest length taken:", ""]
+    heads = [f"{first:,}" if first == last else f"{first:,}-{last:,}" for first, last in buckets]
+    lines += ["| model | length | " + " | ".join(heads) + " |"]
     lines += ["|---|---:|" + "---:|" * len(buckets)]
     for model, row in longest.items():
-        found = {(part["from"], part["to"]): f"{part['loss']:.3f}" for part in row["loss_by_position"]}
+        found = {(part["first"], part["last"]): f"{part['loss']:.3f}" for part in row["loss_by_position"]}
         lines.append(f"| {model} | {row['length']:,} | " + " | ".join(found.get(bucket, "-") for bucket in buckets) + " |")
     return [*lines, ""]
+
+
+def effective_length_table(record: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of effective context lengths, a row per definition and a column per model."""
+    found = record.get("effective_lengths") or []
+    if not found:
+        return []
+    models = list(dict.fromkeys(entry["model"] for entry in found))
+    lines = [
+        "## Effective context length",
+        "",
+        "The longest measured length, in tokens, up to which all measured ones fulfil:",
+        "",
+    ]
+    lines += ["| definition | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
+    for definition in dict.fromkeys(entry["definition"] for entry in found):
+        mine = {entry["model"]: entry for entry in found if entry["definition"] == definition}
+        lines.append(f"| {definition} | " + " | ".join(_effective_cell(mine.get(model)) for model in models) + " |")
+    return [*lines, "", "`>=`: every length that was measured fulfils it. A dash: the shortest does not.", ""]
+
+
+def _effective_cell(entry: Any) -> str:
+    """Return an effective length as text."""
+    if entry is None or entry["length"] is None:
+        return "-"
+    return f"{'>= ' if entry['length'] == entry['longest_measured'] else ''}{entry['length']:,}"
+
+
+def probe_section(name: str, note: ProbeNote, rows: Sequence[ProbeRow]) -> list[str]:
+    """Return the lines of one probe: what it is, a table per quantity, what could not be measured."""
+    options = ", ".join(f"{option} {value}" for option, value in note["options"].items())
+    lines = [f"## {name}", "", note["title"] + (f" Options: {options}." if options else ""), ""]
+    measured = [row for row in rows if row["value"] is not None]
+    if measured:
+        lines += [f"![{name}]({name}.png)", ""]
+    for quantity, words in note["quantities"].items():
+        chosen = [row for row in measured if row["quantity"] == quantity]
+        if chosen:
+            lines += [f"{words}:", "", *_probe_table(chosen, note), ""]
+    refused = dict.fromkeys(f"* {row['model']} at {row['length']:,}: {row['error']}" for row in rows if row["error"])
+    return [*lines, *refused, *([""] if refused else [])]
+
+
+def _probe_table(rows: Sequence[ProbeRow], note: ProbeNote) -> list[str]:
+    """Return the lines of a table of one quantity."""
+    column, averaged = note["columns"], note["averaged"]
+
+    def coordinates(row: ProbeRow) -> dict[str, float]:
+        return {"length": row["length"], **row["at"]}
+
+    columns = sorted({coordinates(row)[column] for row in rows})
+    several = len({row["length"] for row in rows}) > 1
+    keys = [key for key in coordinates(rows[0]) if key != column and key not in averaged and (key != "length" or several)]
+    lines = ["| " + " | ".join(["model", "scheme", *keys, *(f"{value:,g}" for value in columns)]) + " |"]
+    lines += ["|---|---|" + "---:|" * (len(keys) + len(columns))]
+    groups: dict[tuple[Any, ...], dict[float, list[float]]] = {}
+    for row in rows:
+        where = coordinates(row)
+        key = (row["model"], row["scheme"], *(where[name] for name in keys))
+        groups.setdefault(key, {}).setdefault(where[column], []).append(float(row["value"] or 0.0))
+    for (model, scheme, *places), cells in groups.items():
+        found = [_reading(float(np.mean(cells[value]))) if value in cells else "-" for value in columns]
+        lines.append("| " + " | ".join([model, scheme, *(f"{place:,g}" for place in places), *found]) + " |")
+    return lines
+
+
+def _reading(value: float) -> str:
+    """Return a reading as text."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _at_text(at: dict[str, float]) -> str:
+    """Return where a reading was taken, for CSV."""
+    return " ".join(f"{name}={value:g}" for name, value in at.items())
 
 
 def start_table(record: dict[str, Any]) -> list[str]:
@@ -117,10 +314,12 @@ def _point(value: float | None) -> str:
     return "-" if value is None else _number(value)
 
 
-def _cell(row: dict[str, Any] | None) -> str:
+def _cell(row: PerplexityRow) -> str:
     """Return one result as text."""
-    if row is None or row["perplexity"] is None:
+    if row["perplexity"] is None:
         return "-"
+    if row["ci_low"] is None or row["ci_high"] is None:
+        return _number(row["perplexity"])
     return f"{_number(row['perplexity'])} [{_number(row['ci_low'])}, {_number(row['ci_high'])}]"
 
 
@@ -129,68 +328,130 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
-def plot(rows: Sequence[dict[str, Any]], trained_length: dict[str, int | None]) -> Figure:
-    """Return perplexity against length, both logarithmic, a panel a protocol, with the trained length marked and lines labelled."""
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def plot(rows: Sequence[PerplexityRow], trained_length: dict[str, int | None]) -> Figure:
+    """Return perplexity against length, a column of panels per protocol; below it the ratio to the control, where there is one.
+
+    Bands are 95% intervals over documents: of the perplexity above, of the paired ratio below. The legend names them and the lines.
+    """
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
-    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(6.5 * len(protocols), 4.5), layout="constrained")
-        panels = figure.subplots(1, len(protocols), squeeze=False)[0]
-        for axes, protocol in zip(panels, protocols, strict=True):
-            _panel(axes, [row for row in rows if row["protocol"] == protocol], trained_length, protocol)
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    has_ratios = any(row.get("ratio") is not None and row["control"] != row["model"] for row in rows)
+    kinds = ["perplexity", "ratio"] if has_ratios else ["perplexity"]
+    marked = {length for length in trained_length.values() if length is not None}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.2 * len(protocols) + 1.6, 3.4 * len(kinds) + 0.6), layout="constrained")
+        panels = figure.subplots(len(kinds), len(protocols), squeeze=False)
+        for kind, line in zip(kinds, panels, strict=True):
+            for axes, protocol in zip(line, protocols, strict=True):
+                _panel(axes, [row for row in rows if row["protocol"] == protocol], models, kind)
+                if len(marked) == 1:
+                    axes.axvline(next(iter(marked)), color="#999999", linestyle="--", linewidth=1)
+                axes.set_title(protocol if kind == "perplexity" else "", loc="right", color="#555555")
+        handles = list(panels[0][0].get_legend_handles_labels())
+        if len(marked) == 1:
+            trained = panels[0][0].lines[-1]
+            handles[0], handles[1] = [*handles[0], trained], [*handles[1], "trained length"]
+        if any(row["ci_low"] is not None for row in rows):
+            words = "band: 95% interval over documents" + (" (of the ratio: paired)" if has_ratios else "")
+            handles[0], handles[1] = [*handles[0], Patch(color="#999999", alpha=0.3)], [*handles[1], words]
+        figure.legend(handles[0], handles[1], loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
     return figure
 
 
-def _panel(axes: Any, rows: Sequence[dict[str, Any]], trained_length: dict[str, int | None], protocol: str) -> None:
-    """Draw one protocol's lines."""
-    ends: list[tuple[float, float, str, str]] = []
-    for index, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+def _panel(axes: Any, rows: Sequence[PerplexityRow], models: Sequence[str], kind: str) -> None:
+    """Draw one protocol's lines: perplexities or ratios."""
+    low_key, high_key = ("ci_low", "ci_high") if kind == "perplexity" else ("ratio_low", "ratio_high")
+    for index, model in enumerate(models):
         colour = COLOURS[index % len(COLOURS)]
-        points = sorted((row["length"], row) for row in rows if row["model"] == model and row["perplexity"] is not None)
-        if not points:
+        mine = [row for row in rows if row["model"] == model]
+        found: list[Any] = sorted((row for row in mine if row.get(kind) is not None), key=lambda row: row["length"])
+        if not found:
             continue
-        lengths, found = [length for length, _ in points], [row for _, row in points]
-        axes.plot(lengths, [row["perplexity"] for row in found], color=colour, marker="o", markersize=3.5, linewidth=1.5)
-        axes.fill_between(
-            lengths,
-            [row["ci_low"] for row in found],
-            [row["ci_high"] for row in found],
-            color=colour,
-            alpha=0.12,
-            linewidth=0,
-        )
-        asked = max(row["length"] for row in rows if row["model"] == model)
-        label = model if lengths[-1] == asked else f"{model} (ends here)"
-        ends.append((lengths[-1], found[-1]["perplexity"], label, colour))
-    marked = {length for length in trained_length.values() if length is not None}
-    if len(marked) == 1:
-        axes.axvline(marked.pop(), color="#999999", linestyle="--", linewidth=1)
-        axes.annotate(
-            "trained length", (min(row["length"] for row in rows), 1.01), xycoords=("data", "axes fraction"), fontsize=8
-        )
+        lengths = [row["length"] for row in found]
+        ends = "" if lengths[-1] == max(row["length"] for row in mine) else f" (to {lengths[-1]:,})"
+        style = {"color": colour, "marker": "o", "markersize": 3.5, "linewidth": 1.5}
+        axes.plot(lengths, [row[kind] for row in found], label=f"{model}{ends}", **style)
+        banded = [row for row in found if row[low_key] is not None]
+        lows, highs = [row[low_key] for row in banded], [row[high_key] for row in banded]
+        axes.fill_between([row["length"] for row in banded], lows, highs, color=colour, alpha=0.12, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    _label_ends(axes, ends)
     ticks = sorted({row["length"] for row in rows})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
     axes.set_xlabel("context length, tokens")
-    axes.set_ylabel("perplexity" if protocol != "masked" else "exp(loss on masked tokens)")
-    axes.set_title(protocol, loc="right", color="#555555")
+    name = "perplexity" if not rows or rows[0]["protocol"] != "masked" else "exp(loss on masked tokens)"
+    axes.set_ylabel(name if kind == "perplexity" else f"{name} / control's")
     axes.grid(axis="y", color="#eeeeee")
 
 
-def _label_ends(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write each line's name at its end, apart enough to read."""
-    if not ends:
-        return
-    low, high = axes.get_ylim()
-    gap = (high / low) ** 0.05
-    placed = low / gap
-    for length, value, label, colour in sorted(ends, key=lambda end: end[1]):
-        placed = max(value, placed * gap)
-        axes.annotate(
-            label, (length, value), xytext=(length * 1.06, placed), color=colour, va="center", fontsize=8.5, annotation_clip=False
-        )
-    axes.set_xlim(right=max(end[0] for end in ends) * 1.75)
+def probe_plot(rows: Sequence[ProbeRow], note: ProbeNote) -> Figure:
+    """Return a picture of one probe: lines against its column, or a heat map per model where it has two coordinates."""
+    measured = [row for row in rows if row["value"] is not None]
+    quantities = [name for name in note["quantities"] if any(row["quantity"] == name for row in measured)]
+    models = list(dict.fromkeys(row["model"] for row in measured))
+    places = [name for name in measured[0]["at"] if name != note["columns"]]
+    with mpl.rc_context(STYLE):
+        if not places:
+            figure = Figure(figsize=(4.6 * len(quantities) + 1.2, 3.8), layout="constrained")
+            for axes, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
+                _probe_lines(axes, [row for row in measured if row["quantity"] == quantity], models, note)
+            handles, labels = figure.axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+            return figure
+        figure = Figure(figsize=(3.4 * len(models) + 0.8, 2.6 * len(quantities) + 0.4), layout="constrained")
+        panels = figure.subplots(len(quantities), len(models), squeeze=False)
+        for line, quantity in zip(panels, quantities, strict=True):
+            values = [float(row["value"] or 0.0) for row in measured if row["quantity"] == quantity]
+            limits = (min(0.0, *values), max(1.0, *values)) if max(values) <= 1 else (min(values), max(values))
+            for axes, model in zip(line, models, strict=True):
+                chosen = [row for row in measured if (row["quantity"], row["model"]) == (quantity, model)]
+                image = _heat_map(axes, chosen, places, note["columns"], limits)
+                axes.set_title(f"{model}: {quantity.replace('_', ' ')}", fontsize=9)
+            figure.colorbar(image, ax=list(line), shrink=0.85)
+    return figure
+
+
+def _probe_lines(axes: Any, rows: Sequence[ProbeRow], models: Sequence[str], note: ProbeNote) -> None:
+    """Draw one quantity against the probe's column."""
+    column = note["columns"]
+    for index, model in enumerate(models):
+        points: dict[float, list[float]] = {}
+        for row in rows:
+            if row["model"] == model:
+                where = row["length"] if column == "length" else row["at"][column]
+                points.setdefault(where, []).append(float(row["value"] or 0.0))
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": "o", "markersize": 3.5}
+        axes.plot(sorted(points), [np.mean(points[where]) for where in sorted(points)], label=model, **style)
+    ticks = sorted({row["length"] if column == "length" else row["at"][column] for row in rows})
+    axes.set_xscale("symlog" if min(ticks) <= 0 else "log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks], rotation=45 if len(ticks) > 5 else 0)
+    axes.minorticks_off()
+    axes.set_xlabel(f"{column.replace('_', ' ')}, tokens")
+    axes.set_ylabel(rows[0]["quantity"].replace("_", " "))
+    axes.grid(axis="y", color="#eeeeee")
+
+
+def _heat_map(axes: Any, rows: Sequence[ProbeRow], places: Sequence[str], column: str, limits: tuple[float, float]) -> Any:
+    """Draw one quantity of one model by two coordinates; of three, at the longest length."""
+    longest = max((row["length"] for row in rows), default=0)
+    across, down = (column, places[0]) if len(places) == 1 else (places[1], places[0])
+    chosen = rows if len(places) == 1 else [row for row in rows if row["length"] == longest]
+    where = [{"length": row["length"], **row["at"]} for row in chosen]
+    columns, lines = sorted({place[across] for place in where}), sorted({place[down] for place in where})
+    grid = np.full((len(lines), len(columns)), np.nan)
+    for row, place in zip(chosen, where, strict=True):
+        grid[lines.index(place[down]), columns.index(place[across])] = row["value"]
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=limits[0], vmax=limits[1])
+    step = max(1, len(columns) // 8)
+    axes.set_xticks(range(0, len(columns), step), [f"{value:,g}" for value in columns[::step]], rotation=45)
+    step = max(1, len(lines) // 8)
+    axes.set_yticks(range(0, len(lines), step), [f"{value:,g}" for value in lines[::step]])
+    axes.set_xlabel(across)
+    axes.set_ylabel(down)
+    return image

@@ -77,7 +77,7 @@ def _drop_what_is_replaced(values: dict[str, Any], given: dict[str, Any]) -> Non
         values["data"] = {key: value for key, value in data.items() if key not in (*SOURCES, "dataset_config", *others)}
 
 
-class _HelpFormatter(argparse.HelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """argparse's help, with `VALUE` after a key that takes one value and `VALUE ...` after a list."""
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:

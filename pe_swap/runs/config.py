@@ -5,7 +5,18 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, Strict, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    Strict,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from pe_swap.errors import ConfigError
 from pe_swap.registry import did_you_mean
@@ -132,25 +143,57 @@ class FinetuneConfig(Section):
     overwrite: bool = Field(default=False, description="delete what an earlier run wrote into the output folder, by its record")
 
 
-Protocol = Literal["nonoverlapping", "sliding", "same_targets"]
-
-
 class MeasureSection(Section):
-    """What to measure."""
+    """What to measure. Names of measures are those of `pe_swap/evaluation/measures/`, checked where they are built."""
 
     lengths: list[PositiveInt] = Field(default=[512, 1024, 2048], min_length=1, description="context lengths, in tokens")
-    protocols: list[Protocol] = Field(
-        default=["nonoverlapping", "sliding"], min_length=1, description="which targets see which context"
+    protocols: list[str] = Field(
+        default=["nonoverlapping", "sliding"], description="perplexities: which targets are scored from which context"
     )
+    measures: list[str] = Field(default=[], description="measures beside them; --help lists all")
+    options: dict[str, dict[str, Any]] = Field(default={}, description="options of a measure, under its name")
     stride: PositiveInt | None = Field(default=None, description="targets a sliding window scores; else half its length")
     targets: PositiveInt | None = Field(
         default=None, description="last tokens of a document that same_targets scores; else half the shortest length"
     )
+    first_token: Literal["auto", "window", "document"] = Field(
+        default="auto",
+        description="start every window, or a document's first one, with the tokenizer's first token; auto: window if it adds one",
+    )
     mask_probability: float = Field(default=0.15, gt=0, lt=1, description="share of tokens masked, for encoders")
     max_documents: PositiveInt | None = Field(default=None, description="at most so many documents")
     max_document_tokens: PositiveInt | None = Field(default=None, description="at most so many first tokens of each document")
+    max_document_characters: PositiveInt | None = Field(
+        default=None, description="at most so many first characters of each document: the same text under every tokenizer"
+    )
     batch_tokens: PositiveInt = Field(default=16384, description="tokens in one forward pass, at least one window")
     bootstrap_samples: PositiveInt = Field(default=1000, description="resamplings of documents behind an interval")
+    control: str | None = Field(
+        default=None,
+        description="model that ratios divide by; else the one whose scheme is original, and the first beyond its lengths",
+    )
+    effective_length_bound: float = Field(
+        default=1.05, ge=1, description="greatest perplexity at an effective length, over that at the trained length"
+    )
+
+    @field_validator("lengths", "protocols", "measures", "models", check_fields=False)
+    @classmethod
+    def _require_once(cls, values: list[Any]) -> list[Any]:
+        """Refuse an entry that is given twice: it would be measured and printed twice."""
+        if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+            raise PydanticCustomError("twice", "{names} is given twice; name each once", {"names": ", ".join(map(str, twice))})
+        return values
+
+    @field_validator("stride", "targets")
+    @classmethod
+    def _require_within_shortest(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """Refuse a number of targets that the shortest window does not hold."""
+        lengths = info.data.get("lengths")
+        if value is not None and lengths and value > min(lengths):
+            raise PydanticCustomError(
+                "beyond", "a window of the shortest length has {least} targets; it must be at most that", {"least": min(lengths)}
+            )
+        return value
 
 
 class EvalConfig(MeasureSection):
@@ -158,6 +201,9 @@ class EvalConfig(MeasureSection):
 
     models: list[str] = Field(min_length=1, description="hub names or folders")
     tokenizer: str | None = Field(default=None, description="hub name or folder; else the first model's own")
+    unit: Literal["perplexity", "bits_per_byte"] = Field(
+        default="perplexity", description="what tables compare; bits_per_byte allows models of different vocabularies"
+    )
     data: DataSection = DataSection()
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="precision of the models")
     seed: Seed = Field(default=0, description="of masks and intervals")

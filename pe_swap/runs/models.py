@@ -20,7 +20,8 @@ from transformers.models.auto import modeling_auto
 
 from pe_swap.errors import CheckpointError, ConfigError, DataError, PESwapError, UnsupportedModelError
 from pe_swap.families import FAMILIES, family_name
-from pe_swap.patching.install import holder_of
+from pe_swap.families.native import Table
+from pe_swap.patching.install import holder_in, holder_of
 from pe_swap.registry import did_you_mean
 from pe_swap.runs.config import ORIGINAL, SchemeSection
 from pe_swap.runs.records import file_hash
@@ -189,7 +190,17 @@ def is_causal(model: PreTrainedModel) -> bool:
 
 
 def longest_input(model: PreTrainedModel) -> int | None:
-    """Return the most tokens a model can take, by its configuration, or None where that does not say."""
+    """Return the most tokens a model can take, or None where nothing ends it.
+
+    Of a model's own positions only a table ends: a rotation or a bias goes on, well or badly, which is what an evaluation is to find
+    out. A swapped model's configuration says the length that its schemes allow.
+    """
+    name = model.config.model_type
+    stacks = FAMILIES[name].stacks_in(model.base_model, model.config) if name in FAMILIES else ()
+    if stacks and all(holder_in(model, stack) is None for stack in stacks):
+        tables = [stack.native for stack in stacks if isinstance(stack.native, Table)]
+        lengths = [table.trained_length(model.config, table.require_native(model.base_model)) for table in tables]
+        return min((length for length in lengths if length is not None), default=None)
     limit = getattr(model.config, "max_position_embeddings", None)
     return int(limit) if limit is not None else None
 

@@ -390,7 +390,19 @@ def test_models_of_two_vocabularies_are_refused(
     models = [f"{folder}/schemes/control" for folder in folders]
     line = ["--models", *models, "--lengths", "16", "--data.text_files", texts[0], "--out", str(tmp_path / "e")]
     assert call("eval_long_context", *line) == 2
-    assert "have different vocabularies" in capsys.readouterr().err
+    assert "have different vocabularies; perplexities are compared on the same tokens" in capsys.readouterr().err
+    line += ["--unit", "bits_per_byte"]
+    assert call("eval_long_context", *line, "--protocols", "same_targets") == 2
+    assert "so same_targets would take different text from each" in capsys.readouterr().err
+    assert call("eval_long_context", *line, "--protocols", "nonoverlapping", "--max_document_characters", "2000") == 0
+    first, second = results(tmp_path / "e")
+    assert first["document_bytes"] == second["document_bytes"] == [2000]
+    assert first["tokens"] != second["tokens"]
+    assert second["ratio"] == pytest.approx(2 ** (second["bits_per_byte"] - first["bits_per_byte"]))
+    (tmp_path / "file").write_text("mine")
+    line[-3:] = [str(tmp_path / "file"), "--unit", "bits_per_byte"]
+    assert call("eval_long_context", *line) == 2
+    assert "is a file. Name a folder." in capsys.readouterr().err
 
 
 def test_an_unknown_key_ends_a_process_with_status_two_and_one_line() -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pe_swap.evaluation.bootstrap import perplexity_interval
+from pe_swap.evaluation.bootstrap import paired_ratio, perplexity_interval
 
 
 def test_perplexity_is_weighted_by_tokens() -> None:
@@ -34,3 +34,26 @@ def test_the_seed_decides() -> None:
     one, same, other = (perplexity_interval(losses, tokens, samples=30, seed=seed) for seed in (3, 3, 4))
     assert one == same
     assert one[1:] != other[1:]
+
+
+def test_a_single_document_has_no_interval() -> None:
+    assert perplexity_interval(np.array([4.0]), np.array([2.0]), samples=10, seed=0) == (pytest.approx(math.exp(2)), None, None)
+
+
+def test_a_paired_ratio_is_narrow_where_single_intervals_are_wide() -> None:
+    # Documents differ by far more than models: losses of 2 to 6 nats per token, the second model 0.1 better on each.
+    losses, tokens = np.linspace(2, 6, 30) * 10, np.full(30, 10.0)
+    _, low, high = perplexity_interval(losses, tokens, samples=500, seed=0)
+    assert high / low > 1.5
+    ratio, low, high = paired_ratio(losses - 1.0, losses, tokens, samples=500, seed=0)
+    assert (ratio, low, high) == pytest.approx((math.exp(-0.1),) * 3)
+
+
+def test_several_seeds_widen_the_interval_and_average_the_point() -> None:
+    losses, tokens = np.random.default_rng(0).normal(3, 0.1, 40), np.ones(40)
+    seeds = np.stack([losses - 0.5, losses, losses + 0.5])
+    one, several = (perplexity_interval(values, tokens, samples=2000, seed=0) for values in (losses, seeds))
+    assert several[0] == pytest.approx(one[0])
+    # Three seeds drawn of three: the standard error of their mean is 0.5 * sqrt(2 / 3) / sqrt(3) = 0.236.
+    assert math.log(several[2] / several[1]) > 3 * math.log(one[2] / one[1])
+    assert paired_ratio(seeds, seeds - 0.2, tokens, samples=100, seed=0) == pytest.approx((math.exp(0.2),) * 3)

@@ -9,12 +9,15 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from pe_swap.commands.evaluate import short_labels
-from pe_swap.errors import DataError
+from pe_swap.errors import ConfigError, DataError, UnknownNameError
 from pe_swap.evaluation.evaluator import DIVERGED, Evaluator, by_position
+from pe_swap.evaluation.measures import chosen
+from pe_swap.evaluation.text import byte_ends
 from pe_swap.runs.config import MeasureSection
+from pe_swap.runs.config import build as build_config
 from tests.support.models import TRAINED_LENGTH, VOCABULARY, build, swapped
 
 DOCUMENTS = [[5 + (index * index + 7 * document) % 80 for index in range(size)] for document, size in enumerate((150, 70, 33))]
@@ -74,6 +77,23 @@ def test_a_length_beyond_a_table_is_a_row_that_says_so() -> None:
     assert rows[2]["perplexity"] is None
 
 
+def test_a_table_ends_and_a_rotation_goes_on() -> None:
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": VOCABULARY,
+    }
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=TRAINED_LENGTH)).eval()
+    assert evaluator().measured(llama, "nonoverlapping", 64)["error"] is None
+    # 40 rows, of which the first two are of padding (id 1) and before it.
+    roberta = RobertaForMaskedLM(RobertaConfig(**sizes, max_position_embeddings=40, pad_token_id=1)).eval()
+    rows = evaluator(lengths=[38, 39], masked=True).rows(roberta, "r", "original")
+    assert rows[0]["error"] is None
+    assert rows[1]["error"] == "39 tokens are more than the 38 positions this model has; swap it to go on"
+
+
 def test_text_too_short_for_every_length_is_an_error_and_for_one_a_row() -> None:
     model = swapped("gpt2", "alibi")
     rows = evaluator(lengths=[64, 512], protocols=["nonoverlapping"]).rows(model, "a", "alibi")
@@ -96,13 +116,77 @@ def test_an_encoder_without_a_mask_token_is_refused() -> None:
 
 
 def test_loss_by_position_in_powers_of_two() -> None:
-    # Targets that see 1, 2, 3 and 4 tokens, losses 8, 1, 3 and 7.
-    found = by_position([torch.tensor([8.0, 1.0]), torch.tensor([3.0, 7.0])], [torch.tensor([0, 1]), torch.tensor([2, 3])])
+    # Targets predicted from 1, 2, 3, 4 and 5 tokens, losses 8, 1, 3, 7 and 2.
+    losses = [torch.tensor([8.0, 1.0]), torch.tensor([3.0, 7.0, 2.0])]
+    found = by_position(losses, [torch.tensor([0, 1]), torch.tensor([2, 3, 4])], 5)
     assert found == [
-        {"from": 1, "to": 1, "tokens": 1, "loss": 8.0},
-        {"from": 2, "to": 3, "tokens": 2, "loss": 2.0},
-        {"from": 4, "to": 7, "tokens": 1, "loss": 7.0},
+        {"first": 1, "last": 1, "tokens": 1, "loss": 8.0},
+        {"first": 2, "last": 2, "tokens": 1, "loss": 1.0},
+        {"first": 3, "last": 4, "tokens": 2, "loss": 5.0},
+        {"first": 5, "last": 5, "tokens": 1, "loss": 2.0},
     ]
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 512])
+def test_no_range_of_positions_reaches_beyond_the_length(length: int) -> None:
+    found = by_position([torch.ones(length)], [torch.arange(length)], length)
+    assert [part["last"] - part["first"] + 1 for part in found] == [part["tokens"] for part in found]
+    assert found[-1]["last"] == length
+
+
+def test_what_is_described_is_what_was_measured() -> None:
+    cut = evaluator(max_documents=2, max_document_tokens=50, lengths=[16], protocols=["nonoverlapping"])
+    assert [len(document) for document in cut.text().documents] == [50, 50]
+    row = cut.measured(swapped("gpt2", "alibi"), "nonoverlapping", 16)
+    assert (row["documents"], row["tokens"], row["document_tokens"]) == (2, 100, [50, 50])
+
+
+def test_one_document_has_no_interval() -> None:
+    row = evaluator(max_documents=1).measured(swapped("gpt2", "alibi"), "nonoverlapping", 16)
+    assert row["perplexity"] is not None
+    assert (row["ci_low"], row["ci_high"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"lengths": [16, 16]}, "'lengths' is .*: 16 is given twice; name each once"),
+        ({"protocols": ["sliding", "sliding"]}, "sliding is given twice"),
+        (
+            {"lengths": [32, 16], "stride": 17},
+            "'stride' is 17: a window of the shortest length has 16 targets; it must be at most",
+        ),
+        ({"lengths": [32, 16], "targets": 17}, "'targets' is 17: a window of the shortest length has 16 targets"),
+    ],
+)
+def test_what_cannot_hold_is_refused(settings: dict[str, object], fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        build_config(MeasureSection, settings)
+
+
+def test_names_of_measures_come_from_their_files() -> None:
+    with pytest.raises(UnknownNameError, match=r"Unknown measure 'slidding'\. Did you mean 'sliding'"):
+        chosen(MeasureSection(protocols=["slidding"]))
+    with pytest.raises(ConfigError, match="options names 'sliding', which is not measured"):
+        chosen(MeasureSection(protocols=["nonoverlapping"], options={"sliding": {}}))
+    with pytest.raises(ConfigError, match="The options of the measure 'sliding': Unknown key 'x'"):
+        chosen(MeasureSection(options={"sliding": {"x": 1}}))
+
+
+def test_bits_per_byte_by_hand() -> None:
+    model, documents = swapped("gpt2", "rope"), [[7, 8, 9, 10] * 8, [20, 30] * 12]
+    settings = MeasureSection(lengths=[16], protocols=["nonoverlapping"], bootstrap_samples=20)
+    ends = [[3 * index + 3 for index in range(len(document))] for document in documents]
+    found = Evaluator(documents, tokenizer(), settings, 0, ends).measured(model, "nonoverlapping", 16)
+    # Three bytes per token: a nat per token is 1 / (3 ln 2) bits per byte.
+    assert found["bits_per_byte"] == pytest.approx(math.log(found["perplexity"]) / math.log(2) / 3, rel=1e-9)
+    assert found["document_bytes"] == [3 * 32, 3 * 24]
+    assert evaluator().measured(model, "nonoverlapping", 16)["bits_per_byte"] is None
+
+
+def test_bytes_reach_from_one_tokens_end_to_the_next() -> None:
+    # 'a', space, a letter of two bytes, a sign of four in two tokens, a last space: in characters 0-1, 2-3, 3-4, 3-4.
+    assert byte_ends("a \xe9\U0001f600 ", [1, 3, 4, 4]) == [1, 4, 8, 9]
 
 
 def test_labels_are_short_but_never_shared() -> None:

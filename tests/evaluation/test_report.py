@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
-from pe_swap.evaluation.report import COLUMNS, markdown_table, plot, position_table, refusals, start_table, write_report
+import pytest
+
+from pe_swap.errors import ConfigError
+from pe_swap.evaluation.comparison import differs, require_control, with_ratios
+from pe_swap.evaluation.effective_length import effective_lengths
+from pe_swap.evaluation.evaluator import unmeasured_row
+from pe_swap.evaluation.report import (
+    COLUMNS,
+    markdown_table,
+    plot,
+    position_table,
+    probe_plot,
+    probe_section,
+    ratio_table,
+    refusals,
+    start_table,
+    write_report,
+)
 
 
 def row(model: str, length: int, perplexity: float | None, error: str | None = None) -> dict[str, Any]:
     low, high = (None, None) if perplexity is None else (perplexity - 1, perplexity + 1)
-    seen = [] if perplexity is None else [{"from": 1, "to": 1, "tokens": 3, "loss": 4.5}]
-    return {
-        "model": model, "scheme": "rope", "protocol": "sliding", "length": length, "perplexity": perplexity,
-        "ci_low": low, "ci_high": high, "tokens": 9, "error": error, "loss_by_position": seen,
-    }  # fmt: skip
+    found = unmeasured_row(model, "original" if model == "control" else "rope", "sliding", length, "")
+    positions = [] if perplexity is None else [{"first": 1, "last": 1, "tokens": 3, "loss": 4.5}]
+    found |= {"perplexity": perplexity, "ci_low": low, "ci_high": high, "tokens": 9, "error": error}
+    return {**found, "loss_by_position": positions}
 
 
 ROWS = [row("a", 64, 20.123), row("a", 128, 1234.5), row("control", 64, 21.0), row("control", 128, None, "ends at 64")]
@@ -26,7 +43,7 @@ def test_table() -> None:
         "| model | scheme | 64 | 128 |",
         "|---|---|---:|---:|",
         "| a | rope | 20.12 [19.12, 21.12] | 1,234 [1,234, 1,236] |",
-        "| control | rope | 21.00 [20.00, 22.00] | - |",
+        "| control | original | 21.00 [20.00, 22.00] | - |",
     ]
 
 
@@ -37,7 +54,7 @@ def test_a_length_that_could_not_be_taken_says_why() -> None:
 
 def test_loss_by_position_at_the_longest_length_taken() -> None:
     assert position_table(ROWS)[2:] == [
-        "| model | length | 1-1 |",
+        "| model | length | 1 |",
         "|---|---:|---:|",
         "| a | 128 | 4.500 |",
         "| control | 64 | 4.500 |",
@@ -94,7 +111,10 @@ def test_the_plot_leaves_a_gap_and_marks_the_trained_length() -> None:
     lines = [line for line in axes.lines if line.get_marker() == "o"]
     assert [list(line.get_xdata()) for line in lines] == [[64, 128], [64]]
     assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "--"] == [[64, 64]]
-    assert {"a", "control (ends here)", "trained length"} <= {text.get_text() for text in axes.texts}
+    assert list(axes.texts) == []
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == [
+        "a", "control (to 64)", "trained length", "band: 95% interval over documents",
+    ]  # fmt: skip
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
 
 
@@ -114,3 +134,133 @@ def test_files(tmp_path: Path) -> None:
     assert tuple(rows[0]) == COLUMNS
     assert rows[3]["error"] == "ends at 64"
     assert "control at 128: ends at 64" in (tmp_path / "report.md").read_text()
+
+
+def compared() -> list[dict[str, Any]]:
+    """Three documents; b is 0.1 nats per token better than the control, which ends at 64; c is level with it on average."""
+    rows = []
+    for model, length, gains in (
+        ("control", 64, (0.0, 0.0, 0.0)),
+        ("b", 64, (0.1, 0.1, 0.1)),
+        ("c", 64, (0.2, -0.2, 0.0)),
+        ("b", 128, (0.2, 0.2, 0.2)),
+        ("c", 128, (0.0, 0.0, 0.0)),
+    ):
+        losses = [10 * (level - gain) for level, gain in zip((3.0, 4.0, 5.0), gains, strict=True)]
+        found = row(model, length, math.exp(sum(losses) / 30))
+        rows.append({**found, "document_losses": losses, "document_tokens": [10, 10, 10], "bits_per_byte": 1.5})
+    return [*rows[:1], row("control", 128, None, "ends at 64"), *rows[1:]]
+
+
+def test_ratios_to_the_control_on_the_same_documents() -> None:
+    found = with_ratios(compared(), control=None, unit="perplexity", samples=200, seed=0)
+    by_name = {(one["model"], one["length"]): one for one in found}
+    b = by_name["b", 64]
+    assert b["control"] == "control"
+    assert (b["ratio"], b["ratio_low"], b["ratio_high"]) == pytest.approx((math.exp(-0.1),) * 3)
+    assert by_name["control", 64]["ratio"] == 1.0
+    assert by_name["control", 128]["ratio"] is None
+    # The control ends at 64: the first model that goes on takes its place.
+    assert (by_name["b", 128]["control"], by_name["b", 128]["ratio"]) == ("b", 1.0)
+    assert by_name["c", 128]["ratio"] == pytest.approx(math.exp(0.2))
+    assert [differs(by_name[key]) for key in (("b", 64), ("c", 64), ("c", 128), ("b", 128))] == [True, False, True, False]
+    lines = ratio_table(found)
+    assert "The control is **control** at 64; **b** at 128." in lines[0]
+    assert lines[4:6] == ["| control | original | 1 | - |", "| b | rope | 0.905 [0.905, 0.905]\\* | 1 |"]
+    assert with_ratios(compared(), control="c", unit="perplexity", samples=9, seed=0)[2]["ratio"] == pytest.approx(math.exp(-0.1))
+
+
+def test_models_that_were_scored_on_other_tokens_have_no_ratio_but_per_byte() -> None:
+    control, _, b, *_ = compared()
+    b = {**b, "document_tokens": [5, 5, 5], "document_bytes": [40, 40, 40]}
+    rows = [{**control, "document_bytes": [40, 40, 40]}, b]
+    assert with_ratios(rows, control=None, unit="perplexity", samples=9, seed=0)[1]["ratio"] is None
+    # Summed losses of 120 and 117 nats over 120 bytes.
+    assert with_ratios(rows, control=None, unit="bits_per_byte", samples=9, seed=0)[1]["ratio"] == pytest.approx(
+        math.exp(-3 / 120)
+    )
+
+
+def test_a_control_that_is_no_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"control is 'contrl', which is none of the models\. Did you mean 'control'"):
+        require_control("contrl", ["control", "b"])
+
+
+def test_ratios_stand_in_report_csv_and_plot(tmp_path: Path) -> None:
+    rows = with_ratios(compared(), control=None, unit="perplexity", samples=50, seed=0)
+    write_report(tmp_path, {"results": rows, "trained_length": {}, "protocol_version": "v9"})
+    text = (tmp_path / "report.md").read_text()
+    assert "a star marks an interval without 1" in text
+    assert "Protocol v9," in text
+    with (tmp_path / "results.csv").open() as file:
+        found = next(line for line in csv.DictReader(file) if (line["model"], line["length"]) == ("b", "64"))
+    assert found["control"] == "control"
+    assert float(found["ratio_low"]) == pytest.approx(math.exp(-0.1))
+    figure = plot(rows, {})
+    assert [axes.get_ylabel() for axes in figure.axes] == ["perplexity", "perplexity / control's"]
+    assert "band: 95% interval over documents (of the ratio: paired)" in [
+        text.get_text() for text in figure.legends[0].get_texts()
+    ]
+
+
+def test_a_report_is_written_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "results.csv").write_text("as it was")
+
+    def full(self: Path, content: bytes) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ConfigError, match=r"Cannot write '.*results\.csv': No space left on device\. Free some space"):
+        write_report(tmp_path, {"results": ROWS})
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+    assert (tmp_path / "results.csv").read_text() == "as it was"
+
+
+def probe(measure: str, model: str, length: int, value: float | None, **at: float) -> dict[str, Any]:
+    return {
+        "model": model, "scheme": "rope", "measure": measure, "protocol_version": "v9", "length": length, "quantity": "accuracy",
+        "at": at, "value": value, "count": 4, "error": None if value is not None else "too short a vocabulary",
+    }  # fmt: skip
+
+
+def test_effective_lengths_by_hand() -> None:
+    rows = [row("a", 32, 20.0), row("a", 64, 20.0), row("a", 128, 20.9), row("a", 256, 22.0), row("a", 512, 20.0)]
+    probes = [probe("passkey", "a", length, value) for length, value in ((64, 0.9), (128, 0.3), (256, 0.1))]
+    found = effective_lengths(rows, probes, {"a": 64}, 1.05)
+    assert [(one["definition"], one["length"], one["longest_measured"]) for one in found] == [
+        ("sliding perplexity at most 1.05 times that at 64 tokens", 128, 512),
+        ("passkey accuracy at least 20.0% (Chen et al.)", 128, 256),
+        ("passkey accuracy at least 85.6% (RULER's bound)", 64, 256),
+    ]
+    assert effective_lengths(rows, [], {"a": None}, 1.05) == []
+
+
+def test_probes_are_tables_by_their_own_coordinates(tmp_path: Path) -> None:
+    grid = [
+        probe("passkey", model, length, (0.5 if length == 64 else 0.25) * depth, depth=depth)
+        for model in ("a", "b")
+        for length in (64, 128)
+        for depth in (0.0, 1.0)
+    ]
+    note = {
+        "title": "Find it.",
+        "quantities": {"accuracy": "Share"},
+        "columns": "length",
+        "averaged": [],
+        "options": {"trials": 4},
+    }
+    lines = probe_section("passkey", note, [*grid, probe("passkey", "c", 64, None)])
+    assert lines[:3] == ["## passkey", "", "Find it. Options: trials 4."]
+    assert "| model | scheme | depth | 64 | 128 |" in lines
+    assert "| a | rope | 1 | 0.500 | 0.250 |" in lines
+    assert "* c at 64: too short a vocabulary" in lines
+    averaged = probe_section("passkey", {**note, "averaged": ["depth"]}, grid)
+    assert "| a | rope | 0.250 | 0.125 |" in averaged
+    write_report(tmp_path, {"results": ROWS, "probes": grid, "measures": {"passkey": note}})
+    assert (tmp_path / "passkey.png").stat().st_size > 1000
+    with (tmp_path / "probes.csv").open() as file:
+        assert next(csv.DictReader(file))["at"] == "depth=0"
+    figure = probe_plot(grid, note)
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["a: accuracy", "b: accuracy"]
+    assert figure.axes[0].images[0].get_array().tolist() == [[0.0, 0.0], [0.5, 0.25]]

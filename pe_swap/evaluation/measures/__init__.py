@@ -1,1 +1,17 @@
-"""What an evaluation measures."""
+"""What an evaluation measures: one file per measure, found by scanning this folder."""
+
+from pe_swap.evaluation.measures.base import (
+    MEASURES,
+    Example,
+    Measure,
+    Perplexity,
+    Probe,
+    Reading,
+    chosen,
+    descriptions,
+    measure,
+)
+
+MEASURES.scan(__name__, __path__)
+
+__all__ = ["MEASURES", "Example", "Measure", "Perplexity", "Probe", "Reading", "chosen", "descriptions", "measure"]

@@ -20,8 +20,8 @@ def test_windows_by_hand() -> None:
     mask = torch.tensor([False, True, False, False, True])
     found = list(masked_windows([10, 11, 12, 13, 14], mask, 5, before=[1], after=[2], mask_token=0))
     assert found == [
-        ([1, 10, 0, 12, 2], [1, 10, 11, 12, 2], [False, False, True, False, False]),
-        ([1, 13, 0, 2], [1, 13, 14, 2], [False, False, True, False]),
+        ([1, 10, 0, 12, 2], [1, 10, 11, 12, 2], [False, False, True, False, False], [1]),
+        ([1, 13, 0, 2], [1, 13, 14, 2], [False, False, True, False], [4]),
     ]
 
 
@@ -30,7 +30,7 @@ def test_every_length_scores_the_same_tokens() -> None:
 
     def scored(length: int) -> list[int]:
         found = masked_windows(tokens, mask, length, before=[1], after=[2], mask_token=0)
-        return [target for _, targets, chosen in found for target, is_scored in zip(targets, chosen, strict=True) if is_scored]
+        return [target for _, targets, chosen, _ in found for target, is_scored in zip(targets, chosen, strict=True) if is_scored]
 
     expected = [token for token, masked in zip(tokens, mask.tolist(), strict=True) if masked]
     assert scored(4) == scored(10) == scored(64) == expected

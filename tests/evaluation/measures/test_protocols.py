@@ -1,4 +1,4 @@
-"""Which targets are scored and what they see, counted by hand."""
+"""Which targets are scored and what they are predicted from, counted by hand."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from pe_swap.errors import DataError
-from pe_swap.evaluation.measures.protocols import Window, windows
+from pe_swap.evaluation.measures import measure
+from pe_swap.evaluation.measures.protocols import Protocol, Window
+from pe_swap.evaluation.text import Text, where_first_token_stands
+from pe_swap.runs.config import MeasureSection
+from tests.evaluation.test_evaluator import tokenizer
+
+
+def windows(protocol: str, sizes: list[int], length: int, *, stride: int, targets: int, longest: int) -> list[Window]:
+    found = measure(protocol)
+    assert isinstance(found, Protocol)
+    settings = MeasureSection.model_construct(lengths=[length, longest], stride=stride, targets=targets)
+    return found.all_windows(sizes, length, settings)
 
 
 def scored(found: list[Window]) -> Counter[tuple[int, int]]:
@@ -39,12 +51,12 @@ def test_same_targets_by_hand() -> None:
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
     length=st.integers(1, 20),
-    stride=st.integers(1, 30),
+    stride=st.integers(1, 20),
     protocol=st.sampled_from(["nonoverlapping", "sliding"]),
 )
 def test_every_target_is_scored_once_and_no_window_is_too_long(sizes: list[int], length: int, stride: int, protocol: str) -> None:
     sizes = [*sizes, length + 1]
-    found = windows(protocol, sizes, length, stride=stride, targets=1, longest=length)
+    found = windows(protocol, sizes, length, stride=min(stride, length), targets=1, longest=length)
     assert scored(found) == Counter((document, target) for document, size in enumerate(sizes) for target in range(1, size))
     assert all(
         0 <= window.start < window.first_target <= window.stop and window.stop - window.start <= length for window in found
@@ -61,10 +73,51 @@ def test_same_targets_are_the_same_at_every_length(size: int, targets: int) -> N
 
 @pytest.mark.parametrize("protocol", ["nonoverlapping", "sliding"])
 def test_a_length_no_document_fills_is_refused(protocol: str) -> None:
-    with pytest.raises(DataError, match=r"No document has 8 tokens \(the longest has 7\).*Use shorter lengths"):
+    with pytest.raises(
+        DataError, match=r"No document has 8 tokens \(the longest has 7\).* fills the length\. Use shorter lengths"
+    ):
         windows(protocol, [8, 3], 8, stride=4, targets=1, longest=8)
 
 
 def test_same_targets_needs_a_document_of_the_longest_length() -> None:
-    with pytest.raises(DataError, match="No document has the 16 tokens that same_targets needs"):
+    with pytest.raises(
+        DataError, match=r"No document has 16 tokens \(the longest has 8\); same_targets needs one that fills the long"
+    ):
         windows("same_targets", [9], 4, stride=1, targets=1, longest=16)
+
+
+def examples(protocol: str, first_token: str, length: int) -> list[tuple[list[int], list[int], list[int]]]:
+    settings = MeasureSection(lengths=[length], targets=2, stride=2)
+    text = Text([[10, 11, 12, 13, 14, 15, 16]], None, tokenizer(), settings, 0, first_token)
+    found = measure(protocol).examples(text, length)
+    return [
+        (one.inputs, [token for token, chosen in zip(one.targets, one.scored, strict=True) if chosen], list(one.tokens))
+        for one in found
+    ]
+
+
+def test_the_first_token_of_a_document_alone() -> None:
+    # w1, the beginning of text, has id 1. Scored: the targets, and their index in the document.
+    assert examples("nonoverlapping", "document", 4) == [
+        ([1, 10, 11, 12], [10, 11, 12, 13], [0, 1, 2, 3]),
+        ([13, 14, 15], [14, 15, 16], [4, 5, 6]),
+    ]
+    assert examples("same_targets", "document", 4) == [([12, 13, 14, 15], [15, 16], [5, 6])]
+
+
+def test_the_first_token_of_every_window_takes_the_place_of_one_input() -> None:
+    assert examples("nonoverlapping", "window", 4) == [
+        ([1, 10, 11, 12], [10, 11, 12, 13], [0, 1, 2, 3]),
+        ([1, 14, 15], [14, 15, 16], [4, 5, 6]),
+    ]
+    assert examples("same_targets", "window", 4) == [([1, 13, 14, 15], [15, 16], [5, 6])]
+    assert [inputs for inputs, _, _ in examples("sliding", "window", 4)] == [[1, 10, 11, 12], [1, 12, 13, 14], [1, 13, 14, 15]]
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_token_begins_every_window_with_it() -> None:
+    plain, begins = tokenizer(), tokenizer()
+    begins.backend_tokenizer.post_processor = TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    auto = MeasureSection()
+    assert where_first_token_stands(plain, auto) == "document"
+    assert where_first_token_stands(begins, auto) == "window"
+    assert where_first_token_stands(begins, MeasureSection(first_token="document")) == "document"

@@ -1,0 +1,237 @@
+"""The contract of a measure. One file in this folder holds one measure, or several that share their windows.
+
+A measure is a perplexity (it chooses windows of the documents; the evaluator scores them), or a probe (it builds its own inputs and
+gives numbers). A file registers its class in `MEASURES`; configuration, command line, record and report read the registry.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pe_swap.errors import ConfigError, DataError
+from pe_swap.evaluation.losses import target_hits
+from pe_swap.evaluation.rows import ProbeNote
+from pe_swap.evaluation.text import Text
+from pe_swap.registry import Registry
+from pe_swap.runs.config import MeasureSection, Section, build
+
+MEASURES: Registry[type[Measure]] = Registry("measure")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One forward pass of one row.
+
+    Attributes:
+        document: index of the document it is from.
+        inputs: token ids.
+        targets: what each output is to predict, as many as inputs.
+        scored: which targets count.
+        tokens: index in the document of each scored target.
+    """
+
+    document: int
+    inputs: list[int]
+    targets: list[int]
+    scored: list[bool]
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One number of a probe.
+
+    Attributes:
+        quantity: a key of the probe's `quantities`.
+        value: the number.
+        count: trials or targets behind it.
+        at: where it was measured beside the length.
+    """
+
+    quantity: str
+    value: float
+    count: int
+    at: Mapping[str, float] = field(default_factory=dict)
+
+
+class MeasureOptions(Section):
+    """Base of the options of a measure. A field is an option: `options: {passkey: {depths: 5}}`, `--options.passkey.depths 5`."""
+
+
+class Measure:
+    """One thing that is measured of a model.
+
+    Attributes:
+        for_decoders: whether it is defined for models that look back only.
+        for_encoders: whether it is defined for masked models.
+        Options: the class of its options.
+    """
+
+    name: ClassVar[str] = ""
+    for_decoders: ClassVar[bool] = True
+    for_encoders: ClassVar[bool] = False
+    Options: ClassVar[type[MeasureOptions]] = MeasureOptions
+
+    def __init__(self, options: MeasureOptions) -> None:
+        self.options: Any = options
+
+
+class Perplexity(Measure):
+    """A measure that chooses which tokens of the documents are scored, and from which context."""
+
+    def examples(self, text: Text, length: int) -> list[Example]:
+        """Return every window at a length.
+
+        Raises:
+            DataError: no document is long enough.
+        """
+        raise NotImplementedError
+
+
+class Probe(Measure):
+    """A measure that builds its own inputs.
+
+    Attributes:
+        quantities: each number it gives, in words, with its unit.
+        columns: what a table has in its columns: `length`, or a name of `Reading.at`.
+        averaged: names of `Reading.at` over which a table averages.
+    """
+
+    quantities: ClassVar[dict[str, str]] = {}
+    columns: ClassVar[str] = "length"
+    averaged: ClassVar[tuple[str, ...]] = ()
+
+    def lengths(self, settings: MeasureSection) -> list[int]:
+        """Return the lengths at which it is measured: those of the evaluation, unless it has its own."""
+        return list(settings.lengths)
+
+    def readings(self, model: PreTrainedModel, text: Text, length: int) -> Iterator[Reading]:
+        """Yield its numbers at one length.
+
+        Args:
+            model: a language model in evaluation mode.
+            text: documents, tokenizer and settings.
+            length: input tokens.
+
+        Raises:
+            DataError: the documents or the vocabulary do not allow it.
+            PositionRangeError: the model cannot take the length.
+        """
+        raise NotImplementedError
+
+    def note(self) -> ProbeNote:
+        """Return what a report says of it."""
+        return {
+            "title": (inspect.getdoc(type(self)) or self.name).splitlines()[0],
+            "quantities": dict(self.quantities),
+            "columns": self.columns,
+            "averaged": list(self.averaged),
+            "options": self.options.model_dump(mode="json"),
+        }
+
+
+def measure(name: str, options: Mapping[str, Any] | None = None) -> Measure:
+    """Return the measure called `name`, with options.
+
+    Raises:
+        UnknownNameError: there is none.
+        ConfigError: it has no such option, or a value breaks its rule.
+    """
+    measure_class = MEASURES[name]
+    try:
+        return measure_class(build(measure_class.Options, dict(options or {})))
+    except ConfigError as error:
+        raise ConfigError(f"The options of the measure '{name}': {error}") from error
+
+
+def chosen(settings: MeasureSection) -> list[Measure]:
+    """Return the measures that an evaluation is to take, perplexities first, each once.
+
+    Raises:
+        UnknownNameError: `protocols`, `measures` or `options` names one that is not there.
+        ConfigError: `protocols` names a probe, `options` one that is not measured, or an option is wrong.
+    """
+    names = list(dict.fromkeys([*settings.protocols, *settings.measures]))
+    found = [measure(name, settings.options.get(name)) for name in names]
+    for name in settings.protocols:
+        if not issubclass(MEASURES[name], Perplexity):
+            raise ConfigError(f"protocols names '{name}', which is no perplexity. Name it under measures.")
+    for name in settings.options:
+        if MEASURES[name] and name not in names:
+            raise ConfigError(f"options names '{name}', which is not measured. Add it to measures, or leave its options out.")
+    return sorted(found, key=lambda one: isinstance(one, Probe))
+
+
+def descriptions() -> str:
+    """Return a line per registered measure, for a command's help."""
+    lines = [f"  {name}: {(inspect.getdoc(MEASURES[name]) or '').splitlines()[0]}" for name in MEASURES.names()]
+    return "\n".join(lines)
+
+
+def drawn_tokens(text: Text) -> list[int]:
+    """Return the token ids from which probes draw at random: the whole vocabulary but special tokens, in order."""
+    special = set(text.tokenizer.all_special_ids)
+    return [index for index in range(len(text.tokenizer)) if index not in special]
+
+
+def draw(choices: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
+    """Return `count` different entries of `choices`, in random order.
+
+    Raises:
+        DataError: there are not as many.
+    """
+    if len(choices) < count:
+        raise DataError(
+            f"{count:,} different tokens are needed, and the vocabulary has {len(choices):,} besides special ones. Use shorter lengths, "
+            "or fewer pairs."
+        )
+    return [choices[index] for index in torch.randperm(len(choices), generator=generator)[:count].tolist()]
+
+
+def batches(model: PreTrainedModel, rows: Sequence[Sequence[int]], settings: MeasureSection) -> Iterator[Tensor]:
+    """Yield rows of one length as `[batch, length]` on the model's device, `batch_tokens` at a time."""
+    size = max(1, settings.batch_tokens // max(1, len(rows[0]))) if rows else 1
+    for start in range(0, len(rows), size):
+        yield torch.tensor(rows[start : start + size], device=model.device)
+
+
+def answered(model: PreTrainedModel, text: Text, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
+    """Return whether each token of each answer is the most probable one, boolean, `[prompts, answer tokens]`.
+
+    Of a decoder, a token counts as it does in greedy decoding: all tokens of an answer are right if and only if greedy decoding
+    gives the answer. A masked model gets a mask token in place of each answer token, all at once.
+
+    Args:
+        model: a language model in evaluation mode.
+        text: the tokenizer, and how many tokens go through the model at once.
+        prompts: token ids, answers included, all of one length.
+        answers: for each prompt, the index in it of each answer token, and the same number in every prompt.
+
+    Raises:
+        DataError: a masked model's tokenizer has no mask token.
+    """
+    ids = torch.tensor([list(prompt) for prompt in prompts])
+    asked = torch.zeros_like(ids, dtype=torch.bool)
+    for row, places in enumerate(answers):
+        asked[row, torch.tensor(places)] = True
+    if text.is_causal:
+        inputs, targets, scored = ids[:, :-1], ids[:, 1:], asked[:, 1:]
+    else:
+        if text.tokenizer.mask_token_id is None:
+            raise DataError(
+                "The tokenizer has no mask token, so a masked language model cannot be asked. Name its own tokenizer."
+            )
+        inputs, targets, scored = ids.masked_fill(asked, int(text.tokenizer.mask_token_id)), ids, asked
+    size = max(1, text.settings.batch_tokens // inputs.shape[1])
+    hits = [
+        target_hits(model, *(part[start : start + size].to(model.device) for part in (inputs, targets, scored))).cpu()
+        for start in range(0, len(ids), size)
+    ]
+    return torch.cat(hits).view(len(ids), -1)
