@@ -159,8 +159,8 @@ def show_several(names: Sequence[str], *, heads: int = 12, length: int = 256, is
             panel.set_axis_off()
         title = (
             f"{length:,} positions, {heads:,} heads: where a panel has many lines, the first head is dark, the last bright. Squares of "
-            "keys and queries show one head, both drawn at random, as are parameters that start at zero and the table that learned and concat "
-            "take over."
+            "keys and queries show one head, both drawn at random, as are parameters that start at zero and the table that learned and "
+            "concat take over."
         )
         figure.suptitle(textwrap.fill(title, 40 * columns), fontsize=8.5)  # fewer characters than the panels are wide
     return figure
