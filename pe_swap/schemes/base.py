@@ -1,6 +1,6 @@
 """The contract of a positional scheme.
 
-A scheme is an `nn.Module` that knows nothing of transformers. It overrides only the hooks it needs; the attention code
+A scheme is an `nn.Module` that imports nothing of transformers. It overrides only the hooks it needs; the attention code
 decides how each is computed. Shapes in this folder: `batch`, `heads`, `q_len` queries, `kv_len` keys, `head_dim`,
 `hidden_size`. Positions and distances are int64; angles (radians), vectors and biases (logits) are computed in float32 and
 cast once, by whoever adds them.
@@ -101,7 +101,7 @@ class Scheme(nn.Module):
 
     @property
     def original_length(self) -> int:
-        """The length beyond which the scheme may act otherwise than in training, in positions."""
+        """The length beyond which the scheme may do what it did not do in training, in positions."""
         return self.geometry.trained_length
 
     @property

@@ -57,7 +57,7 @@ class ConcatOptions(SchemeOptions):
 
     Attributes:
         table: `"sinusoidal"`, which never ends, or `"learned"`, as long as the trained table.
-        dim: dimensions of a position vector; None is the hidden size.
+        dim: dimensions of a position vector; None is the width of the token embeddings.
     """
 
     scheme: ClassVar[str] = "concat"

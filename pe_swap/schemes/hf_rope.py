@@ -1,7 +1,7 @@
 """From rotary parameters to frequencies, by transformers' own functions.
 
 Keys and meanings are those of transformers' `rope_parameters`. The functions read a model's configuration; a stand-in with what they
-read of it is enough. The only file beneath the schemes that knows transformers.
+read of it is enough. The only file of this folder that imports transformers.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from pe_swap.__main__ import main
@@ -47,12 +48,27 @@ def test_lines_are_the_scheme_s_bias() -> None:
     assert len(axes.lines) == 4
 
 
-def test_a_long_title_stays_within_its_picture() -> None:
-    figure = show("alibi", {"slopes": "geometric"}, heads=2, length=8, is_causal=False)
-    figure.canvas.draw()
-    box = figure._suptitle.get_window_extent()
-    assert box.x0 >= 0
-    assert box.x1 <= figure.bbox.width
+def pictures() -> list[Figure]:
+    one = [show(name, {}, heads=2, length=8) for name in SCHEMES.names()]
+    two = [show("alibi", {"slopes": "geometric", "logit_scale": "log_n"}, heads=2, length=8, is_causal=False)]
+    return [*one, *two, *(show_several(drawable()[:panels], heads=2, length=8) for panels in (1, 2, 3, 5))]
+
+
+def test_titles_stay_within_their_pictures() -> None:
+    for figure in pictures():
+        figure.canvas.draw()
+        title = figure._suptitle
+        box = title.get_window_extent()
+        assert box.x0 >= 0, title.get_text()
+        assert box.x1 <= figure.bbox.width, title.get_text()
+
+
+@pytest.mark.parametrize(("name", "options", "lines"), [("t5", {}, 1), ("kerple", {}, 1), ("kerple", {"start": "random"}, 3)])
+def test_heads_that_are_alike_are_one_line_that_says_so(name: str, options: dict[str, str], lines: int) -> None:
+    axes = show(name, options, heads=3, length=16).axes[0]
+    assert len(axes.lines) == lines
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == (["each of 3 heads"] if lines == 1 else ["head 0", "head 1", "head 2"])
 
 
 def test_a_decoder_s_picture_shows_no_future() -> None:
