@@ -17,8 +17,9 @@ from pe_swap.attention.names import library_name
 from pe_swap.attention.shared_in_call import ARGUMENT, SharedInCall
 from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError
 from pe_swap.patching.holder import SchemeHolder
-from pe_swap.patching.install import holder_of, layer_hooks
+from pe_swap.patching.install import layer_hooks
 from pe_swap.patching.layer_cache import cache_argument
+from pe_swap.patching.wrappers import acting_holder, inner_model
 from pe_swap.schemes import Scheme
 from pe_swap.swap import restore_positional, swap_positional
 
@@ -91,7 +92,7 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
     dtype, device and attention implementation. Weights, random state and mode are left as they were.
 
     Args:
-        model: a swapped model.
+        model: a swapped model, or a wrapper around one (PEFT, DistributedDataParallel, `torch.compile`): the model inside is checked.
 
     Returns:
         The report; `report.passed` sums it up.
@@ -100,7 +101,8 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
         SwapStateError: the model is not swapped.
         UnsupportedModelError: not a model of a supported family.
     """
-    holder = holder_of(model)
+    model = inner_model(model)
+    holder = acting_holder(model)
     if holder is None:
         raise SwapStateError(
             f"This {type(model).__name__} is not swapped, so there is nothing to check. Call swap_positional(model, ...) first."
@@ -210,6 +212,8 @@ class _Checker:
         name = "own scheme = unswapped"
         if self.holder.original is None:
             return Check(name, None, None, "not measured: the model was loaded already swapped, without what was replaced")
+        if self.base_model.get_submodule(self.stack.native.holder_path) is not self.holder:
+            return Check(name, None, None, "not measured: the module of the schemes is wrapped (PEFT's modules_to_save)")
         other, scheme = restore_positional(copy.deepcopy(self.model)), self.stack.native.own_scheme
         ids = self.tokens(2, min(self.length, self.holder.trained_length))
         expected = self.states(ids, model=other)

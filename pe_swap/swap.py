@@ -95,6 +95,8 @@ def swap_positional(
     for change in changes:
         attach(change.stack, model.base_model, model.config, holders[change.stack.name])
     model.loss_type = known_loss_type(model)
+    # The folder it was loaded from holds another model now. PEFT writes this name into an adapter, as the model to load it on.
+    model.name_or_path = ""
     return model
 
 
@@ -153,6 +155,8 @@ def resolve(model: PreTrainedModel, stack: Stack, options: SchemeOptions, layers
         )
     else:
         original = current.original
+        if layers is not None:
+            model.config.require_same_layers()
     found = None if original is None else original.module
     table = kind.table(config, found)
     if trained_length is None:
@@ -327,4 +331,6 @@ def restore_positional(model: Model, *, part: str | None = None) -> Model:
         original.module.train(model.training)
         model.loss_type = original.loss_type
     set_configs(model, configs)
+    if not staying:
+        model.name_or_path = model.config.name_or_path
     return model

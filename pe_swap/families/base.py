@@ -26,7 +26,12 @@ SWAPPED_PREFIX = "pe_swap_"
 
 
 NO_LIMIT = 2**20
-"""Positions: what length fields say for a scheme that never ends. Tools truncate and allocate by it, so it is no larger."""
+"""Positions: what the length field of a configuration says for a scheme without a limit.
+
+Tools truncate inputs, warn and allocate by that field (`max_position_embeddings`, `n_positions`), so it names the longest input that the
+model takes, and not the length it was trained at, which is `trained_length` in `config.pe_swap`. It is no larger, since some tools
+allocate by it. Code that takes the field for the length of a training block should take the trained length.
+"""
 
 
 def decoder(config: Any) -> bool:

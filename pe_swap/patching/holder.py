@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,53 @@ from pe_swap.families.base import NO_LIMIT
 from pe_swap.families.native.base import Holder
 from pe_swap.schemes.base import Scheme
 
+Ref = TypeVar("Ref", bound="ModuleRef")
+
 
 @dataclass(frozen=True)
-class TokenTable:
-    """Where the token embeddings are looked up. A plain object, so that the table is not registered twice.
+class ModuleRef:
+    """Where a module of a model stands. A plain object, so that the module is not registered twice.
+
+    Looked up at each call: tools put other modules there (a resized vocabulary, PEFT's `modules_to_save`), and those are what has to
+    act.
 
     Attributes:
-        owner: the module that holds the table.
-        attribute: its name there; looked up at each call, as resizing the vocabulary replaces the table.
+        root: a model that the module is a part of.
+        path: the module's name in it, with dots.
     """
 
-    owner: nn.Module
-    attribute: str
+    root: nn.Module
+    path: str
+
+    def found(self) -> Any:
+        """Return what stands there now."""
+        found: Any = self.root
+        for name in self.path.split("."):
+            found = getattr(found, name)
+        return found
+
+    def __deepcopy__(self: Ref, memo: dict[int, Any]) -> Ref:
+        """Follow what is being copied, where the module is a part of it; otherwise keep the module.
+
+        A copied layer or attention module stands in the same model, and has to act with that model's weights: it would act with a private
+        copy of them otherwise, untrained and lost in a saved state.
+        """
+        names, module = self.path.split("."), self.root
+        for depth, name in enumerate(names):
+            if id(module) in memo:
+                return type(self)(memo[id(module)], ".".join(names[depth:]))
+            module = getattr(module, name)
+        return self
+
+
+@dataclass(frozen=True)
+class TokenTable(ModuleRef):
+    """Where the token embeddings are looked up."""
 
     @property
     def module(self) -> nn.Module:
         """The table."""
-        module: nn.Module = getattr(self.owner, self.attribute)
+        module: nn.Module = self.found()
         return module
 
     @property
@@ -41,24 +71,10 @@ class TokenTable:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         return weight
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TokenTable:
-        """Follow the owner into its copy where it is being copied too; a copy of the holder alone keeps the same tokens."""
-        return TokenTable(memo.get(id(self.owner), self.owner), self.attribute)
-
 
 @dataclass(frozen=True)
-class HolderRef:
-    """Where a stack's `SchemeHolder` stands. A plain object, as `TokenTable`.
-
-    Looked up at each call: tools put copies and wrappers there (PEFT's `modules_to_save`), and those are what has to act.
-
-    Attributes:
-        owner: the module that holds it.
-        attribute: its name there.
-    """
-
-    owner: nn.Module
-    attribute: str
+class HolderRef(ModuleRef):
+    """Where a stack's `SchemeHolder` stands."""
 
     @property
     def holder(self) -> SchemeHolder:
@@ -67,11 +83,11 @@ class HolderRef:
         Raises:
             SwapStateError: it is something else, so that a call would run without its positions.
         """
-        found: Any = getattr(self.owner, self.attribute)
+        found = self.found()
         if not hasattr(found, "scheme_at"):
             raise SwapStateError(
-                f"{type(self.owner).__name__}.{self.attribute} is a {type(found).__name__}, where the schemes of this swapped model "
-                "were: something else has replaced them. Undo that patch, or load the model again."
+                f"{type(self.root).__name__}.{self.path} is a {type(found).__name__}, where the schemes of this swapped model were: "
+                "something else has replaced them. Undo that patch, or load the model again."
             )
         holder: SchemeHolder = found
         return holder

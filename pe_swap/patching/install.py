@@ -91,14 +91,13 @@ def token_table(stack: Stack, base_model: nn.Module) -> TokenTable:
         FamilyError: what is there has no weight.
     """
     assert stack.tokens is not None
-    owner, _, attribute = stack.tokens.rpartition(".")
     tokens = find(base_model, stack.tokens)
     if not isinstance(getattr(tokens, "weight", None), Tensor):
         raise FamilyError(
             f"{type(base_model).__name__}.{stack.tokens} is a {type(tokens).__name__}, which has no 'weight' whose dtype positions could "
             "take: something else has patched this model. Undo that patch before the swap."
         )
-    return TokenTable(find(base_model, owner), attribute)
+    return TokenTable(base_model, stack.tokens)
 
 
 def _hand_in_rotations(holder: SchemeHolder, kind: Rotary, native: nn.Module, config: Any) -> None:
@@ -157,7 +156,7 @@ def attach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolde
     """Put `holder` in its place and bind every layer that has a scheme."""
     owner, _, attribute = stack.native.holder_path.rpartition(".")
     base_model.get_submodule(owner).add_module(attribute, holder)
-    holder_ref = HolderRef(find(base_model, owner), attribute)
+    holder_ref = HolderRef(base_model, stack.native.holder_path)
     caller = find(base_model, stack.caller)
     pad_token_id = getattr(config, "pad_token_id", None)
     token_scale = float(getattr(caller, stack.token_scale)) if stack.token_scale else 1.0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import auto_factory, configuration_auto, modeling_auto, tokenization_auto
 
 from pe_swap.families import FAMILIES, SWAPPED_PREFIX, Family, family_name
@@ -138,3 +139,18 @@ def register_heads(family: Family, config_class: Any, build: Callable[[Family, A
     known = auto_classes()
     for name, head in heads_by_auto_class(family).items():
         known[name].register(config_class, build(family, head), exist_ok=True)
+
+
+def register_conversions(own_name: str, swapped: str) -> None:
+    """Give a swapped family, or one of its heads, the conversions of weights between file and model that its own has.
+
+    transformers keys them on the `model_type` (experts of mixtral) or the class's name (the head of gpt_neox). Without them the weights
+    would be written in one form and looked for in another.
+
+    Args:
+        own_name: the family's `model_type`, or a head's name.
+        swapped: that of the swapped form.
+    """
+    conversions = get_checkpoint_conversion_mapping(own_name)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(swapped, conversions, overwrite=True)

@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 
 from pe_swap.families import FAMILIES, SWAPPED_PREFIX, Family
-from pe_swap.saving.auto_classes import CLASS_PREFIX, register_config_classes, register_heads, swapped_name
+from pe_swap.saving.auto_classes import CLASS_PREFIX, register_config_classes, register_conversions, register_heads, swapped_name
 from pe_swap.saving.swapped_config import SwappedConfig
 from pe_swap.saving.swapped_model import SwappedModel
 
@@ -38,6 +38,7 @@ def swapped_model_class(family: Family, head: Any) -> Any:
 @cache
 def _config_class(family: Family) -> Any:
     """Return the configuration class of a swapped family, which no Auto class knows yet."""
+    register_conversions(family.model_type, SWAPPED_PREFIX + family.model_type)
     return type(
         swapped_name(family.config_class.__name__),
         (SwappedConfig, family.config_class),
@@ -52,6 +53,7 @@ def _config_class(family: Family) -> Any:
 @cache
 def _model_class(family: Family, head: Any) -> Any:
     """Return the swapped form of a head, which no Auto class knows yet."""
+    register_conversions(head.__name__, swapped_name(head.__name__))
     return type(
         swapped_name(head.__name__),
         (SwappedModel, head),

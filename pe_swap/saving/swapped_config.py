@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from pe_swap.assignment import FORMAT, checked_format, from_saved, saved_stacks, short
 from pe_swap.attention.names import library_name, name_for
-from pe_swap.errors import CheckpointError
+from pe_swap.errors import CheckpointError, SwapStateError
 from pe_swap.families import FAMILIES, Family, Stack, family_name
 from pe_swap.families.native import Rotary
 from pe_swap.families.native.rotary import NATIVE, UNTURNED
@@ -91,6 +96,21 @@ class SwappedConfig:
         config.architectures = [name.removeprefix(CLASS_PREFIX) for name in self.architectures or []] or None
         return config
 
+    def require_same_layers(self: Any) -> None:
+        """Refuse a model whose layers are others than at the swap: nothing says which of them has which scheme.
+
+        Raises:
+            SwapStateError: layers were taken out of the model or added to it since the swap.
+        """
+        for stack in self.family.stacks_of(self):
+            entry = saved_stacks(self.pe_swap).get(stack.name)
+            now = len(stack.paths(self))
+            if entry is not None and len(entry["layers"]) != now:
+                raise SwapStateError(
+                    f"This model was swapped with {len(entry['layers'])} layers and has {now} now, so nothing says which layer has which "
+                    "scheme. Call swap_positional(model, ...) once more, for all layers."
+                )
+
     @property
     def family(self: Any) -> Family:
         """What the configuration is of."""
@@ -104,6 +124,7 @@ class SwappedConfig:
 
     @_attn_implementation_internal.setter
     def _attn_implementation_internal(self: Any, name: str | None) -> None:
+        _require_swapped_class(sys._getframe(1))
         saved = self.__dict__.get("pe_swap")
         if saved is not None:
             hooks = (entry["attention_hooks"] for entry in saved_stacks(saved).values())
@@ -133,13 +154,27 @@ class SwappedConfig:
             )
 
     @classmethod
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Read a folder or a name on the Hub; see the family's class. An unswapped one gives the family's own configuration.
+
+        Tools have the class of a model's configuration read the folder that the model came from: PEFT does, to save an adapter.
+        """
+        content, _ = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if _is_unswapped(cls, content):
+            return FAMILIES[family_name(cls.model_type)].config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+    @classmethod
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from the content of `config.json`; see the family's class.
+        """Build from the content of `config.json`; see the family's class. An unswapped one gives the family's own configuration.
 
         Raises:
-            CheckpointError: what it says of positions cannot be read, was written by a newer pe_swap, or does not fit the model.
+            CheckpointError: what it says of positions cannot be read, was written by a newer pe_swap, or does not fit the model or an
+                argument.
         """
         family = FAMILIES[family_name(cls.model_type)]
+        if _is_unswapped(cls, config_dict):
+            return family.config_class.from_dict(config_dict, **kwargs)
         if "pe_swap" not in config_dict:
             raise CheckpointError(
                 f"config.json has the model_type '{cls.model_type}' but no 'pe_swap' object, which says what the positions were "
@@ -151,6 +186,7 @@ class SwappedConfig:
             entry = saved_stacks(saved).get(stack.name)
             if entry is not None:
                 require_entry(entry)
+                _require_argument_of_same_layers(cls, stack, entry, kwargs)
                 if stack.length_field is not None:
                     lengths[_saved_field(cls, stack.length_field)] = entry["max_length"] or stack.no_limit
                 guard = _saved_field(cls, stack.guard_field)
@@ -188,7 +224,13 @@ class SwappedConfig:
         return saved
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `config.json`, the model card, and the stub where a load needs pe_swap; see the family's class."""
+        """Write `config.json`, the model card, and the stub where a load needs pe_swap; see the family's class.
+
+        Raises:
+            SwapStateError: layers were taken out of the model or added to it since the swap, so that it could not be loaded.
+        """
+        if self.plain() is None:
+            self.require_same_layers()
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         saved = self.to_diff_dict()
@@ -275,6 +317,52 @@ def require_entry(entry: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"config.json: 'pe_swap.attention_hooks' is {short(hooks)}; it must be a list of {', '.join(sorted(ATTENTION_HOOKS))}. Save "
             "the model again with save_pretrained, or fix the file."
+        )
+
+
+def _is_unswapped(config_class: Any, content: Mapping[str, Any]) -> bool:
+    """Tell whether the content of a `config.json` is that of a model which is not swapped."""
+    return "pe_swap" not in content and content.get("model_type") != config_class.model_type
+
+
+def _require_argument_of_same_layers(
+    config_class: Any, stack: Stack, entry: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> None:
+    """Refuse a number of layers, given beside a saved configuration, that is not the number it was swapped with.
+
+    Raises:
+        CheckpointError: it is another one.
+    """
+    layers = entry.get("layers")
+    for name in (stack.num_layers, _saved_field(config_class, stack.num_layers)):
+        if name in arguments and isinstance(layers, list) and arguments[name] != len(layers):
+            raise CheckpointError(
+                f"The argument {name}={short(arguments[name])} does not fit the saved model, whose {len(layers)} layers have schemes. "
+                "Leave the argument out; for a model of fewer layers, load the unswapped model with them and swap that."
+            )
+
+
+BUILDING: ContextVar[bool] = ContextVar("BUILDING", default=False)
+"""Whether a swapped model class is building its modules; the family's own classes may then use its configuration."""
+
+
+def _require_swapped_class(caller: FrameType) -> None:
+    """Refuse to let one of the family's own classes be built from a swapped configuration.
+
+    `GPT2LMHeadModel(model.config)` would have a random table of as many rows as the length field says, and no scheme. All that
+    transformers does with a configuration at that time is to write the attention implementation into it, so the code that writes it is
+    looked at.
+
+    Raises:
+        SwapStateError: `PreTrainedModel.__init__` writes it, outside of a swapped class.
+    """
+    while caller.f_code.co_name.endswith("setattr__") and caller.f_back is not None:
+        caller = caller.f_back
+    if caller.f_code is PreTrainedModel.__init__.__code__ and not BUILDING.get():
+        name = type(caller.f_locals["self"]).__name__
+        raise SwapStateError(
+            f"{name}(config) was called with the configuration of a swapped model, which a {name} cannot be: it would get random or native "
+            "positions and no scheme. Use an Auto class, for instance AutoModelForCausalLM.from_config(config)."
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -15,7 +18,8 @@ from pe_swap.families import FAMILIES, Family, Stack, family_name, known_loss_ty
 from pe_swap.families.base import NO_LIMIT
 from pe_swap.patching.holder import Original
 from pe_swap.patching.install import assemble, attach, attention_hooks, token_table
-from pe_swap.saving.swapped_config import require_entry, rope_parameters_of
+from pe_swap.saving.auto_classes import CLASS_PREFIX
+from pe_swap.saving.swapped_config import BUILDING, require_entry, rope_parameters_of
 from pe_swap.schemes.geometry import Native
 
 
@@ -40,7 +44,7 @@ class SwappedModel:
             require_entry(entries[stack.name])
             _require_same_causality(entries[stack.name], stack.is_causal(unswapped))
         assignments = {stack.name: from_saved(entries[stack.name], len(stack.paths(unswapped))) for stack in stacks}
-        with _lengths(config, family.stacks_of(unswapped), entries, unswapped):
+        with _lengths(config, family.stacks_of(unswapped), entries, unswapped), _building():
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         base_model = self.base_model
         for stack in stacks:
@@ -73,7 +77,9 @@ class SwappedModel:
         """Load a saved swapped model; see the family's class.
 
         Raises:
-            CheckpointError: positional weights are missing, superfluous or of another shape, or a file is damaged.
+            CheckpointError: weights are missing or superfluous, positional ones are of another shape, or a file is damaged. Where another
+                head is loaded than was saved, the weights of the one are missing and those of the other superfluous, as they should
+                be; transformers reports them.
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise CheckpointError(
@@ -94,9 +100,12 @@ class SwappedModel:
             if isinstance(error.__context__, CheckpointError):
                 raise error.__context__ from None
             raise
-        _refuse_wrong_weights(cls, "not in the checkpoint", info["missing_keys"])
-        _refuse_wrong_weights(cls, "of another shape", [entry[0] for entry in info["mismatched_keys"]])
-        _refuse_wrong_weights(cls, "not in the scheme", info["unexpected_keys"])
+        missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+        _require_positional_weights(cls, "not in the checkpoint", missing)
+        _require_positional_weights(cls, "of another shape", [entry[0] for entry in info["mismatched_keys"]])
+        _require_positional_weights(cls, "not in the scheme", unexpected)
+        # Of a checkpoint with its old table, that table is left over.
+        _require_weights_of_the_saved_class(model, missing, set() if kwargs.get("beside_old_table") else unexpected)
         return (model, info) if output_loading_info else model
 
     def _move_missing_keys_from_meta_to_device(self: Any, missing_keys: Iterable[str], *args: Any, **kwargs: Any) -> None:
@@ -104,8 +113,18 @@ class SwappedModel:
 
         A method of transformers' own, called by its loading; without it the same refusal comes later, in `from_pretrained`.
         """
-        _refuse_wrong_weights(type(self), "not in the checkpoint, or of another shape", missing_keys)
+        _require_positional_weights(type(self), "not in the checkpoint, or of another shape", missing_keys)
         super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def _building() -> Iterator[None]:
+    """Let the family's own classes be built from the swapped configuration."""
+    token = BUILDING.set(True)
+    try:
+        yield
+    finally:
+        BUILDING.reset(token)
 
 
 @contextmanager
@@ -132,7 +151,7 @@ def _lengths(config: Any, stacks: Iterable[Stack], entries: Mapping[str, Any], u
             setattr(config, field, length)
 
 
-def _refuse_wrong_weights(model_class: Any, what: str, keys: Iterable[str]) -> None:
+def _require_positional_weights(model_class: Any, what: str, keys: Iterable[str]) -> None:
     """Refuse a checkpoint if any of `keys`, which are wrong in some way, is a positional weight.
 
     Raises:
@@ -142,11 +161,65 @@ def _refuse_wrong_weights(model_class: Any, what: str, keys: Iterable[str]) -> N
     stand_ins = tuple(f".{path}.weight" for path in paths)  # families may leave tables out of what they save (Marian)
     wrong = sorted(key for key in keys if any(f".{path}." in f".{key}." for path in paths) and not f".{key}".endswith(stand_ins))
     if wrong:
-        listed = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise CheckpointError(
-            f"The checkpoint's positional weights do not fit the scheme in its config.json ({what}: {listed}). Loading it would give a "
-            "model with wrong positions. Save the model again with save_pretrained, or load the folder it was made from."
+            f"The checkpoint's positional weights do not fit the scheme in its config.json ({what}: {_listed(wrong)}). Loading it would "
+            "give a model with wrong positions. Save the model again with save_pretrained, or load the folder it was made from."
         )
+
+
+def _require_weights_of_the_saved_class(model: Any, missing: set[str], unexpected: set[str]) -> None:
+    """Refuse a checkpoint that lacks a weight of the class which `architectures` says was saved, or has one that it has not.
+
+    A weight that is missing is drawn at random by transformers, with a report and no error. That is wanted for a new head, and for
+    nothing else.
+
+    Args:
+        model: the loaded model.
+        missing: names of its weights that were not in the checkpoint.
+        unexpected: names of weights in the checkpoint that it does not have.
+
+    Raises:
+        CheckpointError: there is such a weight.
+    """
+    if not missing and not unexpected:
+        return
+    saved_class = _saved_class(model)
+    if saved_class is not type(model):
+        with torch.device("meta"):
+            saved_model = saved_class(copy.deepcopy(model.config))
+        saved = {_name_in_base_model(saved_model, name) for name in saved_model.state_dict()}
+        missing = {name for name in missing if _name_in_base_model(model, name) in saved}
+        unexpected = {name for name in unexpected if _name_in_base_model(saved_model, name) not in saved}
+    name = saved_class.__name__
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint lacks weights of the {name} that its config.json names: {_listed(missing)}. They would be drawn at random; "
+            "save the model again with save_pretrained, or give the argument that builds it without them (add_pooling_layer=False)."
+        )
+    if unexpected:
+        raise CheckpointError(
+            f"The checkpoint has weights that the {name} which its config.json names has not: {_listed(unexpected)}. They would be "
+            "dropped; save the model again with save_pretrained, or load the folder it was made from."
+        )
+
+
+def _saved_class(model: Any) -> Any:
+    """Return the class that a model's configuration says was saved; the model's own where it says none that is known."""
+    names = model.config.architectures
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    found = getattr(sys.modules[type(model).__module__], name, None) if name.startswith(CLASS_PREFIX) else None
+    return found if isinstance(found, type) and issubclass(found, SwappedModel) else type(model)
+
+
+def _name_in_base_model(model: Any, name: str) -> str:
+    """Return a weight's name as the base model has it, so that those of two heads compare; a head's own weights keep their names."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return the first of many names as text."""
+    wrong = sorted(names)
+    return ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
 
 
 def _require_same_causality(saved: Any, is_causal: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pe_swap.patching.install import positional_parameters
-from tests.interop import distributed_run
+from tests.support import distributed_run
 from tests.support.models import swapped
 from tests.support.processes import ROOT, environment
 

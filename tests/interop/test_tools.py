@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, Gen
 
 import pe_swap
 from pe_swap.patching.install import positional_parameters
-from tests.interop import training_run
+from tests.support import training_run
 from tests.support.models import TRAINED_LENGTH, VOCABULARY, build, checkpoint_activations, swapped, token_ids
 from tests.support.processes import ROOT, environment
 from tests.support.words import WORDS, word_tokenizer

@@ -169,7 +169,7 @@ def test_a_restore_after_merging_puts_the_own_table_back(family: str) -> None:
     merged = get_peft_model(model, lora(family)).merge_and_unload()
     pe_swap.restore_positional(merged)
     torch.testing.assert_close(logits(merged, token_ids(2, 20)), logits(plain, token_ids(2, 20)), **ROUNDING)
-    table = FAMILIES[family].position_embedding
+    table = FAMILIES[family].stacks[0].native.holder_path
     assert torch.equal(merged.base_model.get_submodule(table).weight, plain.base_model.get_submodule(table).weight)
 
 

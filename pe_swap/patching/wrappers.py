@@ -1,0 +1,41 @@
+"""What tools put around a swapped model, and around the module of its schemes inside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pe_swap.families import family_for
+from pe_swap.patching.holder import SchemeHolder
+from pe_swap.patching.install import holder_of
+
+NAMES_INSIDE_WRAPPERS = ("module", "_orig_mod", "base_model", "model")
+"""Where wrappers register what they wrap: data parallel ones, `torch.compile`, PEFT's model and PEFT's tuner."""
+
+
+def inner_model(model: Any) -> Any:
+    """Return the transformers model inside a wrapper (PEFT, DistributedDataParallel, `torch.compile`), or the argument where none is.
+
+    For reading only: a swap belongs before the wrapping, since a wrapper keeps references to the modules that a swap replaces.
+    """
+    found = model
+    while isinstance(found, nn.Module) and not isinstance(found, PreTrainedModel):
+        inside = [found._modules[name] for name in NAMES_INSIDE_WRAPPERS if found._modules.get(name) is not None]
+        if not inside:
+            return model
+        found = inside[0]
+    return found
+
+
+def acting_holder(model: PreTrainedModel) -> SchemeHolder | None:
+    """Return the module whose schemes act in a model: PEFT's `modules_to_save` puts a copy of it, to be trained, into its place.
+
+    Raises:
+        SwapStateError: see `holder_of`.
+    """
+    stack = family_for(model).stacks_in(model.base_model, model.config)[0]
+    place: Any = dict(model.base_model.named_modules()).get(stack.native.holder_path)
+    acting = getattr(getattr(place, "scheme_at", None), "__self__", None)  # a wrapper passes on the methods of what acts in it
+    return acting if isinstance(acting, SchemeHolder) and acting is not place else holder_of(model)
