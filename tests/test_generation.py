@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,18 +12,25 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import pe_swap
+from pe_swap.families import FAMILIES
 from pe_swap.patching.install import holder_of, positional_parameters
 from tests.references.alibi import slopes as reference_slopes
+from tests.support.families import is_causal, model_type_of
 from tests.support.models import (
     BACKENDS,
     CASES,
-    FAMILIES,
+    DECODERS,
     LENGTH_DEPENDENT,
+    MATRIX_FAMILIES,
+    PAD,
     PAIRS,
+    ROUNDING,
     TRAINED_LENGTH,
     build,
     checkpoint_activations,
     disturb,
+    left_padded,
+    logits,
     swapped,
     token_ids,
     with_cache,
@@ -32,25 +38,13 @@ from tests.support.models import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
 
-DECODERS = [family for family in FAMILIES if family != "bert"]
-ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
-"""float32, two layers: sums in another order."""
 
-PAD, NEW = 0, 8
+NEW = 8
 
 every_case = pytest.mark.parametrize("case", CASES)
 every_pair = pytest.mark.parametrize(("case", "family"), PAIRS)
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", MATRIX_FAMILIES)
 every_decoder = pytest.mark.parametrize("family", DECODERS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Matrices this small wait for a second thread longer than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -59,24 +53,10 @@ def shared(family: str, case: str) -> PreTrainedModel:
     return swapped(family, case)
 
 
-def logits(model: PreTrainedModel, *args: Tensor, **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        return model(*args, **kwargs).logits
-
-
 def generate(model: PreTrainedModel, ids: Tensor | None, new: int = NEW, **kwargs: Any) -> Tensor:
     """Return exactly `new` generated tokens after the prompt; greedy unless told otherwise."""
     settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": PAD, "eos_token_id": 2}
     return model.generate(ids, **{**settings, **kwargs})
-
-
-def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return rows of unequal lengths as a batch padded on the left, and its attention mask."""
-    length = max(row.shape[1] for row in rows)
-    ids, mask = torch.full((len(rows), length), PAD), torch.zeros(len(rows), length, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, length - row.shape[1] :], mask[index, length - row.shape[1] :] = row[0], 1
-    return ids, mask
 
 
 # --- generate ------------------------------------------------------------------------------------------------------------------
@@ -151,7 +131,7 @@ def test_input_embeddings_stand_for_input_ids(case: str, family: str) -> None:
     model, ids = shared(family, case), token_ids(2, 14)
     embeddings = model.get_input_embeddings()(ids).detach()
     torch.testing.assert_close(logits(model, inputs_embeds=embeddings), logits(model, ids), **ROUNDING)
-    if family != "bert":
+    if is_causal(family):
         mask = torch.ones_like(ids)
         continued = generate(model, None, inputs_embeds=embeddings, attention_mask=mask)
         assert torch.equal(continued, generate(model, ids, attention_mask=mask)[:, -NEW:])
@@ -167,7 +147,7 @@ def test_attention_probabilities_are_probabilities(case: str, family: str) -> No
         assert probabilities.shape == (2, 12, 10, 10)
         torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 12, 10), atol=1e-6, rtol=0)
         future = probabilities[..., torch.ones(10, 10).triu(1).bool()]
-        assert (future == 0).all() if family != "bert" else (future > 0).all()
+        assert (future == 0).all() if is_causal(family) else (future > 0).all()
 
 
 @every_family
@@ -175,20 +155,17 @@ def test_attention_probabilities_show_the_bias_of_alibi(family: str) -> None:
     """With queries of zero every score is zero, and `log p_ij - log p_ii = -slope * |i - j|`."""
     model = pe_swap.swap_positional(build(family, "eager"), "alibi")
     with torch.no_grad():
-        if family == "gpt2":
-            for block in model.transformer.h:
-                block.attn.c_attn.weight[:, :96] = 0
-                block.attn.c_attn.bias[:96] = 0
-        else:
-            for layer in model.bert.encoder.layer:
-                layer.attention.self.query.weight.zero_()
-                layer.attention.self.query.bias.zero_()
+        for name, parameter in model.named_parameters():
+            if ".query." in name:
+                parameter.zero_()
+            elif ".c_attn." in name:  # GPT-2's queries, keys and values
+                parameter[..., :96] = 0
         attentions = model(token_ids(1, 9), output_attentions=True).attentions
     slopes = torch.tensor([float(slope) for slope in reference_slopes(12)], dtype=torch.float64)
     place = torch.arange(9)
     distance = (place[None, :] - place[:, None]).abs()
     wanted = -slopes[:, None, None] * distance
-    allowed = torch.ones(9, 9, dtype=torch.bool) if family == "bert" else distance.new_ones(9, 9).tril().bool()
+    allowed = distance.new_ones(9, 9).tril().bool() if is_causal(family) else torch.ones(9, 9, dtype=torch.bool)
     for probabilities in attentions:
         logarithm = probabilities[0].double().log()
         found = logarithm - logarithm.diagonal(dim1=-2, dim2=-1)[..., None]
@@ -241,7 +218,7 @@ def test_a_block_mask_keeps_packed_sequences_apart(case: str, family: str, backe
     position_ids = torch.cat([torch.arange(length) for length in PACKED])[None].expand(2, -1)
     number = torch.repeat_interleave(torch.arange(len(PACKED)), torch.tensor(PACKED))
     may_look = number[:, None] == number[None, :]
-    if family != "bert":
+    if is_causal(family):
         may_look = may_look.tril()
     mask = may_look.expand(2, 1, -1, -1)
     if backend == "eager":
@@ -277,7 +254,7 @@ def test_a_compiled_training_step_is_one_graph_and_gives_the_same_gradients(case
     gradients = []
     for each in (model, compiled):
         model.zero_grad(set_to_none=True)
-        arguments = {} if family == "bert" else {"use_cache": False}
+        arguments = {"use_cache": False} if is_causal(family) else {}
         each(ids, labels=ids, **arguments).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     assert len(gradients[0]) == len(gradients[1])
@@ -367,8 +344,9 @@ def test_a_scheme_in_one_layer_acts_there_alone(family: str) -> None:
         found, roped, bare = (each(ids, output_attentions=True).attentions for each in (model, everywhere, nowhere))
     assert torch.equal(found[0], roped[0])
     assert (found[0] - bare[0]).abs().max() > 1e-3
-    names = {type(module).__name__ for module in model.modules() if hasattr(module, "pe_swap_binding")}
-    assert names == ({"GPT2Attention"} if family == "gpt2" else {"BertSelfAttention"})
+    stack = FAMILIES[model_type_of(family)].stacks[0]
+    first = stack.attention_modules(model.base_model, model.config)[0]
+    assert hasattr(first, "pe_swap_binding")
     assert sum(hasattr(module, "pe_swap_binding") for module in model.modules()) == 1
     assert (found[1] - roped[1]).abs().max() > 1e-3
 

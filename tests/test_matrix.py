@@ -18,12 +18,15 @@ from pe_swap.schemes import SCHEMES
 from tests.support.models import (
     BACKENDS,
     CASES,
-    FAMILIES,
+    DECODERS,
     LENGTH_DEPENDENT,
+    MATRIX_FAMILIES,
     PAIRS,
+    ROUNDING,
     build,
     checkpoint_activations,
     disturb,
+    logits,
     swapped,
     token_ids,
     with_cache,
@@ -31,20 +34,12 @@ from tests.support.models import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
 
-DECODERS = [family for family in FAMILIES if family != "bert"]
-ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
-"""float32, two layers: sums in another order."""
 
 every_case = pytest.mark.parametrize("case", CASES)
 every_pair = pytest.mark.parametrize(("case", "family"), PAIRS)
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", MATRIX_FAMILIES)
 every_decoder = pytest.mark.parametrize("family", DECODERS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def logits(model: PreTrainedModel, ids: Tensor, **kwargs: object) -> Tensor:
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
 
 
 def test_every_scheme_is_in_the_matrix() -> None:

@@ -2,20 +2,15 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
 import pe_swap
 from pe_swap.errors import SwapStateError
-from tests.support.models import build, swapped, token_ids, with_cache
+from tests.support.models import build, logits, swapped, token_ids, with_cache
 
 CASE = "fox-fading"
 every_decoder = pytest.mark.parametrize("family", ["gpt2", "bert-decoder"])
-
-
-def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
 
 
 @every_decoder

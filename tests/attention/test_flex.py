@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -23,7 +22,19 @@ from pe_swap.errors import UnsupportedBackendError
 from pe_swap.schemes import SCHEMES, build_options
 from pe_swap.schemes.base import ATTENTION_HOOKS
 from tests.support.calls import Call, calls, expected
-from tests.support.models import CASES, LENGTH_DEPENDENT, PAIRS, build, disturb, swapped, token_ids, with_cache
+from tests.support.models import (
+    CASES,
+    DECODERS,
+    LENGTH_DEPENDENT,
+    PAIRS,
+    ROUNDING,
+    build,
+    disturb,
+    logits,
+    swapped,
+    token_ids,
+    with_cache,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder"),
@@ -31,8 +42,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask"),  # transformers' own call
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # PyTorch's own import
 ]
-ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
-"""float32, two layers: sums in another order."""
 
 
 def honoured(case: str) -> bool:
@@ -74,10 +83,6 @@ def turned_to_flex(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def logits(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    return model(ids, **kwargs).logits
-
-
 def test_these_are_the_schemes_that_rotate_or_have_a_relative_bias() -> None:
     assert {CASES[case][0] for case in HONOURED} == {"alibi", "hope", "kerple", "rope", "sandwich", "t5"}
 
@@ -116,7 +121,7 @@ def test_padded_and_whole_rows_equal_sdpas(case: str, family: str, side: str, se
     assert all(isinstance(call["block_mask"], BlockMask) for call in seen[2:])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert-decoder"])
+@pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("case", [case for case in HONOURED if case not in LENGTH_DEPENDENT])
 @pytest.mark.parametrize("static", [False, True])
 def test_chunks_with_a_cache_equal_one_pass(case: str, family: str, static: bool, seen: list[dict[str, Any]]) -> None:

@@ -9,14 +9,13 @@ from transformers import PreTrainedModel, StaticCache
 
 from pe_swap.attention.flex import flex_bias_attention
 from pe_swap.errors import UnsupportedBackendError
-from tests.support.models import swapped, token_ids, with_cache
+from tests.support.models import ROUNDING, swapped, token_ids, with_cache
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
     pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask"),  # transformers' own call
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # PyTorch's own import
 ]
-ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
 
 
 def on_flex(case: str) -> PreTrainedModel:

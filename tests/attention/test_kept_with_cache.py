@@ -15,10 +15,9 @@ from transformers import DynamicCache, PreTrainedModel
 from pe_swap.attention import kept_with_cache
 from pe_swap.attention.kept_with_cache import Kept
 from pe_swap.patching.install import holder_of, positional_parameters
-from tests.support.models import swapped, token_ids, with_cache
+from tests.support.models import ROUNDING, swapped, token_ids, with_cache
 
 CASES = ["transformer-xl", "deberta", "deberta-log", "deberta-clip"]
-ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
 
 
 def counting(value: object = None) -> tuple[Callable[[], object], list[object]]:
@@ -132,8 +131,7 @@ def test_every_way_to_change_a_weight_acts_on_the_next_token(case: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "bert-decoder"])
 def test_weights_written_to_between_two_calls_act_on_the_second(case: str, family: str, tokens: int) -> None:
     """In a model of one layer, whose cached keys and values are the embeddings' and nothing else's."""
-    layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    model, ids, cache = swapped(family, case, **{layers: 1}), token_ids(2, 7 + tokens), DynamicCache()
+    model, ids, cache = swapped(family, case, num_hidden_layers=1), token_ids(2, 7 + tokens), DynamicCache()
     step(model, cache, ids[:, :7])
     before = uncached(model, ids)[:, -1]
     torch.testing.assert_close(step(model, cache, ids[:, 7:])[:, -1], before, **ROUNDING)

@@ -8,7 +8,7 @@ import pe_swap
 from pe_swap.errors import OptionError, UnsupportedBackendError
 from pe_swap.schemes import SCHEMES, build_options
 from tests.references import length_scale as reference
-from tests.support.models import FAMILIES, build, disturb, token_ids, with_cache
+from tests.support.models import MATRIX_FAMILIES, build, disturb, logits, token_ids, with_cache
 from tests.support.schemes import build as build_scheme
 
 SCALED = [
@@ -25,15 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder"
 
 def swapped(family: str, name: str, options: dict[str, object], backend: str = "sdpa") -> PreTrainedModel:
     """A model trained at 8 positions, so that 20 are beyond it."""
-    length = {"n_positions": 8} if family == "gpt2" else {"max_position_embeddings": 8}
+    length = {"max_position_embeddings": 8}
     model = pe_swap.swap_positional(build(family, backend, **length), name, **options)
     disturb(model)
     return model
-
-
-def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
 
 
 @pytest.mark.parametrize("name", SCHEMES.names())
@@ -52,7 +47,7 @@ def test_factor_is_the_sources() -> None:
 
 
 @every_scaled
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MATRIX_FAMILIES)
 def test_it_changes_nothing_up_to_the_trained_length_and_something_beyond(
     name: str, options: dict[str, object], family: str
 ) -> None:
@@ -75,7 +70,7 @@ def test_only_queries_that_see_more_than_in_training_are_scaled(backend: str) ->
 
 
 @every_scaled
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MATRIX_FAMILIES)
 def test_eager_equals_sdpa_and_padded_equals_unpadded(name: str, options: dict[str, object], family: str) -> None:
     rows = [token_ids(1, 20, seed=5), token_ids(1, 13, seed=6)]
     for side in ("left", "right"):

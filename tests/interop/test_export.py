@@ -21,7 +21,7 @@ class Logits(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.arguments = {"use_cache": False} if "gpt2" in model.config.model_type else {}
+        self.arguments = {"use_cache": False} if model.config.use_cache else {}
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return the logits."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,14 +24,6 @@ EDGES = [0, 1, 255, 256, 257, 2047, 2048, 2049, 29_999, 30_000, 30_001, 65_537]
 FAR, NEAR = 30_000, 100
 
 HEADS, HEAD_DIM, TRAINED = 12, 8, 128
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def long_options(case: str) -> dict[str, Any]:

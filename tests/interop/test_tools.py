@@ -33,14 +33,6 @@ LONG = 3 * TRAINED_LENGTH
 CASES = ["rope", "alibi", "t5", "shaw-all", "concat"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def saved(family: str, case: str, folder: Path) -> PreTrainedModel:
     """Save a swapped model with its tokenizer, and return it."""
     model = swapped(family, case)

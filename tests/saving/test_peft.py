@@ -11,14 +11,13 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 import pe_swap
 from pe_swap.families import FAMILIES
 from pe_swap.patching.install import holder_of, positional_parameters
-from tests.support.models import VOCABULARY, build, swapped, token_ids
-
-ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
+from tests.support.families import auto_class, is_causal
+from tests.support.models import ROUNDING, VOCABULARY, build, swapped, token_ids
 
 PLACE = {"gpt2": "wpe", "bert": "position_embeddings"}
 """Where the schemes stand: the name for `modules_to_save`."""
@@ -31,10 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's own call
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),  # PEFT sets it for GPT-2's Conv1D, and says so
 ]
-
-
-def auto_class_of(family: str) -> Any:
-    return AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -52,7 +47,7 @@ def disturb_adapter(model: nn.Module) -> None:
 
 
 def lora(family: str, **kwargs: Any) -> LoraConfig:
-    return LoraConfig(r=4, task_type="CAUSAL_LM" if family == "gpt2" else None, **kwargs)
+    return LoraConfig(r=4, task_type="CAUSAL_LM" if is_causal(family) else None, **kwargs)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
@@ -88,7 +83,7 @@ def test_a_saved_adapter_comes_back_on_a_swapped_base(family: str, case: str, tm
     model = get_peft_model(copy.deepcopy(base), lora(family))
     disturb_adapter(model)
     model.save_pretrained(tmp_path / "family")
-    on_reloaded = PeftModel.from_pretrained(auto_class_of(family).from_pretrained(tmp_path / "base"), tmp_path / "family")
+    on_reloaded = PeftModel.from_pretrained(auto_class(family).from_pretrained(tmp_path / "base"), tmp_path / "family")
     assert torch.equal(logits(on_reloaded, ids), logits(model, ids))
     on_swapped = PeftModel.from_pretrained(base, tmp_path / "family")
     assert torch.equal(logits(on_swapped, ids), logits(model, ids))
@@ -125,7 +120,7 @@ def test_positional_weights_are_trained_saved_and_merged_through_modules_to_save
     torch.testing.assert_close(logits(merged, ids), found, **ROUNDING)
     assert all((merged.state_dict()[name] - value).abs().max() > 0 for name, value in before.items())
     merged.save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(auto_class_of(family).from_pretrained(tmp_path / "merged"), ids), found, **ROUNDING)
+    torch.testing.assert_close(logits(auto_class(family).from_pretrained(tmp_path / "merged"), ids), found, **ROUNDING)
 
 
 def trainer(model: nn.Module, out: Path) -> Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ from transformers import (
     PreTrainedModel,
 )
 
+import pe_swap
 from pe_swap.families import FAMILIES
+from pe_swap.families.classes import modeling_of
+from pe_swap.patching.layer_cache import parameters_of
 
 VOCABULARY = 89
 TRAINED_LENGTH = 32
-PAD = 0
+PAD, BOS, EOS = 0, 1, 2
 
 SIZES = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 12, "intermediate_size": 64}
-TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 LENGTH = {"max_position_embeddings": TRAINED_LENGTH}
 GROUPED = {"num_key_value_heads": 4}
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -149,17 +153,30 @@ TINY: dict[str, dict[str, Any]] = {
 """What differs from `AutoConfig.for_model(name)`; every registered family has an entry, and a test says so."""
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"bert-decoder": ("bert", {"is_decoder": True})}
+"""Other configurations of a family, each with its `model_type`."""
+
+
+def model_type_of(family: str) -> str:
+    """Return the `model_type` of a family or of a variant of one."""
+    return VARIANTS[family][0] if family in VARIANTS else family
+
+
 def is_causal(family: str) -> bool:
     """Tell whether a tiny model of the family looks back only."""
-    return FAMILIES[family].is_causal(config_of(family))
+    return FAMILIES[model_type_of(family)].is_causal(config_of(family))
 
 
 def config_of(family: str, **overrides: Any) -> Any:
-    """Return the family's tiny configuration."""
-    known = AutoConfig.for_model(family).to_dict()
-    settings = {**TOKENS, **{name: value for name, value in NO_DROPOUT.items() if name in known}, **TINY[family], **overrides}
+    """Return the tiny configuration of a family in `TINY`, or of one of its `VARIANTS`; fields by their standard names or the family's."""
+    model_type, changes = VARIANTS.get(family, (family, {}))
+    plain = AutoConfig.for_model(model_type)
+    known = plain.to_dict()
+    overrides = {plain.attribute_map.get(name, name): value for name, value in overrides.items()}
+    settings = {**TOKENS, **{name: value for name, value in NO_DROPOUT.items() if name in known}, **TINY[model_type]}
+    settings |= {**changes, **overrides}
     settings = {name: value for name, value in settings.items() if name not in EXPERTS or name in known}
-    return AutoConfig.for_model(family, **settings)
+    return AutoConfig.for_model(model_type, **settings)
 
 
 def auto_class(family: str) -> Any:
@@ -168,7 +185,7 @@ def auto_class(family: str) -> Any:
         return AutoModelForSpeechSeq2Seq
     if family == "clip_text_model":
         return AutoModel
-    if len(FAMILIES[family].stacks_of(config_of(family))) > 1:
+    if len(FAMILIES[model_type_of(family)].stacks_of(config_of(family))) > 1:
         return AutoModelForSeq2SeqLM
     return AutoModelForCausalLM if is_causal(family) else AutoModelForMaskedLM
 
@@ -177,13 +194,18 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> P
     """Return a tiny model with random weights, in evaluation mode, whose positions show."""
     torch.manual_seed(1)
     model: PreTrainedModel = auto_class(family).from_config(config_of(family, **overrides), dtype=dtype)
-    with torch.no_grad():  # scores of a fresh model are all but equal: positions would hardly show
+    let_positions_show(model)
+    return model.eval()
+
+
+def let_positions_show(model: PreTrainedModel) -> None:
+    """Enlarge every matrix inside the layers: scores of a fresh model are all but equal, and positions would hardly show."""
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and not any(
-                part in name for part in ("embed", "wte", "wpe", "lm_head", "relative", "decoder.weight")
+                part in name for part in ("embed", "wte", "lm_head", "relative", "decoder.weight")
             ):
                 parameter.mul_(4.0)
-    return model.eval()
 
 
 def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:
@@ -191,18 +213,36 @@ def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:
     return torch.randint(5, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Return the arguments of a call on rows of tokens; an encoder-decoder decodes them from the same rows, or from sound."""
+    known = parameters_of(model)
+    sound = torch.linspace(-1, 1, 64).reshape(1, 4, 16).expand(len(ids), -1, -1)
+    given = {"input_ids": ids, "input_features": sound.to(model.dtype)}
+    if "decoder_input_ids" in known:
+        given["decoder_input_ids"] = ids if "input_features" in known else ids.flip(1)
+    return {name: value for name, value in given.items() if name in known}
+
+
 def outputs(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
-    """Return logits (or states, of a model without a vocabulary head) of a row of tokens; an encoder-decoder decodes it from its own."""
+    """Return logits (or states, of a model without a vocabulary head) of rows of tokens."""
     with torch.no_grad():
-        if model.config.model_type.endswith("whisper"):
-            found = model(
-                input_features=torch.linspace(-1, 1, 64).reshape(1, 4, 16).expand(len(ids), -1, -1).to(model.dtype),
-                decoder_input_ids=ids,
-                **kwargs,
-            )
-        elif model.config.is_encoder_decoder:
-            found = model(input_ids=ids, decoder_input_ids=ids.flip(1), **kwargs)
-        else:
-            found = model(ids, **kwargs)
+        found = model(**inputs_of(model, ids), **kwargs)
     result: Tensor = found.logits if "logits" in found else found.last_hidden_state
     return result
+
+
+def described_alike() -> dict[str, list[str]]:
+    """Return the families by what describes them: one name per description, the one its file has, and all that share it."""
+    groups: list[list[str]] = []
+    for name in FAMILIES.names():
+        same = next((group for group in groups if FAMILIES[group[0]].stacks == FAMILIES[name].stacks), None)
+        groups.append([name]) if same is None else same.append(name)
+    folder = Path(pe_swap.families.__file__).parent
+    return {next((name for name in group if (folder / f"{name}.py").exists()), group[0]): group for group in groups}
+
+
+def exported_heads(family: str) -> list[type[PreTrainedModel]]:
+    """Return the classes of a family that transformers exports, base model and heads."""
+    exported = set(modeling_of(family).__all__)
+    heads = FAMILIES[family].head_classes()
+    return [head for head in heads if head.__name__ in exported and head.config_class is FAMILIES[family].config_class]

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Largest(TorchDispatchMode):
-    """Record the largest tensor that any operation returns, by the numbers its storage holds.
+    """Record the largest tensor that any operation returns, by the numbers its storage holds; one on the meta device holds none.
 
     Attributes:
         numbers: numbers in the largest storage.
@@ -27,7 +27,7 @@ class Largest(TorchDispatchMode):
         """Run the operation and look at what it returns."""
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
                 self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
                 if tensor.dim() and tensor.shape[-1] == self.width:
                     self.rows = max(self.rows, tensor.numel() // self.width)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, Cache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
 
 import pe_swap
 from pe_swap.patching.install import positional_parameters
 from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.schemes import SCHEMES
+from tests.support.families import PAD, TRAINED_LENGTH, VOCABULARY, is_causal, tiny, token_ids
 
-VOCABULARY = 89
-TRAINED_LENGTH = 32
+__all__ = ["TRAINED_LENGTH", "VOCABULARY", "token_ids"]
 
 LONGROPE = {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 14}
 LONGROPE |= {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.5, 2.0, 4.0, 8.0]}
@@ -67,30 +68,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LENGTH_DEPENDENT = ("rope-dynamic", "rope-longrope")
 """Cases that do not claim that a cached pass equals an uncached one; the matrix checks that they are these."""
-FAMILIES = ("gpt2", "bert", "bert-decoder")
-PAIRS = [(case, family) for case in CASES for family in FAMILIES if family != "bert" or not SCHEMES[CASES[case][0]].causal_only]
-"""Every case in every family that it is defined for."""
+MATRIX_FAMILIES = ("gpt2", "bert", "bert-decoder")
+"""Families in which every case runs, and a variant."""
+DECODERS = [family for family in MATRIX_FAMILIES if is_causal(family)]
+
+
+def pairs(families: Iterable[str], cases: Iterable[str] = CASES) -> list[tuple[str, str]]:
+    """Return every case in every family that it is defined for, as `(case, family)`."""
+    return [
+        (case, family) for case in cases for family in families if is_causal(family) or not SCHEMES[CASES[case][0]].causal_only
+    ]
+
+
+PAIRS = pairs(MATRIX_FAMILIES)
 BACKENDS = ("eager", "sdpa")
+
+ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
+"""For `torch.testing.assert_close`: float32, two layers, sums in another order."""
 
 
 def build(family: str, backend: str = "sdpa", **config: Any) -> PreTrainedModel:
-    """Return a small model with random weights, dropout off."""
-    torch.manual_seed(1)
-    if family == "gpt2":
-        settings = {"n_embd": 96, "n_layer": 2, "n_head": 12, "n_positions": TRAINED_LENGTH, "vocab_size": VOCABULARY}
-        settings |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2}
-        model: PreTrainedModel = GPT2LMHeadModel(GPT2Config(**{**settings, "attn_implementation": backend, **config}))
-    else:
-        settings = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 64}
-        settings |= {"max_position_embeddings": TRAINED_LENGTH, "vocab_size": VOCABULARY}
-        settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": family == "bert-decoder"}
-        head = BertLMHeadModel if family == "bert-decoder" else BertForMaskedLM
-        model = head(BertConfig(**{**settings, "attn_implementation": backend, **config}))
-    with torch.no_grad():  # scores of a fresh model are all but equal: positions would hardly show
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in name and "wte" not in name and "decoder" not in name:
-                parameter.mul_(4.0)
-    return model.eval()
+    """Return a model of two layers with random weights, dropout off."""
+    return tiny(family, **{"num_hidden_layers": 2, "attn_implementation": backend, **config})
 
 
 def swapped(family: str, case: str, backend: str = "sdpa", **config: Any) -> PreTrainedModel:
@@ -110,9 +109,20 @@ def disturb(model: PreTrainedModel) -> None:
             parameter.add_(torch.randn_like(parameter) * scale)
 
 
-def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:
-    """Return random token ids, `[batch, length]`."""
-    return torch.randint(5, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+def logits(model: nn.Module, *args: Tensor, **kwargs: Any) -> Tensor:
+    """Return the logits of a call, without gradients."""
+    with torch.no_grad():
+        found: Tensor = model(*args, **kwargs).logits
+    return found
+
+
+def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return rows of unequal lengths as a batch padded on the left, and its attention mask."""
+    length = max(row.shape[1] for row in rows)
+    ids, mask = torch.full((len(rows), length), PAD), torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, length - row.shape[1] :], mask[index, length - row.shape[1] :] = row[0], 1
+    return ids, mask
 
 
 def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
