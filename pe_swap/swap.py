@@ -133,6 +133,11 @@ def chosen_stacks(family: Family, model: PreTrainedModel, part: str | None) -> l
     """
     stacks = family.stacks_in(model.base_model, model.config)
     chosen = [stack for stack in stacks if part is None or stack.name == part]
+    if not stacks:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no layers whose positions pe_swap knows, and others of its family have. Use "
+            "a model with the family's language model head."
+        )
     if not chosen:
         names = " or ".join(f"'{stack.name}'" for stack in stacks if stack.name) or "none: it has one stack of layers"
         raise UnsupportedModelError(

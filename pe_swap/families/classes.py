@@ -7,6 +7,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
@@ -65,5 +66,5 @@ def head_classes_of(model_type: str) -> tuple[type[PreTrainedModel], ...]:
     return tuple(
         found
         for found in vars(modeling_of(model_type)).values()
-        if isinstance(found, type) and issubclass(found, parent) and found is not parent
+        if isinstance(found, type) and issubclass(found, parent) and found.forward is not nn.Module.forward
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -34,7 +32,9 @@ from pe_swap.errors import CheckpointError
 from pe_swap.families import FAMILIES
 from pe_swap.patching.install import holder_of
 from pe_swap.saving.auto_classes import heads_by_auto_class
-from tests.support.models import PAIRS, TRAINED_LENGTH, VOCABULARY, build, disturb, swapped, token_ids
+from tests.support.families import EOS, auto_class, config_of, described_alike, inputs_of
+from tests.support.memory import Largest
+from tests.support.models import CASES, MATRIX_FAMILIES, PAIRS, build, disturb, swapped, token_ids
 from tests.support.processes import python
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
@@ -45,7 +45,13 @@ PER_LAYER = "rope+alibi"
 SCHEMES_ENOUGH = ["rope", "t5", "learned", "concat-learned"]
 """For what does not depend on the scheme: none of its weights in the file, some, a limit, some at the input."""
 
-AUTO_CLASSES = [(family, name) for family in FAMILIES.names() for name in heads_by_auto_class(FAMILIES[family])]
+AUTO_CLASSES = [
+    (family, name, case)
+    for family in described_alike()
+    for name in heads_by_auto_class(FAMILIES[family])
+    for case in (SCHEMES_ENOUGH if family in MATRIX_FAMILIES else ["t5"])
+]
+"""Every Auto class of one family for each description."""
 
 
 def mixed(family: str) -> PreTrainedModel:
@@ -61,14 +67,10 @@ def model_of(family: str, case: str) -> PreTrainedModel:
     return mixed(family) if case == PER_LAYER else swapped(family, case)
 
 
-def auto_class_of(family: str) -> Any:
-    return AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
-
-
 def tensors(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """Return every tensor of the output, caches aside."""
     with torch.no_grad():
-        return {name: value for name, value in model.eval()(ids).items() if isinstance(value, Tensor)}
+        return {name: value for name, value in model.eval()(**inputs_of(model, ids)).items() if isinstance(value, Tensor)}
 
 
 def assert_same(first: PreTrainedModel, second: PreTrainedModel, ids: Tensor | None = None) -> None:
@@ -79,14 +81,6 @@ def assert_same(first: PreTrainedModel, second: PreTrainedModel, ids: Tensor | N
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- other processes -----------------------------------------------------------------------------------------------------------
 
 LOAD_ALL = """
@@ -94,28 +88,28 @@ import json, sys
 from pathlib import Path
 import torch
 import pe_swap
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+import transformers
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 ids = torch.tensor(json.loads((folder / "ids.json").read_text()))
 found = {}
-for name in json.loads((folder / "names.json").read_text()):
-    auto_class = AutoModelForMaskedLM if name.startswith("bert,") else AutoModelForCausalLM
+for name, auto_class in json.loads((folder / "names.json").read_text()).items():
     with torch.no_grad():
-        found[name] = auto_class.from_pretrained(folder / name)(ids).logits
+        found[name] = getattr(transformers, auto_class).from_pretrained(folder / name)(ids).logits
 torch.save(found, folder / "found.pt")
 """
 
 
 def test_every_scheme_comes_back_in_a_new_process(tmp_path: Path) -> None:
-    ids, expected = token_ids(2, 20), {}
-    for case, family in [*PAIRS, *((PER_LAYER, family) for family in ("gpt2", "bert", "bert-decoder"))]:
+    ids, expected, names = token_ids(2, 20), {}, {}
+    for case, family in [*PAIRS, *((PER_LAYER, family) for family in MATRIX_FAMILIES)]:
         model, name = model_of(family, case), f"{family},{case}"
         model.save_pretrained(tmp_path / name)
+        names[name] = auto_class(family).__name__
         expected[name] = tensors(model, ids)["logits"]
     (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
-    (tmp_path / "names.json").write_text(json.dumps(list(expected)))
+    (tmp_path / "names.json").write_text(json.dumps(names))
     python(LOAD_ALL, tmp_path)
     found = torch.load(tmp_path / "found.pt")
     assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
@@ -191,27 +185,22 @@ def test_without_pe_swap_every_way_fails_and_says_what_to_install(strangers: Any
 # --- Auto classes, and what they are given -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "auto_class"), AUTO_CLASSES)
-@pytest.mark.parametrize("case", SCHEMES_ENOUGH)
-def test_every_auto_class_loads_its_head(family: str, auto_class: str, case: str, tmp_path: Path) -> None:
-    family = FAMILIES[family]
-    head = heads_by_auto_class(family)[auto_class]
+@pytest.mark.parametrize(("family", "name", "case"), AUTO_CLASSES)
+def test_every_auto_class_loads_its_head(family: str, name: str, case: str, tmp_path: Path) -> None:
+    head = heads_by_auto_class(FAMILIES[family])[name]
+    is_decoder = {"is_decoder": True} if name == "AutoModelForCausalLM" and "is_decoder" in config_of(family).to_dict() else {}
     torch.manual_seed(1)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": VOCABULARY, "pad_token_id": 0}
-    config = family.config_class(**sizes, max_position_embeddings=TRAINED_LENGTH, is_decoder=auto_class == "AutoModelForCausalLM")
-    model = head(config)
-    name, options = {"rope": ("rope", {}), "t5": ("t5", {}), "learned": ("learned", {"max_length": 40})}.get(
-        case, ("concat", {"table": "learned", "dim": 7})
-    )
-    pe_swap.swap_positional(model, name, **options)
+    scheme, options = CASES[case]
+    model = pe_swap.swap_positional(head(config_of(family, **is_decoder)), scheme, **options)
     disturb(model)
     model.save_pretrained(tmp_path)
-    loaded, info = getattr(modeling_auto, auto_class).from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = getattr(modeling_auto, name).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert isinstance(loaded, head)
     assert type(loaded).__name__ == f"PESwap{head.__name__}"
     ids = token_ids(4, 24)
-    assert_same(model, loaded, ids.view(2, 2, 24) if "MultipleChoice" in auto_class else ids)
+    ids[:, -1] = EOS
+    assert_same(model, loaded, ids.view(2, 2, 24) if "MultipleChoice" in name else ids)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
@@ -224,7 +213,7 @@ def test_a_base_model_is_taken_out_of_a_head_and_a_head_put_on(family: str, case
     with torch.no_grad():
         assert torch.equal(base(ids).last_hidden_state, model.base_model(ids).last_hidden_state)
     base.save_pretrained(tmp_path / "base")
-    assert_same(model.base_model, auto_class_of(family).from_pretrained(tmp_path / "base").base_model)
+    assert_same(model.base_model, auto_class(family).from_pretrained(tmp_path / "base").base_model)
 
 
 @pytest.mark.parametrize("case", SCHEMES_ENOUGH)
@@ -281,7 +270,7 @@ def test_from_config_builds_the_scheme_with_fresh_weights(case: str, family: str
     model = swapped(family, case)
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    fresh = auto_class_of(family).from_config(config)
+    fresh = auto_class(family).from_config(config)
     assert {name: value.shape for name, value in fresh.state_dict().items()} == {
         name: value.shape for name, value in model.state_dict().items()
     }
@@ -370,27 +359,13 @@ def test_positional_weights_that_do_not_fit(change: Any, text: str, given: dict[
     assert "Save the model again with save_pretrained, or load the folder it was made from." in str(caught.value)
 
 
-class LargestAllocated(TorchDispatchMode):
-    """Record the size in bytes of the largest tensor that any operation makes, outside the meta device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        made = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor) and not tensor.is_meta]
-        self.size = max([self.size, *(tensor.untyped_storage().nbytes() for tensor in made)])
-        return out
-
-
 def test_misshapen_weights_are_refused_before_they_are_allocated(tmp_path: Path) -> None:
     """2**24 rows of 96 would take 6.4 GB."""
     swapped("gpt2", "learned").save_pretrained(tmp_path)
     edited(tmp_path, lambda content: content["pe_swap"]["schemes"][0]["options"].update(max_length=2**24))
-    with LargestAllocated() as allocated, pytest.raises(CheckpointError, match=r"of another shape: transformer\.wpe"):
+    with Largest() as allocated, pytest.raises(CheckpointError, match=r"of another shape: transformer\.wpe"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert allocated.size < 1e6
+    assert allocated.numbers < 1e5
 
 
 def test_weights_of_the_rest_that_do_not_fit_are_transformers_own_error(tmp_path: Path) -> None:
