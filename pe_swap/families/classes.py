@@ -66,5 +66,5 @@ def head_classes_of(model_type: str) -> tuple[type[PreTrainedModel], ...]:
     return tuple(
         found
         for found in vars(modeling_of(model_type)).values()
-        if isinstance(found, type) and issubclass(found, parent) and found.forward is not nn.Module.forward
+        if isinstance(found, type) and issubclass(found, parent) and getattr(found, "forward", None) is not nn.Module.forward
     )
