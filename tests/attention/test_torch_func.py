@@ -33,6 +33,7 @@ CASES_TO_TRANSFORM = [
 def test_per_sample_gradients(case: str) -> None:
     assert case in CASES
     model, ids = swapped("gpt2", case), token_ids(3, 7)
+    model.config.pad_token_id = None  # or transformers looks for padding among the tokens, which vmap does not take
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:

@@ -132,6 +132,7 @@ LEFT_OUT = {
     "keys shared between layers, or embeddings per layer": "gemma3n_text gemma4_text gemma4_unified_text",
     "attention that calls its function more than once, or by hand": "afmoe diffllama doge dory hrm_text inkling2_text lara_mini",
     "turned before the norms, in complex numbers, or the other way": "hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 llama4_text nanochat",
+    "a rotation whose class reads the parameters of longrope whatever its type": "phimoe",
     "a list of rotations beside an unused one": "granite_swa granitemoe_swa flint",
 }
 """Model types of transformers that look like Llama and are not described here, by reason."""

@@ -146,7 +146,6 @@ TINY: dict[str, dict[str, Any]] = {
     "minimax_m2": {**LLAMA_LIKE, **EXPERTS, "head_dim": 8},
     "ministral3": {**LLAMA_LIKE, "head_dim": 8},
     "olmoe": {**LLAMA_LIKE, **EXPERTS},
-    "phimoe": {**LLAMA_LIKE, **EXPERTS},
     "solar_open": {**LLAMA_LIKE, **EXPERTS, "head_dim": 8},
     "vaultgemma": {**LLAMA_LIKE, **WINDOW, "head_dim": 8},
 }  # fmt: skip
