@@ -16,7 +16,7 @@ from pe_swap.assignment import checked_format, from_saved, saved_stacks, short
 from pe_swap.errors import CheckpointError
 from pe_swap.families import FAMILIES, Family, Stack, family_name, known_loss_type
 from pe_swap.families.base import NO_LIMIT
-from pe_swap.patching.holder import Original
+from pe_swap.patching.holder import Original, SchemeHolder
 from pe_swap.patching.install import assemble, attach, attention_hooks, token_table
 from pe_swap.saving.auto_classes import CLASS_PREFIX
 from pe_swap.saving.swapped_config import BUILDING, require_entry, rope_parameters_of
@@ -48,6 +48,8 @@ class SwappedModel:
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         base_model = self.base_model
         for stack in stacks:
+            if _is_swapped(base_model, stack):  # a head that built its base model from the same configuration
+                continue
             kind, original, module = stack.native, None, None
             if kind.keeps_layers:
                 module = kind.require_native(base_model)
@@ -127,6 +129,14 @@ def _building() -> Iterator[None]:
         BUILDING.reset(token)
 
 
+def _is_swapped(base_model: nn.Module, stack: Stack) -> bool:
+    """Tell whether a stack has its schemes already."""
+    try:
+        return isinstance(base_model.get_submodule(stack.native.holder_path), SchemeHolder)
+    except AttributeError:
+        return False
+
+
 @contextmanager
 def _lengths(config: Any, stacks: Iterable[Stack], entries: Mapping[str, Any], unswapped: Any) -> Iterator[None]:
     """Let length fields say what the family's class should build, for as long as it builds.
@@ -158,8 +168,8 @@ def _require_positional_weights(model_class: Any, what: str, keys: Iterable[str]
         CheckpointError: one is.
     """
     paths = [stack.native.holder_path for stack in FAMILIES[family_name(model_class.config_class.model_type)].stacks]
-    stand_ins = tuple(f".{path}.weight" for path in paths)  # families may leave tables out of what they save (Marian)
-    wrong = sorted(key for key in keys if any(f".{path}." in f".{key}." for path in paths) and not f".{key}".endswith(stand_ins))
+    unsaved = set(getattr(model_class, "_keys_to_ignore_on_save", None) or ())  # tables that a family computes (Marian)
+    wrong = sorted(key for key in keys if any(f".{path}." in f".{key}." for path in paths) and key not in unsaved)
     if wrong:
         raise CheckpointError(
             f"The checkpoint's positional weights do not fit the scheme in its config.json ({what}: {_listed(wrong)}). Loading it would "

@@ -49,6 +49,7 @@ AUTO_CLASSES = [
     (family, name, case)
     for family in described_alike()
     for name in heads_by_auto_class(FAMILIES[family])
+    if (family, name) != ("whisper", "AutoModelForAudioClassification")  # it has the encoder alone, which is left out
     for case in (SCHEMES_ENOUGH if family in MATRIX_FAMILIES else ["t5"])
 ]
 """Every Auto class of one family for each description."""
@@ -403,10 +404,8 @@ def test_a_length_beyond_the_schemes_end_is_refused(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path, n_positions=48).config.n_positions == 48
     with pytest.raises(CheckpointError) as caught:
         AutoModelForCausalLM.from_pretrained(tmp_path, n_positions=65)
-    assert str(caught.value) == (
-        "max_position_embeddings is given as 65, but the positions of this swapped model end at 64. Load it without the argument, and "
-        "swap it to a scheme that goes on (learned with max_length=65, rope, alibi, ...)."
-    )
+    for fact in ("max_position_embeddings is given as 65", "end at 64", "learned with max_length=65"):
+        assert fact in str(caught.value)
 
 
 @pytest.mark.parametrize(("family", "is_decoder"), [("bert", True), ("bert-decoder", False)])
