@@ -29,6 +29,6 @@ class Largest(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and not tensor.is_meta:
                 self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
-                if tensor.dim() and tensor.shape[-1] == self.width:
+                if self.width and tensor.dim() and tensor.shape[-1] == self.width:
                     self.rows = max(self.rows, tensor.numel() // self.width)
         return out
