@@ -23,6 +23,9 @@ from tests.support.models import CASES, LENGTH_DEPENDENT, disturb
 ARCHETYPES = ("distilbert", "gemma2", "gemma3_text", "gpt_neox", "gpt_oss", "gptj", "llama", "roberta")
 """Ids from the padding; no cache; grouped heads; a cap; windows and two bases; sinks; a part of each head; interleaved planes."""
 
+TURN_A_PART = ("gpt_neox", "gptj")
+"""Families whose rotation turns half of each head, so that it has half as many planes as the cases give factors for."""
+
 PAIRS = [
     (family, case)
     for family in ARCHETYPES
@@ -35,6 +38,8 @@ def swapped(family: str, case: str) -> PreTrainedModel:
     name, options = CASES[case]
     if name == "concat" and "dim" in options and FAMILIES[family].stacks[0].native.kind != "table":
         options = {**options, "table": "sinusoidal"}
+    if case == "rope-longrope" and family in TURN_A_PART:
+        options = {**options, **{factors: options[factors][::2] for factors in ("short_factor", "long_factor")}}
     model = pe_swap.swap_positional(tiny(family), name, **options)
     disturb(model)
     return model
