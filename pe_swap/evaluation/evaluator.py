@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pe_swap.errors import DataError, PositionRangeError
 from pe_swap.evaluation.bootstrap import perplexity_interval
-from pe_swap.evaluation.losses import check_head, target_losses
-from pe_swap.evaluation.measures import MEASURES, Example, Measure, Perplexity, Probe, chosen, measure
+from pe_swap.evaluation.losses import check_head
+from pe_swap.evaluation.measures import MEASURES, Measure, Perplexity, Probe, chosen, measure
+from pe_swap.evaluation.measures.base import example_losses
 from pe_swap.evaluation.rows import PROTOCOL_VERSION, PerplexityRow, PositionLoss, ProbeRow
 from pe_swap.evaluation.text import Text, where_first_token_stands
 from pe_swap.runs.config import MeasureSection
@@ -129,7 +129,7 @@ class Evaluator:
         assert isinstance(one, Perplexity), f"{protocol} is no perplexity"
         try:
             examples = one.examples(text, length)
-            losses, positions = self.losses(model, examples)
+            losses, positions = example_losses(model, examples, self.measure)
         except (PositionRangeError, DataError) as error:
             return unmeasured(str(error))
         size = len(text.documents)
@@ -203,30 +203,6 @@ class Evaluator:
         if limit is None or length <= limit:
             return None
         return f"{length:,} tokens are more than the {limit:,} positions this model has; swap it to go on"
-
-    def losses(self, model: PreTrainedModel, examples: Sequence[Example]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return each example's losses, nats, and the index in the window of the last token each target is predicted from.
-
-        Examples of one length go through the model together; no padding is involved.
-        """
-        device = model.device
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for index, example in enumerate(examples):
-            by_length[len(example.inputs)].append(index)
-        losses: list[Tensor] = [torch.zeros(0)] * len(examples)
-        positions: list[Tensor] = [torch.zeros(0)] * len(examples)
-        for length, members in by_length.items():
-            size = max(1, self.measure.batch_tokens // length)
-            for batch in (members[start : start + size] for start in range(0, len(members), size)):
-                input_ids, targets, scored = (
-                    torch.tensor([getattr(examples[index], part) for index in batch], device=device)
-                    for part in ("inputs", "targets", "scored")
-                )
-                found = target_losses(model, input_ids, targets, scored).cpu()
-                counts = scored.sum(1).tolist()
-                for index, loss, row in zip(batch, torch.split(found, counts), scored.cpu(), strict=True):
-                    losses[index], positions[index] = loss, row.nonzero()[:, 0]
-        return losses, positions
 
 
 def by_position(losses: Iterable[Tensor], positions: Iterable[Tensor], length: int) -> list[PositionLoss]:

@@ -200,7 +200,7 @@ def test_a_single_infinite_loss_is_a_row_that_says_so(monkeypatch: pytest.Monkey
         found[0] = float("inf")
         return found
 
-    monkeypatch.setattr("pe_swap.evaluation.evaluator.target_losses", infinite)
+    monkeypatch.setattr("pe_swap.evaluation.measures.base.target_losses", infinite)
     assert evaluator().measured(swapped("gpt2", "alibi"), "nonoverlapping", 16)["error"] == DIVERGED
 
 

@@ -7,6 +7,7 @@ gives numbers). A file registers its class in `MEASURES`; configuration, command
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pe_swap.errors import ConfigError, DataError
-from pe_swap.evaluation.losses import target_hits
+from pe_swap.evaluation.losses import target_hits, target_losses
 from pe_swap.evaluation.rows import ProbeNote
 from pe_swap.evaluation.text import Text
 from pe_swap.registry import Registry
@@ -175,7 +176,7 @@ def descriptions() -> str:
     return "\n".join(lines)
 
 
-def drawn_tokens(text: Text) -> list[int]:
+def ordinary_tokens(text: Text) -> list[int]:
     """Return the token ids from which probes draw at random: the whole vocabulary but special tokens, in order."""
     special = set(text.tokenizer.all_special_ids)
     return [index for index in range(len(text.tokenizer)) if index not in special]
@@ -189,17 +190,58 @@ def draw(choices: Sequence[int], count: int, generator: torch.Generator) -> list
     """
     if len(choices) < count:
         raise DataError(
-            f"{count:,} different tokens are needed, and the vocabulary has {len(choices):,} besides special ones. Use shorter lengths, "
-            "or fewer pairs."
+            f"{count:,} different tokens are needed, and the vocabulary has {len(choices):,} besides special ones. Use fewer pairs."
         )
     return [choices[index] for index in torch.randperm(len(choices), generator=generator)[:count].tolist()]
 
 
-def batches(model: PreTrainedModel, rows: Sequence[Sequence[int]], settings: MeasureSection) -> Iterator[Tensor]:
-    """Yield rows of one length as `[batch, length]` on the model's device, `batch_tokens` at a time."""
-    size = max(1, settings.batch_tokens // max(1, len(rows[0]))) if rows else 1
-    for start in range(0, len(rows), size):
-        yield torch.tensor(rows[start : start + size], device=model.device)
+def draw_again(choices: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
+    """Return `count` entries of `choices`, each drawn from all of them."""
+    return [choices[index] for index in torch.randint(len(choices), (count,), generator=generator).tolist()]
+
+
+def framed(text: Text, body: Sequence[int]) -> tuple[list[int], int]:
+    """Return a body between the tokens that the model expects around a text, and how many of them stand before it."""
+    if text.is_causal:
+        return [*text.start, *body], len(text.start)
+    tokenizer = text.tokenizer
+    before = [] if tokenizer.cls_token_id is None else [int(tokenizer.cls_token_id)]
+    after = [] if tokenizer.sep_token_id is None else [int(tokenizer.sep_token_id)]
+    return [*before, *body, *after], len(before)
+
+
+def body_length(text: Text, length: int) -> int:
+    """Return how many tokens of its own a prompt may have, so that `length` tokens go into the model.
+
+    A decoder's last token is a target only, so that a prompt has one token more than its inputs.
+    """
+    return length - len(framed(text, [])[0]) + (1 if text.is_causal else 0)
+
+
+def example_losses(
+    model: PreTrainedModel, examples: Sequence[Example], settings: MeasureSection
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return each example's losses, nats, and the index in the window of the last token each target is predicted from.
+
+    Examples of one length go through the model together; no padding is involved.
+    """
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        by_length[len(example.inputs)].append(index)
+    losses: list[Tensor] = [torch.zeros(0)] * len(examples)
+    positions: list[Tensor] = [torch.zeros(0)] * len(examples)
+    for length, members in by_length.items():
+        size = max(1, settings.batch_tokens // length)
+        for batch in (members[start : start + size] for start in range(0, len(members), size)):
+            input_ids, targets, scored = (
+                torch.tensor([getattr(examples[index], part) for index in batch], device=model.device)
+                for part in ("inputs", "targets", "scored")
+            )
+            found = target_losses(model, input_ids, targets, scored).cpu()
+            counts = scored.sum(1).tolist()
+            for index, loss, row in zip(batch, torch.split(found, counts), scored.cpu(), strict=True):
+                losses[index], positions[index] = loss, row.nonzero()[:, 0]
+    return losses, positions
 
 
 def answered(model: PreTrainedModel, text: Text, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Tensor:
