@@ -20,7 +20,7 @@ VOCABULARY = 89
 def finds_what_followed(monkeypatch: pytest.MonkeyPatch, *, context: int = 1, reach: int = 10**6) -> None:
     """Let every model predict what followed the last earlier occurrence of its last `context` tokens, at most `reach` tokens back.
 
-    Where there is none it predicts token 0. The probability of the prediction is e^20 times that of any other token.
+    Where there is none it predicts token 1, the start token, which no probe asks for. The probability of the prediction is e^20 times that of any other token.
     """
 
     def scored_logits(
@@ -32,7 +32,7 @@ def finds_what_followed(monkeypatch: pytest.MonkeyPatch, *, context: int = 1, re
                 wanted = row[index - context + 1 : index + 1]
                 starts = range(index - context, max(-1, index - context - reach), -1)
                 found = next((start for start in starts if row[start : start + context] == wanted), None)
-                predicted.append(0 if found is None else row[found + context])
+                predicted.append(1 if found is None else row[found + context])
         logits = torch.nn.functional.one_hot(torch.tensor(predicted), VOCABULARY) * 20.0
         yield logits, targets[scored]
 

@@ -137,6 +137,13 @@ def test_a_model_that_finds_what_followed_copies(monkeypatch: pytest.MonkeyPatch
     assert found["loss",] == pytest.approx(math.log(1 + 88 * math.exp(-20)), abs=1e-6)
 
 
+def test_a_model_that_reaches_less_far_than_the_lag_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 32 inputs: the start token and 16 tokens twice, so a lag of 16.
+    for reach, accuracy in ((15, 0.0), (16, 1.0)):
+        finds_what_followed(monkeypatch, reach=reach)
+        assert read("copy", build("gpt2"), text(lengths=[32]), 32)["accuracy",] == accuracy
+
+
 # passkey
 
 
