@@ -20,7 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import pe_swap
 from pe_swap.__main__ import main
+from pe_swap.evaluation.measures import MEASURES, chosen
 from pe_swap.families import Stack
+from pe_swap.runs.config import MeasureSection
 from pe_swap.schemes import SCHEMES, Scheme
 from pe_swap.schemes.base import ATTENTION_HOOKS, INPUT_HOOKS
 from tests.test_layering import FLOORS
@@ -100,21 +102,26 @@ def commands(readme: Path) -> list[str]:
     return [command.strip() for line in lines for command in line.split(" && ") if command.strip()]
 
 
-def parse_command(script: str, words: list[str]) -> None:
+def parse_command(script: str, words: list[str]) -> Any:
     """Read a script's arguments with what the script itself imports for it."""
     namespace: dict[str, Any] = runpy.run_path(str(ROOT / "scripts" / f"{script}.py"))
     config_class = next(value for name, value in namespace.items() if name.endswith("Config"))
-    namespace["parse"](config_class, [word.replace("configs/", f"{ROOT}/configs/") for word in words], description="")
+    return namespace["parse"](config_class, [word.replace("configs/", f"{ROOT}/configs/") for word in words], description="")
 
 
-def test_every_script_is_shown_with_arguments_that_parse() -> None:
-    shown = set()
+def test_every_script_and_measure_is_shown_with_arguments_that_parse() -> None:
+    scripts, measures = set(), set()
     for readme in READMES:
         for command in commands(readme):
             if match := re.search(r"scripts/(\w+)\.py(.*)", command):
-                parse_command(match[1], shlex.split(match[2]))
-                shown.add(match[1])
-    assert shown == {path.stem for path in (ROOT / "scripts").glob("*.py")}
+                config = parse_command(match[1], shlex.split(match[2]))
+                scripts.add(match[1])
+                if isinstance(config, MeasureSection):
+                    measures |= {one.name for one in chosen(config)}
+    assert scripts == {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert measures == {name for name in MEASURES.names() if MEASURES[name].for_decoders}, (
+        "masked needs no option: encoders get it"
+    )
 
 
 def test_schemes_in_commands_that_draw_exist() -> None:
