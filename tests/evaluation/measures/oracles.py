@@ -20,7 +20,8 @@ VOCABULARY = 89
 def finds_what_followed(monkeypatch: pytest.MonkeyPatch, *, context: int = 1, reach: int = 10**6) -> None:
     """Let every model predict what followed the last earlier occurrence of its last `context` tokens, at most `reach` tokens back.
 
-    Where there is none it predicts token 1, the start token, which no probe asks for. The probability of the prediction is e^20 times that of any other token.
+    Where there is none it predicts token 1, the start token, which no probe asks for. The probability of the prediction is e^20 times
+    that of any other token.
     """
 
     def scored_logits(
