@@ -1,8 +1,8 @@
 """`scripts/compare.py`: several schemes from one base, trained equally, evaluated together.
 
-Every part is a folder with a record: `base`, `schemes/LABEL`, `evaluation`. A part whose record is done, and whose configuration, text
-and model are the same by their content, is not done again; one that was stopped in the middle continues from its last checkpoint. So
-does the evaluation, model by model.
+Every part is a folder with a record: `base`, `schemes/LABEL`, `evaluation`; of every seed after the first, the trainings are in
+`seeds/SEED`. A part whose record is done, and whose configuration, text and model are the same by their content, is not done again; one
+that was stopped in the middle continues from its last checkpoint. So does the evaluation, model by model. So a seed can be added later.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from pe_swap.training.trainer import require_training_settings
 SCHEME_FOLDERS = "schemes"
 """Folder of the trained models, one per label, in a comparison's output folder."""
 
+SEED_FOLDERS = "seeds"
+"""Folder of the trainings with every seed after the first, one per seed."""
+
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+=,()-]{0,79}")
 """A name of a scheme in a comparison: a folder's name on every system, and a cell of a table."""
 
@@ -48,32 +51,40 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     watch, out = Stopwatch(), Path(config.out)
     require_comparison(config, out)
     text = data.load_text(config.data)
-    base = _base(config, out, text)
-    folders, diverged = [], []
-    for label, scheme in config.schemes.items():
-        section = _finetune_config(config, base, scheme, out / SCHEME_FOLDERS / label)
-        try:
-            _finetune_once(section, label, text, overwrite=config.overwrite)
-        except DivergedError as error:
-            print(f"{label}: {error}", file=sys.stderr, flush=True)
-            diverged.append(label)
-        folders.append(section.out)
-    measured = _evaluate(config, folders, out / "evaluation", text)
+    labels: dict[str, str] = {}
+    diverged = []
+    for seed in config.seeds:
+        folder, suffix = seed_folder(config, seed), "" if len(config.seeds) == 1 else f", seed {seed}"
+        base = _base(config, seed, text, suffix)
+        for label, scheme in config.schemes.items():
+            section = _finetune_config(config, base, scheme, seed, folder / SCHEME_FOLDERS / label)
+            try:
+                _finetune_once(section, f"{label}{suffix}", text, overwrite=config.overwrite)
+            except DivergedError as error:
+                print(f"{label}{suffix}: {error}", file=sys.stderr, flush=True)
+                diverged.append(label)
+            labels[section.out] = label
+    measured = _evaluate(config, labels, out / "evaluation", text)
+    parts = {
+        seed: {label: _perplexities(seed_folder(config, seed) / SCHEME_FOLDERS / label) for label in config.schemes}
+        for seed in config.seeds
+    }
     record = {
         "kind": "comparison",
         "status": "done",
         "config": resolved(config),
         **environment(),
-        "seed": config.seed,
+        "seeds": config.seeds,
         "seconds": watch.seconds,
-        "parts": {label: _perplexities(Path(folder)) for label, folder in zip(config.schemes, folders, strict=True)},
+        "parts": parts[config.seeds[0]],
+        "parts_of_further_seeds": {seed: parts[seed] for seed in config.seeds[1:]},
         **{key: measured[key] for key in REPORTED},
         "data": {**measured["data"], "repeated_documents": text.repeated},
         "trained_length": {label: config.data.block_size for label in config.schemes},
     }
     write_record(out, record)
     write_report(out, record)
-    failed = failed_labels(record["results"], diverged)
+    failed = failed_labels([*record["results"], *record["runs"]], diverged)
     if failed:
         raise DivergedError(
             f"Rows of {', '.join(failed)} are errors; '{out / 'report.md'}' has the others. Its text says what to change."
@@ -130,8 +141,14 @@ def require_labels(labels: Iterable[str]) -> None:
             )
 
 
-def _base(config: CompareConfig, out: Path, text: data.Text) -> str:
-    """Return the name of the base model, trained first where it starts from a configuration."""
+def seed_folder(config: CompareConfig, seed: int) -> Path:
+    """Return the folder of the trainings with a seed."""
+    out = Path(config.out)
+    return out if seed == config.seeds[0] else out / SEED_FOLDERS / str(seed)
+
+
+def _base(config: CompareConfig, seed: int, text: data.Text, suffix: str) -> str:
+    """Return the name of the base model, trained first where it starts from a configuration: one per seed."""
     if not is_configuration(config.model):
         return str(config.model)
     if config.base is None:
@@ -144,18 +161,18 @@ def _base(config: CompareConfig, out: Path, text: data.Text) -> str:
         vocab_size=config.vocab_size,
         data=config.data,
         train=config.base,
-        seed=config.seed,
-        out=str(out / "base"),
+        seed=seed,
+        out=str(seed_folder(config, seed) / "base"),
     )
-    _finetune_once(section, "base", text, overwrite=config.overwrite)
+    _finetune_once(section, f"base{suffix}", text, overwrite=config.overwrite)
     return section.out
 
 
-def _finetune_config(config: CompareConfig, base: str, scheme: SchemeSection, folder: Path) -> FinetuneConfig:
+def _finetune_config(config: CompareConfig, base: str, scheme: SchemeSection, seed: int, folder: Path) -> FinetuneConfig:
     """Return one scheme's run; runs differ in the scheme alone."""
     tokenizer = config.tokenizer if not is_configuration(config.model) else None
     return FinetuneConfig(
-        model=base, tokenizer=tokenizer, scheme=scheme, data=config.data, train=config.train, seed=config.seed, out=str(folder)
+        model=base, tokenizer=tokenizer, scheme=scheme, data=config.data, train=config.train, seed=seed, out=str(folder)
     )
 
 
@@ -190,10 +207,10 @@ def _what_differs(record: dict[str, Any], config: FinetuneConfig) -> str:
     return f"another configuration (another {', '.join(changed)})" if changed else "another text or model"
 
 
-def _evaluate(config: CompareConfig, folders: list[str], out: Path, text: data.Text) -> dict[str, Any]:
+def _evaluate(config: CompareConfig, labels: dict[str, str], out: Path, text: data.Text) -> dict[str, Any]:
     """Evaluate all models on the held-out text; each model that was measured before on the same is kept."""
-    settings = {"models": folders, "data": resolved(config.data), "seed": config.seed, "out": str(out)}
-    return evaluate(build(EvalConfig, {**resolved(config.eval), **settings}), text.held_out)
+    settings = {"models": list(labels), "data": resolved(config.data), "seed": config.seeds[0], "out": str(out)}
+    return evaluate(build(EvalConfig, {**resolved(config.eval), **settings}), text.held_out, labels)
 
 
 def _perplexities(folder: Path) -> dict[str, Any]:

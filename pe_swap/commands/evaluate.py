@@ -7,7 +7,7 @@ text and what is measured are the same, by their content.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pe_swap.evaluation.evaluator import Evaluator, unmeasured_row
 from pe_swap.evaluation.measures import Probe, chosen, descriptions
 from pe_swap.evaluation.report import write_report
 from pe_swap.evaluation.rows import PROTOCOL_VERSION, PerplexityRow, ProbeRow
+from pe_swap.evaluation.seeds import joined, joined_probes
 from pe_swap.evaluation.text import tokens_and_bytes, where_first_token_stands
 from pe_swap.runs import data as text
 from pe_swap.runs.config import EvalConfig, MeasureSection, resolved
@@ -43,7 +44,7 @@ DESCRIPTION = f"""Models at lengths they were never trained on, on the same text
 """The first part of the script's --help."""
 
 
-def evaluate(config: EvalConfig, texts: Sequence[str] | None = None) -> dict[str, Any]:
+def evaluate(config: EvalConfig, texts: Sequence[str] | None = None, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Evaluate every model and write record, tables and plots; return the record.
 
     Of several models, one that cannot be loaded or measured is rows that say why, so that the others' results stand.
@@ -51,13 +52,15 @@ def evaluate(config: EvalConfig, texts: Sequence[str] | None = None) -> dict[str
     Args:
         config: models, lengths, measures.
         texts: documents to evaluate on; all that `config.data` names by default.
+        labels: each model's name in the report. Models of one name are one model's trainings with several seeds, and one row.
 
     Raises:
         PESwapError: the text cannot be used, a measure or a model is not there, none can be measured, or two models have different
             tokens.
     """
     watch, out = Stopwatch(), Path(config.out)
-    measures, labels = chosen(config), short_labels(config.models)
+    measures = chosen(config)
+    labels = short_labels(config.models) if labels is None else labels
     require_control(config.control, list(labels.values()))
     require_output_folder(out, (*config.models, config.tokenizer))
     require_kind(out, "evaluation")
@@ -98,20 +101,25 @@ def evaluate(config: EvalConfig, texts: Sequence[str] | None = None) -> dict[str
         except DataError:  # of the text, which is the same for all
             raise
         except PESwapError as error:
-            failures[label] = error
+            failures[name] = error
             bar.write(f"{label}: {error}", file=sys.stderr)
-            rows += _error_rows(config, label, str(error))
+            rows += _error_rows(config, label, trained_seeds(name), str(error))
             continue
         found: list[PerplexityRow] = part["results"]
         kept: list[ProbeRow] = part["probes"]
         for row in (*found, *kept):
-            row["model"] = label  # labels depend on what the model is compared with
+            row["model"], row["seeds"] = label, trained_seeds(name)  # labels depend on what the model is compared with
         rows, probes = rows + found, probes + kept
         if getattr(configurations[name], "pe_swap", None):
             _update_card(Path(name), found)
     if len(failures) == len(config.models):
         raise next(iter(failures.values()))
-    rows = with_ratios(rows, control=config.control, unit=config.unit, samples=config.bootstrap_samples, seed=config.seed)
+    drawn: dict[str, Any] = {"samples": config.bootstrap_samples, "seed": config.seed}
+    ratios = {"control": config.control, "unit": config.unit, **drawn}
+    by_seed = [[row for row in rows if row["seeds"] == seeds] for seeds in _distinct(row["seeds"] for row in rows)]
+    has_runs = len(set(labels.values())) < len(labels)
+    runs = [row for group in by_seed for row in with_ratios(group, **ratios)] if has_runs else []
+    rows, probes = with_ratios(joined(rows, **drawn), **ratios), joined_probes(probes)
     trained = {labels[name]: trained_length(configurations[name], name) for name in config.models}
     first = evaluators[id(tokenizers[config.models[0]])]
     record = {
@@ -128,6 +136,7 @@ def evaluate(config: EvalConfig, texts: Sequence[str] | None = None) -> dict[str
         "trained_length": trained,
         "measures": {one.name: one.note() for one in measures if isinstance(one, Probe)},
         "results": rows,
+        "runs": runs,
         "probes": probes,
         "effective_lengths": effective_lengths(rows, probes, trained, config.effective_length_bound),
     }
@@ -173,7 +182,17 @@ def _shared_key(config: EvalConfig, evaluator: Evaluator) -> str:
     names = MeasureSection.model_fields.keys() - set(COMPARISON_ONLY)
     measure = {name: value for name, value in resolved(config).items() if name in names}
     special = sorted((name, str(token)) for name, token in evaluator.tokenizer.special_tokens_map.items())
-    return fingerprint([PROTOCOL_VERSION, measure, config.dtype, config.seed, evaluator.documents, special])
+    return fingerprint(
+        [
+            PROTOCOL_VERSION,
+            sorted(PerplexityRow.__annotations__),
+            measure,
+            config.dtype,
+            config.seed,
+            evaluator.documents,
+            special,
+        ]
+    )
 
 
 def _measure(config: EvalConfig, evaluator: Evaluator, name: str, label: str, bar: Any) -> dict[str, Any]:
@@ -186,9 +205,15 @@ def _measure(config: EvalConfig, evaluator: Evaluator, name: str, label: str, ba
     return {"results": rows, "probes": evaluator.probe_rows(model, label, scheme, progress=bar.set_postfix_str)}
 
 
-def _error_rows(config: EvalConfig, label: str, error: str) -> list[PerplexityRow]:
+def _error_rows(config: EvalConfig, label: str, seeds: list[int], error: str) -> list[PerplexityRow]:
     """Return the rows of a model that could not be loaded or measured."""
-    return [unmeasured_row(label, "-", protocol, length, error) for protocol in config.protocols for length in config.lengths]
+    found = [unmeasured_row(label, "-", protocol, length, error) for protocol in config.protocols for length in config.lengths]
+    return [{**row, "seeds": seeds} for row in found]
+
+
+def _distinct(seeds: Iterable[list[int]]) -> list[list[int]]:
+    """Return each list of seeds once, in order."""
+    return [list(found) for found in dict.fromkeys(map(tuple, seeds))]
 
 
 def _update_card(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -235,6 +260,12 @@ def short_labels(models: Sequence[str]) -> dict[str, str]:
     """Return each model's label: the last part of its path, or all of it where two would have the same."""
     last = [Path(name).name or name for name in models]
     return {name: label if last.count(label) == 1 else name for name, label in zip(models, last, strict=True)}
+
+
+def trained_seeds(name: str) -> list[int]:
+    """Return the seed of a model's training, from the record in its folder; empty where it has none."""
+    record = read_record(Path(name)) or {}
+    return [int(record["seed"])] if record.get("kind") == "finetune" else []
 
 
 def trained_length(configuration: Any, name: str) -> int | None:

@@ -28,7 +28,8 @@ DIVERGED = (
 def unmeasured_row(model: str, scheme: str, protocol: str, length: int, error: str, first_token: str = "") -> PerplexityRow:
     """Return the row of a length at which nothing was measured."""
     return {
-        "model": model, "scheme": scheme, "protocol": protocol, "protocol_version": PROTOCOL_VERSION, "first_token": first_token,
+        "model": model, "scheme": scheme, "seeds": [], "protocol": protocol, "protocol_version": PROTOCOL_VERSION,
+        "first_token": first_token,
         "length": length, "perplexity": None, "ci_low": None, "ci_high": None, "bits_per_byte": None, "tokens": 0, "documents": 0,
         "loss_by_position": [], "document_losses": [], "document_tokens": [], "document_bytes": None,
         "control": None, "ratio": None, "ratio_low": None, "ratio_high": None, "error": error,
@@ -156,7 +157,7 @@ class Evaluator:
             "tokens": int(counts.sum()),
             "documents": int(used.sum()),
             "loss_by_position": by_position(losses, positions, length),
-            "document_losses": sums[used].tolist(),
+            "document_losses": [sums[used].tolist()],
             "document_tokens": counts[used].tolist(),
             "document_bytes": sizes[used].tolist() if has_bytes else None,
             "error": None,
@@ -174,8 +175,8 @@ class Evaluator:
             for length in one.lengths(self.measure):
                 progress(f"{label}: {one.name} at {length:,}")
                 row: ProbeRow = {
-                    "model": label, "scheme": scheme, "measure": one.name, "protocol_version": PROTOCOL_VERSION, "length": length,
-                    "quantity": "", "at": {}, "value": None, "count": 0, "error": self._too_long(model, length),
+                    "model": label, "scheme": scheme, "seeds": [], "measure": one.name, "protocol_version": PROTOCOL_VERSION,
+                    "length": length, "quantity": "", "at": {}, "value": None, "count": 0, "error": self._too_long(model, length),
                 }  # fmt: skip
                 if row["error"] is not None:
                     rows.append(row)

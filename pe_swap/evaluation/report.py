@@ -20,13 +20,13 @@ from pe_swap.evaluation.comparison import differs
 from pe_swap.evaluation.rows import PerplexityRow, ProbeNote, ProbeRow
 
 COLUMNS = (
-    "model", "scheme", "protocol", "length", "perplexity", "ci_low", "ci_high", "control", "ratio", "ratio_low", "ratio_high",
+    "model", "scheme", "seeds", "protocol", "length", "perplexity", "ci_low", "ci_high", "control", "ratio", "ratio_low", "ratio_high",
     "bits_per_byte", "tokens", "documents", "first_token", "protocol_version", "error",
 )  # fmt: skip
 
-PROBE_COLUMNS = ("model", "scheme", "measure", "length", "at", "quantity", "value", "count", "protocol_version", "error")
+PROBE_COLUMNS = ("model", "scheme", "seeds", "measure", "length", "at", "quantity", "value", "count", "protocol_version", "error")
 
-REPORTED = ("data", "results", "probes", "measures", "effective_lengths", "protocol_version", "first_token", "unit")
+REPORTED = ("data", "results", "runs", "probes", "measures", "effective_lengths", "protocol_version", "first_token", "unit")
 """Keys of an evaluation's record that a report is made from, beside seed, commit and trained lengths."""
 
 COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f", "#bcbd22")
@@ -44,7 +44,7 @@ def write_report(folder: Path, record: dict[str, Any], *, title: str = "Perplexi
     rows: list[PerplexityRow] = record["results"]
     probes: list[ProbeRow] = record.get("probes") or []
     trained_length = record.get("trained_length") or {}
-    write_whole(folder / "results.csv", csv_table(rows))
+    write_whole(folder / "results.csv", csv_table([*rows, *(record.get("runs") or [])]))
     parts = [f"# {title}", ""]
     if rows:
         write_whole(folder / "perplexity.png", png(plot(rows, trained_length)))
@@ -92,11 +92,13 @@ def png(figure: Figure) -> bytes:
 
 
 def csv_table(rows: Sequence[Any], columns: Sequence[str] = COLUMNS) -> str:
-    """Return the rows as CSV."""
+    """Return the rows as CSV; lists are words, `0 1 2`."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(
+        {key: " ".join(map(str, cell)) if isinstance(cell, list) else cell for key, cell in row.items()} for row in rows
+    )
     return text.getvalue()
 
 
@@ -108,12 +110,23 @@ def _footer(record: dict[str, Any]) -> str:
     return " ".join(
         [
             f"Measured on {data.get('documents')} documents, {data.get('tokens')} tokens. Perplexity is token-weighted; in brackets stands "
-            "its 95% bootstrap interval over documents (none of a single document). A dash is a length that could not be taken; the reason "
-            "stands below its table.",
+            f"its 95% bootstrap interval over {_drawn(record['results'])} (none of a single document). A dash is a length that could "
+            "not be taken; the reason stands below its table.",
             *([f"The tokenizer's first token stands {where}."] if where else []),
-            f"Protocol {record.get('protocol_version')}, commit {record.get('commit')}, seed {record.get('seed')}.",
+            f"Protocol {record.get('protocol_version')}, commit {record.get('commit')}, {_seeds(record)}.",
         ]
     )
+
+
+def _seeds(record: dict[str, Any]) -> str:
+    """Return the seeds of a record in words."""
+    seeds = record.get("seeds") or [record.get("seed")]
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _drawn(rows: Sequence[PerplexityRow]) -> str:
+    """Return what intervals are over."""
+    return "documents and seeds" if any(len(row["document_losses"]) > 1 for row in rows) else "documents"
 
 
 def _table(rows: Sequence[PerplexityRow], cell: Any) -> list[str]:
@@ -147,7 +160,7 @@ def ratio_table(rows: Sequence[PerplexityRow]) -> list[str]:
     )
     lines = [
         f"Perplexity over the control's on the same documents. The control is {said}. In brackets stands the paired 95% interval over "
-        "documents; a star marks an interval without 1.",
+        f"{_drawn(rows)}; a star marks an interval without 1.",
         "",
     ]
     return [*lines, *_table(rows, _ratio_cell), ""]
@@ -334,7 +347,7 @@ STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 def plot(rows: Sequence[PerplexityRow], trained_length: dict[str, int | None]) -> Figure:
     """Return perplexity against length, a column of panels per protocol; below it the ratio to the control, where there is one.
 
-    Bands are 95% intervals over documents: of the perplexity above, of the paired ratio below. The legend names them and the lines.
+    Bands are 95% intervals over documents (and seeds): of the perplexity above, of the paired ratio below. The legend names them.
     """
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -355,7 +368,7 @@ def plot(rows: Sequence[PerplexityRow], trained_length: dict[str, int | None]) -
             trained = panels[0][0].lines[-1]
             handles[0], handles[1] = [*handles[0], trained], [*handles[1], "trained length"]
         if any(row["ci_low"] is not None for row in rows):
-            words = "band: 95% interval over documents" + (" (of the ratio: paired)" if has_ratios else "")
+            words = f"band: 95% interval over {_drawn(rows)}" + (" (of the ratio: paired)" if has_ratios else "")
             handles[0], handles[1] = [*handles[0], Patch(color="#999999", alpha=0.3)], [*handles[1], words]
         figure.legend(handles[0], handles[1], loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
     return figure

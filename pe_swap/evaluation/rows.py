@@ -31,6 +31,8 @@ class PerplexityRow(TypedDict):
     """Label: the last part of the model's path."""
     scheme: str
     """Its schemes, or `original`."""
+    seeds: list[int]
+    """Seeds of the trainings behind the row, one of a single model; empty where its folder holds no record of a training."""
     protocol: str
     """Name of the measure, one of `MEASURES`."""
     protocol_version: str
@@ -42,7 +44,7 @@ class PerplexityRow(TypedDict):
     perplexity: float | None
     """exp(summed loss / scored tokens); None where `error` says why there is none."""
     ci_low: float | None
-    """2.5th percentile of the perplexity over resampled documents; None of a single document."""
+    """2.5th percentile of the perplexity over resampled documents, and seeds if there are several; None of a single document."""
     ci_high: float | None
     """97.5th percentile."""
     bits_per_byte: float | None
@@ -53,8 +55,8 @@ class PerplexityRow(TypedDict):
     """Documents they are from."""
     loss_by_position: list[PositionLoss]
     """Mean loss by position in the window."""
-    document_losses: list[float]
-    """Summed loss of each of the documents, nats."""
+    document_losses: list[list[float]]
+    """Summed loss of each of the documents, nats, `[models, documents]`: one model, or one per seed."""
     document_tokens: list[int]
     """Scored targets of each of the documents."""
     document_bytes: list[int] | None
@@ -64,7 +66,7 @@ class PerplexityRow(TypedDict):
     ratio: float | None
     """Perplexity / perplexity of the control on the same documents; 1 for the control itself."""
     ratio_low: float | None
-    """2.5th percentile of the ratio over resampled documents, drawn once for both models; None of a single document."""
+    """2.5th percentile of the ratio over resampled documents and seeds, drawn once for both; None of a single document."""
     ratio_high: float | None
     """97.5th percentile."""
     error: str | None
@@ -76,6 +78,7 @@ class ProbeRow(TypedDict):
 
     model: str
     scheme: str
+    seeds: list[int]
     """As in `PerplexityRow`."""
     measure: str
     """Name of the measure, one of `MEASURES`."""

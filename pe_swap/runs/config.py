@@ -143,6 +143,13 @@ class FinetuneConfig(Section):
     overwrite: bool = Field(default=False, description="delete what an earlier run wrote into the output folder, by its record")
 
 
+def require_once(values: list[Any]) -> list[Any]:
+    """Refuse an entry that is given twice: it would be measured and printed twice."""
+    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+        raise PydanticCustomError("twice", "{names} is given twice; name each once", {"names": ", ".join(map(str, twice))})
+    return values
+
+
 class MeasureSection(Section):
     """What to measure. Names of measures are those of `pe_swap/evaluation/measures/`, checked where they are built."""
 
@@ -179,10 +186,7 @@ class MeasureSection(Section):
     @field_validator("lengths", "protocols", "measures", "models", check_fields=False)
     @classmethod
     def _require_once(cls, values: list[Any]) -> list[Any]:
-        """Refuse an entry that is given twice: it would be measured and printed twice."""
-        if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
-            raise PydanticCustomError("twice", "{names} is given twice; name each once", {"names": ", ".join(map(str, twice))})
-        return values
+        return require_once(values)
 
     @field_validator("stride", "targets")
     @classmethod
@@ -227,9 +231,16 @@ class CompareConfig(Section):
     schemes: dict[str, SchemeSection] = Field(min_length=1, description="label to scheme; include an 'original' control")
     data: DataSection = DataSection()
     eval: MeasureSection = MeasureSection()
-    seed: Seed = Field(default=0, description="of every part")
+    seeds: list[Seed] = Field(
+        default=[0], min_length=1, description="everything is trained once with each; the first one is of masks and intervals too"
+    )
     out: Folder = Field(default="runs/compare", description="output folder")
     overwrite: bool = Field(default=False, description="train parts anew whose configuration, text or model changed")
+
+    @field_validator("seeds")
+    @classmethod
+    def _require_once(cls, values: list[int]) -> list[int]:
+        return require_once(values)
 
 
 Task = Literal["forward", "train", "decode", "memory"]

@@ -486,3 +486,30 @@ def test_a_log_holds_no_progress_bars(quick: Path, tmp_path: Path) -> None:
         f"{name}: training" for name in ("base", "control", "alibi")
     ]
     assert len(done.stdout.splitlines()) < 10
+
+
+def test_a_comparison_over_seeds(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    arguments = ["--config", str(quick), "--out", str(out)]
+    assert call("compare", *arguments) == 0
+    alone = results(out)
+    done, original = [], comparing.finetune
+    monkeypatch.setattr(comparing, "finetune", lambda config, text: done.append(config.out) or original(config, text))
+    assert call("compare", *arguments, "--seeds", "0", "1") == 0
+    assert done == [str(out / "seeds" / "1" / part) for part in ("base", "schemes/control", "schemes/alibi")]
+    record = json.loads((out / "record.json").read_text())
+    assert [row["seeds"] for row in record["results"]] == [[0, 1]] * len(alone)
+    runs: dict[Any, list[Any]] = {}
+    for row in record["runs"]:
+        runs.setdefault((row["model"], row["protocol"], row["length"]), []).append(row)
+    for row, first in zip(record["results"], alone, strict=True):
+        zero, one = runs[row["model"], row["protocol"], row["length"]]
+        assert {**zero, "ratio": None} == {**first, "ratio": None}
+        assert zero["ratio"] == pytest.approx(first["ratio"])
+        if row["perplexity"] is not None:
+            assert one["perplexity"] != zero["perplexity"]
+            assert row["perplexity"] == pytest.approx(math.sqrt(zero["perplexity"] * one["perplexity"]))
+            assert row["ratio"] == pytest.approx(math.sqrt(zero["ratio"] * one["ratio"]))
+    assert record["parts_of_further_seeds"]["1"].keys() == record["parts"].keys()
+    assert "seeds 0, 1." in (out / "report.md").read_text()
+    assert {line.split(",")[2] for line in (out / "results.csv").read_text().splitlines()[1:]} == {"0 1", "0", "1"}

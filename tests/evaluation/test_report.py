@@ -148,7 +148,7 @@ def compared() -> list[dict[str, Any]]:
     ):
         losses = [10 * (level - gain) for level, gain in zip((3.0, 4.0, 5.0), gains, strict=True)]
         found = row(model, length, math.exp(sum(losses) / 30))
-        rows.append({**found, "document_losses": losses, "document_tokens": [10, 10, 10], "bits_per_byte": 1.5})
+        rows.append({**found, "document_losses": [losses], "document_tokens": [10, 10, 10], "bits_per_byte": 1.5})
     return [*rows[:1], row("control", 128, None, "ends at 64"), *rows[1:]]
 
 

@@ -159,7 +159,7 @@ def test_a_key_without_its_value_is_named(key: str, config: list[str]) -> None:
         ("data.block_size", FinetuneConfig),
         ("vocab_size", FinetuneConfig),
         ("scheme.layers.0", FinetuneConfig),
-        ("seed", CompareConfig),
+        ("seeds.0", CompareConfig),
     ],
 )
 @pytest.mark.parametrize(("word", "value"), [("true", True), ("512.0", 512.0), ("1e3", 1e3)])
@@ -225,9 +225,11 @@ def test_another_source_of_text_drops_what_belongs_to_the_files(tmp_path: Path) 
 @pytest.mark.parametrize(("key", "value"), [("seed", 2**32), ("out", ""), ("out", "  ")])
 def test_seeds_and_folders_that_nothing_could_use(config_class: type[Section], key: str, value: object) -> None:
     needed = {"models": ["x"]} if config_class is EvalConfig else {"schemes": {"a": {}}} if config_class is CompareConfig else {}
-    with pytest.raises(ConfigError, match=rf"'{key}' is .*--{key}"):
-        build(config_class, {**needed, key: value})
-    assert build(config_class, {**needed, "seed": 2**32 - 1, "out": "x"})
+    good = {"seeds": [2**32 - 1]} if config_class is CompareConfig else {"seed": 2**32 - 1}
+    bad = {"seeds": [value]} if (config_class, key) == (CompareConfig, "seed") else {key: value}
+    with pytest.raises(ConfigError, match=rf"'{key}(s\.0)?' is .*--{key}"):
+        build(config_class, {**needed, **bad})
+    assert build(config_class, {**needed, **good, "out": "x"})
 
 
 def test_help_names_one_value_for_a_scalar_and_several_for_a_list(capsys: pytest.CaptureFixture[str]) -> None:
