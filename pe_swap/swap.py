@@ -19,7 +19,15 @@ from pe_swap.errors import OptionError, SwapStateError, UnsupportedModelError
 from pe_swap.families import Family, Stack, family_for, known_loss_type
 from pe_swap.patching.devices import bring_back_offloaded
 from pe_swap.patching.holder import Original, SchemeHolder
-from pe_swap.patching.install import assemble, attach, attention_hooks, detach, holder_in, token_table
+from pe_swap.patching.install import (
+    assemble,
+    attach,
+    attention_hooks,
+    detach,
+    holder_in,
+    require_own_forward,
+    token_table,
+)
 from pe_swap.saving.class_names import swapped_config_class
 from pe_swap.saving.relative_key_bert import require_absolute_positions
 from pe_swap.saving.swapped_config import entry_of
@@ -320,6 +328,7 @@ def restore_positional(model: Model, *, part: str | None = None) -> Model:
     if not leaving:
         return model
     for stack in leaving:
+        require_own_forward(stack, model.base_model, model.config)
         if swapped[stack.name].original is None:
             raise SwapStateError(
                 f"This {type(model).__name__} was loaded already swapped, and its own position table is not in the checkpoint. Load the "

@@ -98,8 +98,9 @@ def test_every_head_swaps_runs_longer_and_is_restored(family: str, head: str, sc
     after = tensors_of(model, short)
     assert before.keys() == after.keys()
     parts = {stack.name for stack in FAMILIES[family].stacks}
+    own_schemes = {stack.native.own_scheme for stack in FAMILIES[family].stacks} & {"alibi"}  # BLOOM's, without an option to move
     for name, value in after.items():
-        if name.startswith("encoder_") and "encoder" not in parts:
+        if (name.startswith("encoder_") and "encoder" not in parts) or scheme in own_schemes:
             continue
         assert (value - before[name]).abs().max() > 1e-3 * before[name].abs().max(), name
     for name, value in tensors_of(model, long).items():

@@ -82,6 +82,9 @@ class Stack:
         no_limit: what the length field says for a scheme that never ends; smaller where the family allocates by it.
         layer_paths: from the configuration to the paths of the attention modules, where `attention` cannot say them.
         applies: from the configuration to whether its models have the stack.
+        attention_class: `file:class` in `attention_modules`, where the family's own attention module calls no attention function of
+            transformers; empty where it does.
+        ids_from_mask: the model takes no position ids and hands none on; layers read them from their mask.
     """
 
     native: NativePositions
@@ -104,6 +107,8 @@ class Stack:
     no_limit: int = NO_LIMIT
     layer_paths: Callable[[Any], list[str]] | None = None
     applies: Callable[[Any], bool] = always
+    attention_class: str = ""
+    ids_from_mask: bool = False
 
     def paths(self, config: Any) -> list[str]:
         """Return the paths of the self-attention modules, in order."""

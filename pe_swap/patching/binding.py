@@ -22,6 +22,7 @@ class LayerBinding:
         hooks: the hooks of the scheme that act in the attention function.
         parameters: names of the parameters of the attention module's `forward`, in order; read here, once, and not in every call.
         cache_argument: which of them is the cache, or None where the module takes none (encoders).
+        ids_from_mask: the module is handed no position ids; see `Stack.ids_from_mask`.
         query_is_scaled: the module multiplies its queries by `head_dim ** -0.5` itself, and hands on a scaling of 1 (OPT, Whisper, ESM).
     """
 
@@ -32,6 +33,7 @@ class LayerBinding:
     parameters: tuple[str, ...]
     cache_argument: str | None
     query_is_scaled: bool = False
+    ids_from_mask: bool = False
 
     @property
     def scheme(self) -> Scheme:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from pe_swap.attention.shared_in_call import ARGUMENT, SharedInCall
 from pe_swap.errors import UnsupportedModelError
 from pe_swap.families import Stack
+from pe_swap.families.attention_modules.interface import CACHE_ARGUMENTS
 from pe_swap.families.native.base import as_rows, count
 from pe_swap.patching.devices import bring_back_offloaded, on_device
 from pe_swap.patching.holder import HolderRef, SchemeHolder
-from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, self_attention_cache
+from pe_swap.patching.layer_cache import self_attention_cache
 
 CALLER_ATTRIBUTE = "pe_swap_caller"
 
@@ -66,9 +67,18 @@ def prepare_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def zero_based_ids(binding: CallerBinding, holder: SchemeHolder, kwargs: dict[str, Any]) -> Tensor:
-    """Return the position ids of a call, `[batch or 1, length]`, int64: those given, or what the family counts."""
+    """Return the position ids of a call, `[batch or 1, length]`, int64: those given, or what the family counts.
+
+    Raises:
+        UnsupportedModelError: ids for a family that hands none on, whose layers would count others.
+    """
     given: Tensor | None = kwargs.get("position_ids")
     if given is not None:
+        if binding.stack.ids_from_mask:
+            raise UnsupportedModelError(
+                "This family takes no position_ids, and unswapped it would ignore these; its layers count what the mask lets through. "
+                "Leave position_ids out, and give an attention_mask where rows are padded."
+            )
         return holder.zero_based(as_rows(given))
     tokens, embeddings, mask = kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
     source: Tensor = embeddings[..., 0] if tokens is None else tokens  # type: ignore[index]  # one of them is given

@@ -21,9 +21,10 @@ from pe_swap.attention.kept_with_cache import kept_for
 from pe_swap.attention.names import BINDING_ATTRIBUTE, is_ours
 from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED, SharedInCall, as_rows
 from pe_swap.errors import UnsupportedBackendError
+from pe_swap.families.attention_modules.interface import CACHE_ARGUMENTS
 from pe_swap.patching.binding import LayerBinding
 from pe_swap.patching.devices import on_device
-from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, LayerCache, self_attention_cache
+from pe_swap.patching.layer_cache import LayerCache, self_attention_cache
 from pe_swap.schemes.positions import slots_from
 
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -46,6 +47,8 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     cache = None if given is None else self_attention_cache(given)
     slots = CacheSlots() if cache is None else slots_in(cache, binding, hidden_states.shape[1])
     shared = kwargs.pop(ARGUMENT, NOTHING_SHARED)
+    if binding.ids_from_mask and kwargs.get("attention_mask") is not None:
+        kwargs["position_ids"] = ids_from_mask(kwargs["attention_mask"], slots, hidden_states.shape[1])
     call = shared_call(module, binding, cache, slots, hidden_states, kwargs.get("position_ids"), shared)
     transforms_into_cache = cache is not None and "transform_query_key" in binding.hooks and call.scheme.caches_rotated_keys
     carried = None
@@ -83,6 +86,19 @@ class CacheSlots:
     first_query: int | Tensor = 0
     first_key: int = 0
     num_keys: int | None = None
+
+
+def ids_from_mask(mask: Tensor, slots: CacheSlots, q_len: int) -> Tensor:
+    """Return the position ids of a call's queries, `[batch, q_len]`, int64: how many keys before theirs are not padding.
+
+    Args:
+        mask: `[batch, 1, q_len, kv_len]`; 0 or False where a query may look. Padding is what no query looks at.
+        slots: where the keys of the call stand.
+        q_len: number of queries.
+    """
+    is_real = (mask == 0).any(dim=-2)[:, 0].long()
+    counted = (is_real.cumsum(-1) - 1).clamp(min=0)
+    return counted.index_select(-1, slots_from(slots.first_query, q_len, mask.device))
 
 
 def slots_in(cache: Cache, binding: LayerBinding, q_len: int) -> CacheSlots:

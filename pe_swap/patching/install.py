@@ -13,7 +13,8 @@ from pe_swap.assignment import Assignment, saved_stacks
 from pe_swap.attention.names import BINDING_ATTRIBUTE
 from pe_swap.errors import FamilyError, SwapStateError, UnsupportedModelError
 from pe_swap.families import Stack, family_for
-from pe_swap.families.native import Bias, Rotary
+from pe_swap.families.attention_modules.interface import attention_class
+from pe_swap.families.native import AddedBias, Rotary
 from pe_swap.families.native.base import find
 from pe_swap.families.native.rotary import NATIVE, UNTURNED
 from pe_swap.patching.binding import LayerBinding
@@ -48,6 +49,7 @@ def assemble(
         FamilyError: a module is not where the family says, or takes its cache by a name that pe_swap does not know.
     """
     tokens = token_table(stack, base_model)
+    require_own_forward(stack, base_model, config)
     for module in stack.attention_modules(base_model, config):
         if stack.has_cache:
             cache_argument(module)
@@ -60,6 +62,30 @@ def assemble(
         assert original is not None
         _hand_in_rotations(holder, stack.native, original.module, config)
     return holder
+
+
+def require_own_forward(stack: Stack, base_model: nn.Module, config: Any) -> None:
+    """Refuse attention modules whose class would be set in vain: a `forward` of the instance's own is called in its place.
+
+    Raises:
+        FamilyError: something has put one there; or the class is another one.
+    """
+    if not stack.attention_class:
+        return
+    ours = attention_class(stack.attention_class)
+    for path, module in zip(stack.paths(config), stack.attention_modules(base_model, config), strict=True):
+        if type(module) not in (ours, ours.__mro__[1]):
+            raise FamilyError(
+                f"{type(base_model).__name__}.{path} is a {type(module).__name__}, and pe_swap knows {ours.__mro__[1].__name__}. Load the "
+                'model with attn_implementation="eager" or "sdpa", and undo what else has changed it.'
+            )
+        forward = vars(module).get("forward")
+        if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+            raise FamilyError(
+                f"{type(base_model).__name__}.{path} has a forward of its own (accelerate puts one there with device_map), which this "
+                "family's new attention would not replace. Call accelerate.hooks.remove_hook_from_module(model, recurse=True), "
+                "swap or restore, then dispatch the model."
+            )
 
 
 def require_input(stack: Stack, base_model: nn.Module, tokens: TokenTable, scheme: Scheme) -> None:
@@ -172,13 +198,32 @@ def attach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolde
                 setattr(
                     module,
                     BINDING_ATTRIBUTE,
-                    LayerBinding(holder_ref, index, layer, hooks, parameters_of(module), taken, stack.query_is_scaled),
+                    LayerBinding(
+                        holder_ref,
+                        index,
+                        layer,
+                        hooks,
+                        parameters_of(module),
+                        taken,
+                        stack.query_is_scaled,
+                        stack.ids_from_mask,
+                    ),
                 )
                 add_pre_hook(module, hand_on_positions)
         handed = handed_to(holder, holder_ref, config, layer)
         if handed is not None:
             setattr(module, HANDED_ATTRIBUTE, handed)
             add_pre_hook(module, hand_in)  # before the other, which takes the arguments that it reads
+    if stack.attention_class and attention_hooks(holder):
+        for layer, module in enumerate(stack.attention_modules(base_model, config)):
+            if stack.native.kind == "rotary" or layer_hooks(holder, layer):
+                set_class(module, attention_class(stack.attention_class))
+
+
+def set_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Set a module's class. Hooks of accelerate that were removed leave the old class's `forward` bound to the module: it goes."""
+    vars(module).pop("forward", None)
+    module.__class__ = new
 
 
 def handed_to(holder: SchemeHolder, holder_ref: HolderRef, config: Any, layer: int) -> Handed | None:
@@ -191,8 +236,10 @@ def handed_to(holder: SchemeHolder, holder_ref: HolderRef, config: Any, layer: i
         layer_types = getattr(config, "layer_types", None)
         takes_type = "layer_type" in inspect.signature(holder.kept[name].forward).parameters
         return Handed(holder_ref, native, name, layer_types[layer] if takes_type and layer_types else None)
-    if isinstance(native, Bias) and layer == 0 and None not in holder.assignment.layers:
-        return Handed(holder_ref, native, "", None)
+    if isinstance(native, AddedBias):
+        layers = holder.assignment.layers
+        silent = layers[layer] is not None if native.each_layer else layer == 0 and None not in layers
+        return Handed(holder_ref, native, "", None) if silent else None
     return None
 
 
@@ -206,7 +253,9 @@ def detach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolde
             if hasattr(module, attribute):
                 remove_pre_hook(module, hook)
                 delattr(module, attribute)
-    if isinstance(stack.native, Bias):
+        if stack.attention_class and isinstance(module, attention_class(stack.attention_class)):
+            set_class(module, type(module).__mro__[1])
+    if isinstance(stack.native, AddedBias):
         owner, _, attribute = stack.native.holder_path.rpartition(".")
         delattr(base_model.get_submodule(owner), attribute)
     elif holder.original is not None:

@@ -19,9 +19,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from pe_swap.attention.call import AttentionCall, per_key_head
 from pe_swap.errors import FamilyError, SwapStateError
-
-CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
-"""What transformers calls the cache in a call of a model or of an attention module: from 5.24 on, before, and in older families."""
+from pe_swap.families.attention_modules.interface import CACHE_ARGUMENTS
 
 CACHE_LENGTH_ARGUMENTS = ("cache_length", "past_key_values_length")
 """What it calls the number of cached tokens where a module is handed that alone."""

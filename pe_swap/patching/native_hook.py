@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED, SharedInCall
 from pe_swap.errors import UnsupportedModelError
-from pe_swap.families.native import Bias, Rotary
+from pe_swap.families.native import AddedBias, Rotary
 from pe_swap.patching.holder import HolderRef
 
 HANDED_ATTRIBUTE = "pe_swap_handed"
@@ -27,7 +27,7 @@ class Handed:
     """
 
     holder_ref: HolderRef
-    native: Rotary | Bias
+    native: Rotary | AddedBias
     name: str
     layer_type: str | None
 
@@ -37,7 +37,8 @@ def hand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     handed: Handed = getattr(module, HANDED_ATTRIBUTE)
     hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
     native = handed.native
-    if isinstance(native, Bias):
+    if isinstance(native, AddedBias):
+        assert native.argument is not None
         return args, {**kwargs, native.argument: native.neutral(hidden_states)}
     shared: SharedInCall = kwargs.get(ARGUMENT, NOTHING_SHARED)
     given = (

@@ -120,6 +120,8 @@ class SwappedConfig:
     def _attn_implementation_internal(self: Any) -> str | None:
         """The implementation's name, ours where a scheme acts inside attention; transformers writes its own names here."""
         name: str | None = self.__dict__.get("_attn_implementation_internal")
+        if BUILDING.get() and any(stack.attention_class for stack in self.family.stacks):
+            return library_name(name)  # such a family may choose the class of its attention modules by it (Falcon)
         return name
 
     @_attn_implementation_internal.setter

@@ -20,8 +20,8 @@ from tests.families.test_contract import ROUNDING, difference
 from tests.support.families import auto_class, config_of, outputs, tiny, token_ids
 from tests.support.models import CASES, LENGTH_DEPENDENT, disturb
 
-ARCHETYPES = ("distilbert", "gemma2", "gemma3_text", "gpt_neox", "gpt_oss", "gptj", "llama", "roberta")
-"""Ids from the padding; no cache; grouped heads; a cap; windows and two bases; sinks; a part of each head; interleaved planes."""
+ARCHETYPES = ("bloom", "distilbert", "falcon", "gemma2", "gemma3_text", "gpt_neox", "gpt_oss", "gptj", "llama", "roberta")
+"""Attention written by hand; ids from the padding; no cache; grouped heads; a cap; windows; sinks; part of a head; interleaved planes."""
 
 TURN_A_PART = ("gpt_neox", "gptj")
 """Families whose rotation turns half of each head, so that it has half as many planes as the cases give factors for."""
