@@ -35,3 +35,11 @@ def test_a_file_says_how_to_run_it_and_builds(path: Path) -> None:
     for scheme in schemes:
         if scheme.name != ORIGINAL:
             build_options(SCHEMES[scheme.name].Options, scheme.options)
+
+
+def test_recall_is_for_every_scheme() -> None:
+    config = build(CompareConfig, read_yaml(FOLDER / "recall.yaml"))
+    assert [scheme.name for scheme in config.schemes.values()] == [ORIGINAL, *SCHEMES.names()]
+    assert config.data.recall is not None
+    asked = {name: getattr(config.data.recall, name) for name in ("task", "pairs")}
+    assert asked.items() <= config.eval.options["recall"].items(), "it is measured on what it learned"

@@ -147,14 +147,10 @@ def seed_folder(config: CompareConfig, seed: int) -> Path:
     return out if seed == config.seeds[0] else out / SEED_FOLDERS / str(seed)
 
 
-def _base(config: CompareConfig, seed: int, text: data.Text, suffix: str) -> str:
-    """Return the name of the base model, trained first where it starts from a configuration: one per seed."""
-    if not is_configuration(config.model):
-        return str(config.model)
-    if config.base is None:
-        raise ConfigError(
-            "A model started from a configuration has to be trained first: say how under 'base', or name a trained model."
-        )
+def _base(config: CompareConfig, seed: int, text: data.Text, suffix: str) -> str | dict[str, Any]:
+    """Return the base model: trained first, one per seed, where it starts from a configuration and `base` says how."""
+    if config.base is None or not is_configuration(config.model):
+        return config.model
     section = FinetuneConfig(
         model=config.model,
         tokenizer=config.tokenizer,
@@ -168,11 +164,22 @@ def _base(config: CompareConfig, seed: int, text: data.Text, suffix: str) -> str
     return section.out
 
 
-def _finetune_config(config: CompareConfig, base: str, scheme: SchemeSection, seed: int, folder: Path) -> FinetuneConfig:
+def _finetune_config(
+    config: CompareConfig, base: str | dict[str, Any], scheme: SchemeSection, seed: int, folder: Path
+) -> FinetuneConfig:
     """Return one scheme's run; runs differ in the scheme alone."""
-    tokenizer = config.tokenizer if not is_configuration(config.model) else None
+    starts_anew = is_configuration(base)
+    tokenizer = config.tokenizer if starts_anew or not is_configuration(config.model) else None
+    vocab_size = config.vocab_size if starts_anew else None
     return FinetuneConfig(
-        model=base, tokenizer=tokenizer, scheme=scheme, data=config.data, train=config.train, seed=seed, out=str(folder)
+        model=base,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        scheme=scheme,
+        data=config.data,
+        train=config.train,
+        seed=seed,
+        out=str(folder),
     )
 
 

@@ -27,6 +27,7 @@ from pe_swap.runs.models import (
     start_model,
 )
 from pe_swap.runs.output import OutputFolder, require_free, require_output_folder
+from pe_swap.runs.recall import asked_places, words_tokenizer
 from pe_swap.runs.records import RECORD, Stopwatch, environment, fingerprint, is_main_process, read_record, write_record
 from pe_swap.training.resume import (
     complete_checkpoints,
@@ -65,7 +66,7 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
     train_documents, eval_documents = text.tokens(tokenizer)
     data.require_tokens(train_documents, "train")
     data.require_tokens(eval_documents, "eval")
-    evaluator = _evaluator(config, eval_documents, tokenizer)
+    evaluator = None if config.data.recall else _evaluator(config, eval_documents, tokenizer)
     model = start_model(config.model, tokenizer) if is_configuration(config.model) else load_model(str(config.model))
     require_vocabulary(model, tokenizer)
     record: dict[str, Any] = {
@@ -82,12 +83,13 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
             "sha256": text.key,
             "repeated_documents": text.repeated,
         },
-        "perplexity": {"length": evaluator.measure.lengths[0], "before_swap": _before_swap(config, text, model, evaluator)},
     }
+    before = None if evaluator is None else _before_swap(config, text, model, evaluator)
     apply_scheme(model, config.scheme)
     record["scheme"] = scheme_name(model)
-    before = record["perplexity"]["before_swap"]
-    record["perplexity"]["after_swap"] = before if config.scheme.name == ORIGINAL else perplexity(model, evaluator)
+    if evaluator is not None:
+        after = before if config.scheme.name == ORIGINAL else perplexity(model, evaluator)
+        record["perplexity"] = {"length": evaluator.measure.lengths[0], "before_swap": before, "after_swap": after}
     write = _writer(output, record)
 
     def start() -> None:
@@ -106,12 +108,14 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
         block_size=config.data.block_size,
         seed=config.seed,
         output=output,
+        asked=asked_places(config.data.recall, config.data.block_size) if config.data.recall else None,
         resume=config.resume,
         on_start=start,
         on_checkpoint=write,
     )
     trained = config.train.max_steps > 0
-    record["perplexity"]["after_training"] = perplexity(model, evaluator) if trained else None
+    if evaluator is not None:
+        record["perplexity"]["after_training"] = perplexity(model, evaluator) if trained else None
     diverged = trained and has_diverged(model, record)
     record |= {"status": "diverged" if diverged else "done", "seconds": watch.seconds}
     write()
@@ -193,7 +197,8 @@ def perplexity(model: PreTrainedModel, evaluator: Evaluator) -> float | None:
 
 def has_diverged(model: PreTrainedModel, record: dict[str, Any]) -> bool:
     """Tell whether training left a loss, a weight or a perplexity that is not finite."""
-    lost = record["perplexity"]["after_training"] is None and record["perplexity"]["after_swap"] is not None
+    measured = record.get("perplexity")
+    lost = measured is not None and measured["after_training"] is None and measured["after_swap"] is not None
     finite = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
     return lost or not finite or not math.isfinite(record["training"]["train_loss"])
 
@@ -217,6 +222,10 @@ def processes() -> int:
 
 def _tokenizer(config: FinetuneConfig, documents: Sequence[str]) -> PreTrainedTokenizerBase:
     """Return the tokenizer a configuration asks for."""
+    if config.data.recall:
+        if config.vocab_size is not None or config.tokenizer is not None:
+            raise ConfigError("data.recall has a token per word, so it takes no tokenizer and no vocab_size. Drop them.")
+        return words_tokenizer(config.data.recall.words)
     if config.vocab_size is not None:
         return data.train_tokenizer(documents, config.vocab_size)
     if config.tokenizer is not None:

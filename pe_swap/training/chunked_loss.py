@@ -21,9 +21,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from pe_swap.errors import UnsupportedModelError
 from pe_swap.evaluation.losses import LOGITS_IN_A_CHUNK, check_head, vocabulary_head
 from pe_swap.families import known_loss_type
-
-IGNORED = -100
-"""Label of a token without a target, as in transformers."""
+from pe_swap.runs.data import IGNORED
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -175,6 +175,7 @@ def train(
     block_size: int,
     seed: int,
     output: OutputFolder,
+    asked: Sequence[int] | None = None,
     resume: bool = False,
     on_start: Callable[[], None] = _nothing,
     on_checkpoint: Callable[[], None] = _nothing,
@@ -189,6 +190,8 @@ def train(
         block_size: tokens in a block.
         seed: of data order, masks and dropout.
         output: output folder; checkpoints go below it.
+        asked: index in each document of the tokens that are learned; a document is then one block. Every token of blocks packed from
+            all documents by default.
         resume: continue from the last checkpoint there. On the same machine the numbers are those of a run never interrupted.
         on_start: called after all checks of the input, before the first step and before anything is written.
         on_checkpoint: called after each checkpoint is written.
@@ -210,7 +213,11 @@ def train(
                 _save_tokenizer(tokenizer, model, folder)
         return {"steps": 0, "train_loss": None, "blocks": 0, "dropped_tokens": 0, "log": []}
     _require_positions_for(model, section, block_size)
-    packed, dropped = data.blocks(documents, tokenizer, block_size, causal=is_causal(model))
+    if asked is None:
+        packed, dropped = data.blocks(documents, tokenizer, block_size, causal=is_causal(model))
+    else:
+        _require_causal(model)
+        packed, dropped = data.question_blocks(documents, tokenizer, asked)
     trainer = PositionalTrainer(
         model=model,
         args=_arguments(section, seed, output.path),
@@ -236,6 +243,18 @@ def train(
         "dropped_tokens": dropped,
         "log": [{"step": entry["step"], "loss": entry["loss"]} for entry in log],
     }
+
+
+def _require_causal(model: PreTrainedModel) -> None:
+    """Refuse an encoder, which has no next token to be asked for.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if not is_causal(model):
+        raise ConfigError(
+            f"data.recall trains models that look back only, and {type(model).__name__} looks both ways. Name a decoder."
+        )
 
 
 def _require_positions_for(model: PreTrainedModel, section: TrainSection, block_size: int) -> None:
@@ -318,10 +337,11 @@ def _collator(
 def causal_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Return blocks of one token more than their inputs as a batch in which every input has a target.
 
-    Left to shift labels itself, the model would leave the last input without one, and the last row of a learned table untrained.
+    Blocks of questions have labels of their own, for the answers alone. Left to shift labels itself, the model would leave the last
+    input without one, and the last row of a learned table untrained.
     """
     tokens = torch.tensor([row["input_ids"] for row in rows])
-    targets = tokens[:, 1:].contiguous()
+    targets = torch.tensor([row.get("labels", row["input_ids"]) for row in rows])[:, 1:].contiguous()
     return {"input_ids": tokens[:, :-1].contiguous(), "labels": targets, "shift_labels": targets}
 
 

@@ -513,3 +513,29 @@ def test_a_comparison_over_seeds(quick: Path, tmp_path: Path, monkeypatch: pytes
     assert record["parts_of_further_seeds"]["1"].keys() == record["parts"].keys()
     assert "seeds 0, 1." in (out / "report.md").read_text()
     assert {line.split(",")[2] for line in (out / "results.csv").read_text().splitlines()[1:]} == {"0 1", "0", "1"}
+
+
+def test_recall_is_trained_from_scratch_under_each_scheme(
+    quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(quick.read_text())
+    del content["base"], content["vocab_size"]
+    content["data"] = {"recall": {"pairs": 2, "words": 9, "sequences": 40}, "block_size": 16}
+    content["eval"] = {"lengths": [16, 32], "protocols": [], "measures": ["recall"], "options": {"recall": {"pairs": 2}}}
+    quick.write_text(yaml.safe_dump(content, sort_keys=False))
+    out = tmp_path / "out"
+    assert call("compare", "--config", str(quick), "--out", str(out)) == 0
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["evaluation", "schemes"]
+    record = json.loads((out / "record.json").read_text())
+    assert [(row["model"], row["length"], row["error"] is None, row["count"]) for row in record["probes"]] == [
+        ("control", 16, True, 64), ("control", 32, False, 0), ("alibi", 16, True, 64), ("alibi", 32, True, 64),
+    ]  # fmt: skip
+    assert "perplexity" not in (out / "report.md").read_text().lower()
+    assert json.loads((out / "schemes" / "alibi" / "record.json").read_text())["training"]["blocks"] == 40
+    capsys.readouterr()
+    for change, said in (
+        (["--vocab_size", "300"], "it takes no tokenizer and no vocab_size. Drop them."),
+        (["--model", "{model_type: bert, num_hidden_layers: 1, hidden_size: 16, num_attention_heads: 2}"], "looks both ways"),
+    ):
+        assert call("compare", "--config", str(quick), "--out", str(tmp_path / "other"), *change) == 2
+        assert said in capsys.readouterr().err

@@ -7,20 +7,23 @@ from pathlib import Path
 import pytest
 
 from pe_swap.errors import DataError
-from pe_swap.runs.config import KEYS_OF_SOURCE, SOURCES, DataSection
+from pe_swap.runs.config import KEYS_OF_SOURCE, SOURCES, DataSection, RecallSection
 from pe_swap.runs.data import (
+    IGNORED,
     Text,
     blocks,
     digest,
     document_start,
     load_documents,
     load_text,
+    question_blocks,
     require_tokens,
     shared_documents,
     sotu_texts,
     tokenized,
     train_tokenizer,
 )
+from pe_swap.runs.recall import asked_places, recall_texts, words_tokenizer
 from tests.evaluation.test_evaluator import tokenizer
 
 
@@ -67,6 +70,19 @@ def test_packing_for_an_encoder_puts_its_tokens_around_each_block() -> None:
     assert dropped == 1
 
 
+def test_sequences_to_look_up_are_blocks_whose_targets_are_the_answers() -> None:
+    section = RecallSection(pairs=2, words=9, sequences=3)
+    texts = recall_texts(section, 12, held_out=False)
+    packed, dropped = question_blocks(words_tokenizer(9)(texts)["input_ids"], words_tokenizer(9), asked_places(section, 12))
+    assert (len(packed), dropped) == (3, 0)
+    for text, ids, labels in zip(texts, packed["input_ids"][:], packed["labels"][:], strict=True):
+        assert ids == [0, *(int(word) + 1 for word in text.split())]  # word 0 is token 1, behind the start token
+        assert [index for index, label in enumerate(labels) if label != IGNORED] == [10, 12]
+        for place in (10, 12):
+            assert labels[place] == ids[place] == ids[ids.index(ids[place - 1]) + 1]
+    assert not set(recall_texts(section, 12, held_out=True)) & set(texts)
+
+
 def test_too_little_text_for_a_block_is_refused() -> None:
     with pytest.raises(DataError, match=r"The text has 4 tokens, fewer than one block of 128\. Give more text, or a smaller"):
         blocks([[5, 6, 7]], tokenizer(), 128, causal=True)
@@ -75,7 +91,7 @@ def test_too_little_text_for_a_block_is_refused() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "no source of text; it must name exactly one of text_files, dataset and sotu"),
+        ({}, "no source of text; it must name exactly one of text_files, dataset, sotu and recall"),
         ({"sotu": True, "dataset": "x"}, "dataset and sotu; it must name exactly one"),
         ({"text_files": ["nowhere.txt"]}, r"Cannot read the text file 'nowhere\.txt': No such file"),
         ({"sotu": True, "train_years": (1700, 1701)}, r"The train text \(sotu\) is empty"),

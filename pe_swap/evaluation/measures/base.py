@@ -182,24 +182,6 @@ def ordinary_tokens(text: Text) -> list[int]:
     return [index for index in range(len(text.tokenizer)) if index not in special]
 
 
-def draw(choices: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
-    """Return `count` different entries of `choices`, in random order.
-
-    Raises:
-        DataError: there are not as many.
-    """
-    if len(choices) < count:
-        raise DataError(
-            f"{count:,} different tokens are needed, and the vocabulary has {len(choices):,} besides special ones. Use fewer pairs."
-        )
-    return [choices[index] for index in torch.randperm(len(choices), generator=generator)[:count].tolist()]
-
-
-def draw_again(choices: Sequence[int], count: int, generator: torch.Generator) -> list[int]:
-    """Return `count` entries of `choices`, each drawn from all of them."""
-    return [choices[index] for index in torch.randint(len(choices), (count,), generator=generator).tolist()]
-
-
 def framed(text: Text, body: Sequence[int]) -> tuple[list[int], int]:
     """Return a body between the tokens that the model expects around a text, and how many of them stand before it."""
     if text.is_causal:

@@ -22,13 +22,12 @@ from pe_swap.evaluation.measures.base import (
     Probe,
     Reading,
     body_length,
-    draw,
-    draw_again,
     framed,
     ordinary_tokens,
 )
 from pe_swap.evaluation.text import Text
 from pe_swap.runs.config import PositiveInt
+from pe_swap.runs.recall import draw, draw_again
 
 
 class CopyOptions(MeasureOptions):

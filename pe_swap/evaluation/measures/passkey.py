@@ -16,9 +16,10 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pe_swap.errors import DataError
-from pe_swap.evaluation.measures.base import MEASURES, MeasureOptions, Probe, Reading, answered, body_length, draw_again, framed
+from pe_swap.evaluation.measures.base import MEASURES, MeasureOptions, Probe, Reading, answered, body_length, framed
 from pe_swap.evaluation.text import Text
 from pe_swap.runs.config import Integer, PositiveInt
+from pe_swap.runs.recall import draw_again
 
 FILLER = (
     "The rain fell on the hills. The river ran down to the sea. A boat came in at noon. The men went home. The road was long. "

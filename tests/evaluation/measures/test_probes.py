@@ -15,10 +15,10 @@ from pe_swap.evaluation.evaluator import Evaluator
 from pe_swap.evaluation.measures import MEASURES, Probe, measure
 from pe_swap.evaluation.measures.copy import sequences
 from pe_swap.evaluation.measures.diagnose import head_statistics
-from pe_swap.evaluation.measures.recall import recall_body
 from pe_swap.evaluation.text import Text
 from pe_swap.runs.config import MeasureSection
 from pe_swap.runs.models import longest_input
+from pe_swap.runs.recall import recall_body
 from tests.evaluation.measures.oracles import finds_what_followed, words
 from tests.evaluation.test_evaluator import DOCUMENTS, tokenizer
 from tests.support.models import TRAINED_LENGTH, build, swapped
