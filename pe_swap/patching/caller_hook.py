@@ -16,7 +16,7 @@ from pe_swap.errors import UnsupportedModelError
 from pe_swap.families import Stack
 from pe_swap.families.attention_modules.interface import CACHE_ARGUMENTS
 from pe_swap.families.native.base import as_rows, count
-from pe_swap.patching.devices import bring_back_offloaded, on_device
+from pe_swap.patching.devices import bring_back_offloaded, gather_own_shards, on_device
 from pe_swap.patching.holder import HolderRef, SchemeHolder
 from pe_swap.patching.layer_cache import self_attention_cache
 
@@ -49,6 +49,7 @@ def prepare_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     binding: CallerBinding = getattr(module, CALLER_ATTRIBUTE)
     holder = binding.holder_ref.holder
     bring_back_offloaded(holder)
+    gather_own_shards(holder)
     kwargs = {**dict(zip(binding.parameters, args, strict=False)), **kwargs}
     tokens: Tensor | None = kwargs.get("input_ids")
     embeddings: Tensor | None = kwargs.get("inputs_embeds")

@@ -1,7 +1,8 @@
-"""Positional weights where a layer needs them, when tools have spread a model over devices.
+"""Positional weights where a layer needs them, when tools have spread a model over devices or processes.
 
-transformers and accelerate place a module's weights for the module's own call. Positional weights stand in the table's place and are
-read by every layer, which no such tool can know: offloaded weights would be read as the empty tensors they left behind.
+transformers, accelerate and FSDP place a module's weights for the module's own call. Positional weights stand in the table's place and
+are read by every layer, which no such tool can know: offloaded weights would be read as the empty tensors they left behind, and
+sharded ones as one process's part.
 """
 
 from __future__ import annotations
@@ -27,6 +28,18 @@ def bring_back_offloaded(holder: SchemeHolder) -> None:
         if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             hook.pre_forward(module)
             remove_hook_from_module(module)
+
+
+def gather_own_shards(holder: SchemeHolder) -> None:
+    """Gather positional weights that FSDP2 shards as a unit of their own, until the backward pass has their gradients.
+
+    FSDP2 gathers a unit's weights for its call and lets them go at its end, before any layer reads them. Sharded with the root (no
+    `fully_shard` of the holder itself) they are there for the whole call anyway.
+    """
+    gather, keep = getattr(holder, "unshard", None), getattr(holder, "set_reshard_after_forward", None)
+    if gather is not None and keep is not None:  # the methods of a module that `fully_shard` was called on
+        keep(False)
+        gather()
 
 
 def on_device(scheme: Scheme, device: torch.device) -> Scheme:

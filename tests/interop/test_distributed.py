@@ -1,9 +1,10 @@
-"""Two processes on a CPU (gloo): DDP and FSDP train a swapped model as one process does."""
+"""Two processes on a CPU (gloo): DDP, FSDP and DeepSpeed's ZeRO-3 train a swapped model as one process does."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,20 @@ def in_one_process(folder: Path) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize(("kind", "launcher"), [("ddp", ACCELERATE), ("fsdp", TORCHRUN)])
-def test_two_processes_train_as_one(kind: str, launcher: list[str], tmp_path: Path) -> None:
-    start = swapped("gpt2", "t5")
+ZERO3 = pytest.param(
+    "zero3",
+    "fire",
+    TORCHRUN,
+    marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed"),
+)
+"""With fire, whose parameters are scalars in the paper: neither DeepSpeed nor FSDP takes a tensor without dimensions."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "case", "launcher"), [("ddp", "t5", ACCELERATE), ("fsdp", "t5", TORCHRUN), ("fsdp-unit", "fire", TORCHRUN), ZERO3]
+)
+def test_two_processes_train_as_one(kind: str, case: str, launcher: list[str], tmp_path: Path) -> None:
+    start = swapped("gpt2", case)
     start.save_pretrained(tmp_path / "start")
     expected = in_one_process(tmp_path / "start")
     command = [
@@ -43,14 +55,14 @@ def test_two_processes_train_as_one(kind: str, launcher: list[str], tmp_path: Pa
         str(tmp_path / "out"),
         kind,
     ]
-    variables = environment(ACCELERATE_USE_CPU="true")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=variables, cwd=ROOT)
+    variables = environment(ACCELERATE_USE_CPU="true", DS_ACCELERATOR="cpu")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=variables, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    if kind == "fsdp":
+    if kind.startswith("fsdp"):
         assert len(list((tmp_path / "out" / "state").glob("*.distcp"))) == 2
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
     assert trained.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(trained[name], value, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-    for name, parameter in positional_parameters(start):
-        assert (trained[name] - parameter).abs().max() > 1e-4
+        torch.testing.assert_close(trained[name], value, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    moved = {name: float((trained[name] - parameter).abs().max()) for name, parameter in positional_parameters(start)}
+    assert max(moved.values()) > 1e-4, moved  # of fire a few have almost no gradient: a softmax ignores what all scores share

@@ -1,13 +1,16 @@
 """What two processes do with a saved swapped model: `accelerate launch ... distributed_run.py FOLDER OUT KIND`.
 
-KIND is `ddp`, through Accelerate, or `fsdp`, through PyTorch's `fully_shard`: Accelerate turns FSDP off on a CPU without a word. Both
-take the same steps on the same rows, save their state on the way, go on, go back to what they saved and go on anew.
+KIND is `ddp`, through Accelerate; `fsdp`, through PyTorch's `fully_shard`, as Accelerate turns FSDP off on a CPU without a word;
+`fsdp-unit`, where the module of the schemes is a unit of its own; or `zero3`, through DeepSpeed. All take the same steps on the same
+rows, save their state on the way, go on, go back to what they saved and go on anew.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +73,18 @@ def run_ddp(model: PreTrainedModel, folder: Path) -> list[dict[str, Tensor]]:
     return ends
 
 
-def run_fsdp(model: PreTrainedModel, folder: Path) -> list[dict[str, Tensor]]:
-    """As `run_ddp`, with every parameter in two shards; each process writes and reads its own."""
+def run_fsdp(model: PreTrainedModel, folder: Path, *, own_unit: bool = False) -> list[dict[str, Tensor]]:
+    """As `run_ddp`, with every parameter in two shards; each process writes and reads its own.
+
+    Args:
+        model: the model.
+        folder: for the state.
+        own_unit: shard the module of the schemes by itself, and not with the root.
+    """
     distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for unit in (*model.transformer.h, *([model.transformer.wpe] if own_unit else []), model):
+        fully_shard(unit, mesh=mesh)
     sharded = {name for name, parameter in model.named_parameters() if parameter.to_local().numel() < parameter.numel()}
     assert any(".wpe.schemes." in name for name in sharded)
     optimizer = optimizer_of(model)
@@ -95,11 +103,50 @@ def run_fsdp(model: PreTrainedModel, folder: Path) -> list[dict[str, Tensor]]:
     return ends
 
 
+def run_zero3(model: PreTrainedModel, folder: Path) -> list[dict[str, Tensor]]:
+    """As `run_fsdp`, through DeepSpeed's ZeRO-3, which gathers a weight when a module reads it."""
+    import deepspeed
+
+    rank = int(os.environ["RANK"])
+    settings = {
+        "train_micro_batch_size_per_gpu": ROWS // 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    deepspeed.init_distributed("gloo")
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=settings)
+    assert all(parameter.numel() == 0 for parameter in model.parameters()), "a parameter is not partitioned"
+
+    def one_step() -> None:
+        engine.backward(engine(share_of(rank), labels=share_of(rank), use_cache=False).loss)
+        engine.step()
+
+    for _ in range(STEPS - 1):
+        one_step()
+    engine.save_checkpoint(str(folder))
+    ends = []
+    for _ in range(2):
+        one_step()
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            ends.append({name: value.detach().clone() for name, value in model.state_dict().items()})
+        engine.load_checkpoint(str(folder))
+    return ends
+
+
+RUNS: dict[str, Callable[[PreTrainedModel, Path], list[dict[str, Tensor]]]] = {
+    "ddp": run_ddp,
+    "fsdp": run_fsdp,
+    "fsdp-unit": partial(run_fsdp, own_unit=True),
+    "zero3": run_zero3,
+}
+
+
 def main(source: Path, out: Path, kind: str) -> None:
     """Train, and let the first process save the model."""
     torch.set_num_threads(1)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
-    ends = {"ddp": run_ddp, "fsdp": run_fsdp}[kind](model, out / "state")
+    ends = RUNS[kind](model, out / "state")
     if distributed.get_rank() == 0:
         assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items()), "the reloaded state went elsewhere"
         model.save_pretrained(out / "model", state_dict=ends[0])
