@@ -28,10 +28,11 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
 from pe_swap.commands.benchmark_report import BenchmarkRow, benchmark_plot, benchmark_table
 from pe_swap.errors import ConfigError
-from pe_swap.evaluation.report import png, write_whole
+from pe_swap.evaluation.report import png
 from pe_swap.families import FAMILIES
 from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.runs.config import BenchmarkConfig, Task, resolved
+from pe_swap.runs.files import write_whole
 from pe_swap.runs.records import Stopwatch, environment, write_record
 from pe_swap.schemes import SCHEMES
 from pe_swap.swap import swap_positional

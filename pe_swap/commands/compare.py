@@ -79,7 +79,6 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "parts": parts[config.seeds[0]],
         "parts_of_further_seeds": {seed: parts[seed] for seed in config.seeds[1:]},
         **{key: measured[key] for key in REPORTED},
-        "data": {**measured["data"], "repeated_documents": text.repeated},
         "trained_length": {label: config.data.block_size for label in config.schemes},
     }
     write_record(out, record)
@@ -217,7 +216,7 @@ def _what_differs(record: dict[str, Any], config: FinetuneConfig) -> str:
 def _evaluate(config: CompareConfig, labels: dict[str, str], out: Path, text: data.Text) -> dict[str, Any]:
     """Evaluate all models on the held-out text; each model that was measured before on the same is kept."""
     settings = {"models": list(labels), "data": resolved(config.data), "seed": config.seeds[0], "out": str(out)}
-    return evaluate(build(EvalConfig, {**resolved(config.eval), **settings}), text.held_out, labels)
+    return evaluate(build(EvalConfig, {**resolved(config.eval), **settings}), text, labels)
 
 
 def _perplexities(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pe_swap.evaluation.rows import PROTOCOL_VERSION, PerplexityRow, ProbeRow
 from pe_swap.evaluation.seeds import joined, joined_probes
 from pe_swap.evaluation.text import tokens_and_bytes, where_first_token_stands
 from pe_swap.runs import data as text
-from pe_swap.runs.config import EvalConfig, MeasureSection, resolved
+from pe_swap.runs.config import DataSection, EvalConfig, MeasureSection, build, resolved
 from pe_swap.runs.models import content_hashes, load_model, scheme_name
 from pe_swap.runs.output import require_kind, require_output_folder
 from pe_swap.runs.records import Stopwatch, environment, fingerprint, read_record, write_record
@@ -44,14 +44,15 @@ DESCRIPTION = f"""Models at lengths they were never trained on, on the same text
 """The first part of the script's --help."""
 
 
-def evaluate(config: EvalConfig, texts: Sequence[str] | None = None, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
+def evaluate(config: EvalConfig, known_text: text.Text | None = None, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Evaluate every model and write record, tables and plots; return the record.
 
     Of several models, one that cannot be loaded or measured is rows that say why, so that the others' results stand.
 
     Args:
         config: models, lengths, measures.
-        texts: documents to evaluate on; all that `config.data` names by default.
+        known_text: the text that the models were trained and are evaluated on, where it has been read already; `config.data` names
+            the documents to evaluate on by default, and the models' own records those that they were trained on.
         labels: each model's name in the report. Models of one name are one model's trainings with several seeds, and one row.
 
     Raises:
@@ -72,16 +73,14 @@ def evaluate(config: EvalConfig, texts: Sequence[str] | None = None, labels: Map
                 f"The tokenizer has {len(tokenizers[name]):,} tokens, the model '{name}' knows {configuration.vocab_size:,}. Models "
                 "compared on the same tokens need one vocabulary; name it with --tokenizer, or evaluate this model alone."
             )
-    texts = text.load_documents(_all_for_evaluation(config).data, "eval") if texts is None else texts
-    texts = [document[: config.max_document_characters] for document in texts]
+    whole = text.load_documents(_all_for_evaluation(config).data, "eval") if known_text is None else known_text.held_out
+    repeated = _repeated_documents(config, whole[: config.max_documents], known_text)
+    texts = [document[: config.max_document_characters] for document in whole]
     evaluators: dict[int, Evaluator] = {}
     for tokenizer in tokenizers.values():
         if id(tokenizer) not in evaluators:
             documents, byte_ends = tokens_and_bytes(texts, tokenizer)
-            if not any(documents):
-                raise DataError(
-                    "The tokenizer leaves no token of the text to evaluate. Name other text, or the models' own tokenizer."
-                )
+            text.require_tokens(documents, "eval")
             evaluators[id(tokenizer)] = Evaluator(documents, tokenizer, config, config.seed, byte_ends)
     rows: list[PerplexityRow] = []
     probes: list[ProbeRow] = []
@@ -132,7 +131,7 @@ def evaluate(config: EvalConfig, texts: Sequence[str] | None = None, labels: Map
         "protocol_version": PROTOCOL_VERSION,
         "first_token": where_first_token_stands(first.tokenizer, config),
         "unit": config.unit,
-        "data": text.describe(first.text().documents),
+        "data": {**text.describe(first.text().documents), "repeated_documents": repeated},
         "trained_length": trained,
         "measures": {one.name: one.note() for one in measures if isinstance(one, Probe)},
         "results": rows,
@@ -170,6 +169,33 @@ def _tokenizers(config: EvalConfig) -> dict[str, PreTrainedTokenizerBase]:
             "each. Use max_document_characters, and the protocols nonoverlapping and sliding."
         )
     return own
+
+
+def _repeated_documents(config: EvalConfig, texts: Sequence[str], known_text: text.Text | None) -> int | None:
+    """Return how many documents to evaluate on were also trained on, by the models' records; None where none of them says it.
+
+    A record names its text and holds its hash. Text that is not there any more, or has changed since, says nothing.
+    """
+    if known_text is not None:
+        return len(text.shared_documents(known_text.train, texts))
+    trained: dict[str, Sequence[str]] = {}
+    for name in config.models:
+        record = read_record(Path(name)) or {}
+        key = (record.get("data") or {}).get("sha256")
+        if record.get("kind") != "finetune" or key is None or key in trained:
+            continue
+        try:
+            data = text.load_text(build(DataSection, record["config"]["data"]))
+        except PESwapError:
+            continue
+        if data.key == key:
+            trained[key] = data.train
+    if not trained:
+        return None
+    repeated = len(text.shared_documents([document for documents in trained.values() for document in documents], texts))
+    if repeated:
+        print(f"{repeated:,} documents to measure on were also trained on", file=sys.stderr)
+    return repeated
 
 
 def _part(out: Path, name: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from pe_swap.errors import ConfigError
 from pe_swap.evaluation.comparison import differs
 from pe_swap.evaluation.rows import PerplexityRow, ProbeNote, ProbeRow
+from pe_swap.runs.files import write_whole
 
 COLUMNS = (
     "model", "scheme", "seeds", "protocol", "length", "perplexity", "ci_low", "ci_high", "control", "ratio", "ratio_low", "ratio_high",
@@ -39,7 +38,7 @@ def write_report(folder: Path, record: dict[str, Any], *, title: str = "At lengt
     Each file is written whole or not at all.
 
     Raises:
-        ConfigError: the folder cannot be written to.
+        OSError: the folder cannot be written to.
     """
     rows: list[PerplexityRow] = record["results"]
     probes: list[ProbeRow] = record.get("probes") or []
@@ -66,24 +65,6 @@ def write_report(folder: Path, record: dict[str, Any], *, title: str = "At lengt
     write_whole(folder / "report.md", "\n".join(parts))
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file; a reader sees the old one or the whole new one.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
-        raise ConfigError(
-            f"Cannot write '{path}': {error.strerror}. Free some space, or name another folder with --out."
-        ) from error
-
-
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG file."""
     content = io.BytesIO()
@@ -107,13 +88,16 @@ def _footer(record: dict[str, Any]) -> str:
     data = record.get("data") or {}
     starts = {"window": "at the start of every window", "document": "at the start of a document alone"}
     where = starts.get(record.get("first_token") or "")
+    repeated = data.get("repeated_documents")
     perplexities = (
         f"Perplexity is token-weighted; in brackets stands its 95% bootstrap interval over {_drawn(record['results'])} (none of a single "
         "document)."
     )
+    warning = f"**{repeated} of these documents were also trained on**, so their perplexity says little of other text."
     return " ".join(
         [
             f"Measured on {data.get('documents')} documents, {data.get('tokens')} tokens.",
+            *([warning] if repeated else []),
             *([perplexities] if record["results"] else []),
             "A dash is a length that could not be taken; the reason stands below its table.",
             *([f"The tokenizer's first token stands {where}."] if where else []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -201,6 +202,35 @@ class SchemeHolder(Holder):
     def device(self) -> torch.device:
         """The device of the token embeddings."""
         return self.tokens.weight.device
+
+    def train(self, mode: bool = True) -> SchemeHolder:
+        """Switch between training and evaluation, as every module.
+
+        Warns:
+            UserWarning: a training begins in which other weights of the model move and no parameter of the schemes does: PEFT freezes
+                all that it is not told of, and parameters that a swap brought have not been trained by anybody.
+        """
+        super().train(mode)
+        parameters = list(self.parameters())
+        if mode and parameters and not any(parameter.requires_grad for parameter in parameters) and self._acts_beside_trained():
+            name = self.stack.native.holder_path.rpartition(".")[2]
+            warnings.warn(
+                f"The parameters of {'+'.join(dict.fromkeys(scheme.name for scheme in self))} are frozen, while others of the model are "
+                f'trained. Train them too (in a PEFT configuration modules_to_save=["{name}"]), or ignore this where they are trained '
+                "already.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self
+
+    def _acts_beside_trained(self) -> bool:
+        """Tell whether these schemes act in their model, and not a copy that is trained in their place, and a weight of it is trained."""
+        model = self.tokens.root
+        try:
+            acts = model.get_submodule(self.stack.native.holder_path) is self
+        except AttributeError:
+            return False
+        return acts and any(parameter.requires_grad for parameter in model.parameters())
 
     def zero_based(self, position_ids: Tensor) -> Tensor:
         """Return position ids counted from 0; what a family gives padding, below its first id, becomes 0."""

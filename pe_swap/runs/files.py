@@ -30,6 +30,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
+        error.filename = str(path)  # the file that was asked for, in the message
         temporary.unlink(missing_ok=True)
         raise

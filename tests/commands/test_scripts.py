@@ -75,6 +75,10 @@ def test_compare_then_evaluate_then_finetune(quick: Path, tmp_path: Path, texts:
     record = json.loads((tmp_path / "eval" / "record.json").read_text())
     assert {(row["model"], row["scheme"]) for row in record["results"]} == {("alibi", "alibi"), ("control", "original")}
     assert record["trained_length"] == {"alibi": 16, "control": 16}
+    assert record["data"]["repeated_documents"] == 0
+    assert call("eval_long_context", *line, "--data.text_files", *texts[1:], "--out", str(tmp_path / "again")) == 0
+    assert json.loads((tmp_path / "again" / "record.json").read_text())["data"]["repeated_documents"] == 1
+    assert "**1 of these documents were also trained on**" in (tmp_path / "again" / "report.md").read_text()
 
     line = ["--model", folders[1], "--scheme.name", "rope", "--scheme.base", "20000", "--train.max_steps", "1"]
     line += ["--data.block_size", "16", "--data.text_files", *texts[:2], "--out", str(tmp_path / "tuned")]

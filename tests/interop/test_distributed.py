@@ -64,5 +64,5 @@ def test_two_processes_train_as_one(kind: str, case: str, launcher: list[str], t
     assert trained.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(trained[name], value, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
-    moved = {name: float((trained[name] - parameter).abs().max()) for name, parameter in positional_parameters(start)}
+    moved = {name: float((trained[name] - parameter).detach().abs().max()) for name, parameter in positional_parameters(start)}
     assert max(moved.values()) > 1e-4, moved  # of fire a few have almost no gradient: a softmax ignores what all scores share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def disturb_adapter(model: nn.Module) -> None:
-    """Move every trainable parameter: the B matrices of LoRA start at zero, where an family does nothing."""
+    """Move every trainable parameter: the B matrices of LoRA start at zero, where an adapter does nothing."""
     torch.manual_seed(4)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,6 +59,22 @@ def test_default_target_modules_are_those_of_the_family(family: str, method: typ
     assert model.peft_config["default"].target_modules == plain.peft_config["default"].target_modules != set()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in plain.named_parameters() if parameter.requires_grad} != set()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_frozen_positional_weights_beside_an_adapter_are_warned_about(family: str) -> None:
+    adapter = get_peft_model(swapped(family, "t5"), lora(family))
+    with pytest.warns(UserWarning, match=rf'parameters of t5 are frozen.*modules_to_save=\["{PLACE[family]}"\]'):
+        adapter.train()
+    told = get_peft_model(swapped(family, "t5"), lora(family, modules_to_save=[PLACE[family]]))
+    without_any = get_peft_model(swapped(family, "rope"), lora(family))
+    head_alone = swapped(family, "t5")
+    head_alone.base_model.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.eval()
+        for model in (told, without_any, head_alone):
+            model.train()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
