@@ -26,7 +26,7 @@ from pe_swap.evaluation.seeds import joined, joined_probes
 from pe_swap.evaluation.text import tokens_and_bytes, where_first_token_stands
 from pe_swap.runs import data as text
 from pe_swap.runs.config import DataSection, EvalConfig, MeasureSection, build, resolved
-from pe_swap.runs.models import content_hashes, load_model, scheme_name
+from pe_swap.runs.models import content_hashes, is_causal_configuration, load_model, scheme_name
 from pe_swap.runs.output import require_kind, require_output_folder
 from pe_swap.runs.records import Stopwatch, environment, fingerprint, read_record, write_record
 from pe_swap.saving.model_card import record_evaluation
@@ -223,7 +223,9 @@ def _shared_key(config: EvalConfig, evaluator: Evaluator) -> str:
 
 def _measure(config: EvalConfig, evaluator: Evaluator, name: str, label: str, bar: Any) -> dict[str, Any]:
     """Return one model's rows."""
-    model = load_model(name, getattr(torch, config.dtype)).eval()
+    causal = is_causal_configuration(require_model(name))
+    with_head = evaluator.needs_vocabulary(causal=causal)
+    model = load_model(name, getattr(torch, config.dtype), with_head=with_head).eval()
     if torch.cuda.is_available():
         model = model.cuda()
     scheme = scheme_name(model)

@@ -69,7 +69,7 @@ class Evaluator:
         )
 
     def measures(self, *, causal: bool) -> list[Measure]:
-        """Return the measures that a model takes: of an encoder, `masked` in place of the protocols.
+        """Return the measures that a model takes: of an encoder, `masked` in place of the protocols, where any is asked for.
 
         Raises:
             UnknownNameError: the settings name a measure that is not there.
@@ -77,10 +77,14 @@ class Evaluator:
         """
         asked = chosen(self.measure)
         found = [one for one in asked if (one.for_decoders if causal else one.for_encoders)]
-        if not causal and not any(isinstance(one, Perplexity) for one in found):
+        if not causal and self.measure.protocols and not any(isinstance(one, Perplexity) for one in found):
             names = [name for name in MEASURES.names() if issubclass(MEASURES[name], Perplexity) and MEASURES[name].for_encoders]
             found = [*(measure(name, self.measure.options.get(name)) for name in names), *found]
         return found
+
+    def needs_vocabulary(self, *, causal: bool) -> bool:
+        """Tell whether any measure of a model needs what leads from its hidden states to words."""
+        return any(one.needs_vocabulary for one in self.measures(causal=causal))
 
     def rows(
         self, model: PreTrainedModel, label: str, scheme: str, *, progress: Callable[[str], None] = lambda text: None
@@ -91,9 +95,10 @@ class Evaluator:
             DataError: no document is long enough for any of the lengths.
             UnsupportedModelError: a model whose head is not what its logits come from.
         """
-        check_head(model)
         text = self.text(causal=is_causal(model))
         measures = [one for one in self.measures(causal=text.is_causal) if isinstance(one, Perplexity)]
+        if self.needs_vocabulary(causal=text.is_causal):
+            check_head(model)
         rows = []
         for one in measures:
             for length in self.measure.lengths:

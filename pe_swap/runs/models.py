@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     PreTrainedModel,
@@ -36,6 +37,10 @@ CONTENT = (
 """Files that make a model's folder what it is; not the model card, which an evaluation writes to, nor a record."""
 
 
+UNUSED_IN_STATES = "pooler."
+"""Where the weights begin that BERT's body has and its last hidden states do not come from."""
+
+
 def content_hashes(name: str | dict[str, Any] | None) -> dict[str, str]:
     """Return the SHA-256 of every file that decides what a local model, tokenizer or configuration is; none for what is not local."""
     path = Path(name) if isinstance(name, str) else None
@@ -45,8 +50,13 @@ def content_hashes(name: str | dict[str, Any] | None) -> dict[str, str]:
     return {file.name: file_hash(file) for file in sorted(files)}
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(name: str, dtype: torch.dtype = torch.float32, *, with_head: bool = True) -> PreTrainedModel:
     """Load a language model, swapped or not: a causal one, or a masked one where it is an encoder.
+
+    Args:
+        name: hub name or folder.
+        dtype: of the weights.
+        with_head: whether it needs its head for words; without, a sentence encoder will do.
 
     Raises:
         CheckpointError: it is missing, incomplete (a head without weights, for instance) or damaged.
@@ -55,19 +65,21 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     try:
         config = AutoConfig.from_pretrained(name)
         require_absolute_positions(config, f"'{name}'")
-        model, info = language_model_class(config).from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model_class = language_model_class(config) if with_head else AutoModel
+        model, info = model_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except PESwapError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"Cannot load a model from '{name}': {error}") from error
-    missing = sorted(info["missing_keys"])
+    missing = sorted(key for key in info["missing_keys"] if with_head or not key.startswith(UNUSED_IN_STATES))
     if missing:
         listed = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise CheckpointError(
             f"'{name}' has no weights for {listed} of {type(model).__name__}; they would be random, and so would every perplexity. Name a "
             "checkpoint that was saved with its language model head."
         )
-    require_one_direction(model, name)
+    if with_head:
+        require_one_direction(model, name)
     loaded: PreTrainedModel = model
     return loaded
 

@@ -267,11 +267,11 @@ def test_an_evaluation_that_was_killed_keeps_the_models_it_measured(
     line += ["--out", str(tmp_path / "e")]
     loaded, original = [], evaluating.load_model
 
-    def counted(name: str, *args: Any) -> Any:
+    def counted(name: str, *args: Any, **settings: Any) -> Any:
         loaded.append(Path(name).name)
         if loaded == ["control", "alibi"]:
             raise KilledError
-        return original(name, *args)
+        return original(name, *args, **settings)
 
     monkeypatch.setattr(evaluating, "load_model", counted)
     with pytest.raises(KilledError):

@@ -72,12 +72,14 @@ class Measure:
     Attributes:
         for_decoders: whether it is defined for models that look back only.
         for_encoders: whether it is defined for masked models.
+        needs_vocabulary: whether it needs what leads from hidden states to words, which a sentence encoder has not.
         Options: the class of its options.
     """
 
     name: ClassVar[str] = ""
     for_decoders: ClassVar[bool] = True
     for_encoders: ClassVar[bool] = False
+    needs_vocabulary: ClassVar[bool] = True
     Options: ClassVar[type[MeasureOptions]] = MeasureOptions
 
     def __init__(self, options: MeasureOptions) -> None:
@@ -198,6 +200,19 @@ def body_length(text: Text, length: int) -> int:
     A decoder's last token is a target only, so that a prompt has one token more than its inputs.
     """
     return length - len(framed(text, [])[0]) + (1 if text.is_causal else 0)
+
+
+def first_windows(text: Text, length: int) -> list[list[int]]:
+    """Return the first window of every document that fills the length, between the tokens that the model expects around a text.
+
+    Raises:
+        DataError: no document does.
+    """
+    around = len(framed(text, [])[0])
+    rows = [framed(text, document[: length - around])[0] for document in text.documents if len(document) + around >= length]
+    if not rows:
+        raise DataError(f"No document has {length:,} tokens. Use shorter lengths, or longer documents.")
+    return rows
 
 
 def example_losses(

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from pe_swap.attention.names import library_name
 from pe_swap.errors import DataError
 from pe_swap.evaluation.losses import hidden_states
-from pe_swap.evaluation.measures.base import MEASURES, MeasureOptions, Probe, Reading, framed
+from pe_swap.evaluation.measures.base import MEASURES, MeasureOptions, Probe, Reading, first_windows
 from pe_swap.evaluation.text import Text
 from pe_swap.runs.config import MeasureSection, PositiveInt
 
@@ -42,6 +42,7 @@ class Diagnose(Probe):
 
     name = "diagnose"
     for_encoders = True
+    needs_vocabulary = False
     Options = DiagnoseOptions
     quantities: ClassVar[dict[str, str]] = {
         "first_token_mass": "Mass on the first token, mean over heads",
@@ -56,11 +57,7 @@ class Diagnose(Probe):
 
     def readings(self, model: PreTrainedModel, text: Text, length: int) -> Iterator[Reading]:
         """Yield the three numbers of every head of every layer."""
-        around = len(framed(text, [])[0])
-        rows = [framed(text, document[: length - around])[0] for document in text.documents if len(document) + around >= length]
-        rows = rows[: self.options.documents]
-        if not rows:
-            raise DataError(f"No document has {length:,} tokens. Use shorter lengths, or longer documents.")
+        rows = first_windows(text, length)[: self.options.documents]
         sums: list[Tensor] = []
         with every_layers_probabilities(model, length) as found:
             for row in rows:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pe_swap.errors import DataError
+from pe_swap.errors import ConfigError, DataError, PositionRangeError
 from pe_swap.evaluation.evaluator import Evaluator
 from pe_swap.evaluation.measures import MEASURES, Probe, measure
 from pe_swap.evaluation.measures.copy import sequences
 from pe_swap.evaluation.measures.diagnose import head_statistics
+from pe_swap.evaluation.measures.passkey import FILLER
+from pe_swap.evaluation.measures.retrieval import FIRST_NAMES, LAST_NAMES, ranks_of_own
 from pe_swap.evaluation.text import Text
 from pe_swap.runs.config import MeasureSection
 from pe_swap.runs.models import longest_input
@@ -41,7 +48,11 @@ def read(name: str, model: Any, given: Text, length: int, **options: Any) -> dic
 PROBES = [name for name in MEASURES.names() if issubclass(MEASURES[name], Probe)]
 
 
-@pytest.mark.parametrize("name", PROBES)
+OPTIONS = {"agreement": {"reference": "the unswapped encoder"}}
+"""Options that have no default."""
+
+
+@pytest.mark.parametrize("name", [name for name in PROBES if MEASURES[name].for_decoders])
 def test_every_probe_gives_rows_for_a_real_model_and_says_what_it_is(name: str) -> None:
     settings = MeasureSection(lengths=[32, 48], protocols=[], measures=[name])
     evaluator = Evaluator(DOCUMENTS, words() if name == "passkey" else tokenizer(), settings)
@@ -55,11 +66,16 @@ def test_every_probe_gives_rows_for_a_real_model_and_says_what_it_is(name: str) 
 
 
 @pytest.mark.parametrize("name", [name for name in PROBES if MEASURES[name].for_encoders])
-def test_probes_of_encoders(name: str) -> None:
-    settings = MeasureSection(lengths=[32], protocols=[], measures=[name])
-    named = words() if name == "passkey" else tokenizer(masked=True)
-    rows = Evaluator(DOCUMENTS, named, settings).probe_rows(swapped("bert", "alibi"), "b", "alibi")
-    assert rows
+def test_probes_of_encoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pe_swap.evaluation.measures.agreement.load_model", lambda *args, **settings: build("bert"))
+    options = {key: value for key, value in OPTIONS.items() if key == name}
+    settings = MeasureSection(lengths=[32], protocols=[], measures=[name], options=options)
+    named = words() if name in ("passkey", "retrieval") else tokenizer(masked=True)
+    evaluator = Evaluator(DOCUMENTS, named, settings)
+    assert evaluator.needs_vocabulary(causal=False) is MEASURES[name].needs_vocabulary
+    assert evaluator.rows(swapped("bert", "alibi"), "b", "alibi") == []
+    rows = evaluator.probe_rows(swapped("bert", "alibi"), "b", "alibi")
+    assert {row["quantity"] for row in rows} == MEASURES[name].quantities.keys()
     assert all(row["error"] is None for row in rows)
 
 
@@ -245,3 +261,68 @@ def test_diagnosis_is_that_of_the_models_own_probabilities(family: str, case: st
         expected = probabilities[0, :, 1:, 0].mean(-1)
         values = [found["first_token_mass", float(layer), float(head)] for head in range(12)]
         assert values == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+# retrieval
+
+
+def names_and_words() -> PreTrainedTokenizerFast:
+    texts = [FILLER, "The pass key of is What ?", *FIRST_NAMES, *LAST_NAMES]
+    found = dict.fromkeys(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text))
+    inner = Tokenizer(
+        WordLevel({name: index for index, name in enumerate(["[UNK]", "[CLS]", "[SEP]", *found])}, unk_token="[UNK]")
+    )
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+
+
+def test_documents_hold_what_their_queries_ask_for() -> None:
+    given = text(lengths=[40], named=names_and_words(), causal=False)
+    documents, queries = measure("retrieval", {"documents": 5}).documents_and_queries(given, 40)
+    assert [len(document) for document in documents] == [40] * 5
+    for document, query in zip(documents, queries, strict=True):
+        said, asked = (given.tokenizer.decode(ids).split() for ids in (document, query))
+        assert asked[:6] == ["[CLS]", "What", "is", "the", "pass", "key"]
+        first, last = asked[7:9]
+        assert [said[index + 1] for index, word in enumerate(said) if word == first] == [last]
+    found, _ = measure("retrieval", {"documents": 1, "haystack": "documents"}).documents_and_queries(given, 40)
+    assert sum(token in DOCUMENTS[0][:40] for token in found[0]) >= 25
+
+
+def test_a_bag_of_words_retrieves_and_a_constant_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = text(lengths=[40], named=names_and_words(), causal=False)
+
+    names = torch.tensor(given.tokenizer.convert_tokens_to_ids([*FIRST_NAMES, *LAST_NAMES]))
+
+    def bag_of_names(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        return (ids[..., None] == names).double()
+
+    monkeypatch.setattr("pe_swap.evaluation.embeddings.hidden_states", bag_of_names)
+    assert read("retrieval", build("bert"), given, 40, documents=20) == {("accuracy",): 1.0, ("reciprocal_rank",): 1.0}
+    monkeypatch.setattr("pe_swap.evaluation.embeddings.hidden_states", lambda model, ids: torch.ones(*ids.shape, 4))
+    found = read("retrieval", build("bert"), given, 40, documents=20)
+    assert (found["accuracy",], found["reciprocal_rank",]) == (0.0, pytest.approx(1 / 20))
+
+
+def test_ranks_by_hand() -> None:
+    cosines = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.5, 0.6], [0.3, 0.2, 0.3]])
+    assert ranks_of_own(cosines).tolist() == [1.0, 3.0, 2.0]
+
+
+# agreement
+
+
+def test_agreement_is_the_cosine_of_mean_states(tmp_path: Path) -> None:
+    model, given = swapped("bert", "rope"), text(lengths=[16], causal=False)
+    build("bert").save_pretrained(tmp_path)
+    row = [1, *DOCUMENTS[0][:14], 2]
+    with torch.no_grad():
+        ours, theirs = (one.base_model(torch.tensor([row])).last_hidden_state.mean(1) for one in (model, build("bert")))
+    found = read("agreement", model, given, 16, reference=str(tmp_path), documents=1)
+    assert found["cosine",] == found["lowest_cosine",] == pytest.approx(float(F.cosine_similarity(ours, theirs)), abs=1e-5)
+    assert found["cosine",] < 0.999
+    assert read("agreement", build("bert"), given, 16, reference=str(tmp_path))["lowest_cosine",] == pytest.approx(1, abs=1e-5)
+    with pytest.raises(PositionRangeError, match="33 tokens are more than the 32 positions of the reference"):
+        read("agreement", model, given, TRAINED_LENGTH + 1, reference=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"'agreement': it needs the encoder to agree with\. Name it with"):
+        measure("agreement")
