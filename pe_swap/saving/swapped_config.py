@@ -355,6 +355,11 @@ def _require_swapped_class(caller: FrameType) -> None:
     transformers does with a configuration at that time is to write the attention implementation into it, so the code that writes it is
     looked at.
 
+    There is no sounder place that is ours. The family's classes and `PreTrainedModel` belong to the library, and are not patched. The
+    write alone does not tell: `set_attn_implementation` makes the same one on a model that is swapped, and nothing of the model is
+    handed to the configuration. A swapped class (`SwappedModel`) says that it builds by `BUILDING`; the others say nothing, and they are
+    what is to be refused. Where a later transformers writes the field elsewhere, this refuses nothing and the test of it fails.
+
     Raises:
         SwapStateError: `PreTrainedModel.__init__` writes it, outside of a swapped class.
     """

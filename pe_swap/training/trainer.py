@@ -287,7 +287,10 @@ def _save(trainer: PositionalTrainer, tokenizer: PreTrainedTokenizerBase, output
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> None:
     """Save a tokenizer that says how far the model goes: tools truncate by it."""
-    tokenizer.model_max_length = longest_input(model) or tokenizer.model_max_length
+    swapped = getattr(model.config, "pe_swap", None) is not None
+    plain = model.config.plain() if swapped else None  # what is saved, where the family's own class says it
+    limit = longest_input(model) if plain is None else plain.max_position_embeddings
+    tokenizer.model_max_length = limit or tokenizer.model_max_length
     tokenizer.save_pretrained(folder)
 
 

@@ -36,6 +36,7 @@ from tests.support.families import EOS, auto_class, config_of, described_alike, 
 from tests.support.memory import Largest
 from tests.support.models import CASES, MATRIX_FAMILIES, PAIRS, build, disturb, swapped, token_ids
 from tests.support.processes import python
+from tests.support.words import word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
 
@@ -117,10 +118,12 @@ def test_every_scheme_comes_back_in_a_new_process(tmp_path: Path) -> None:
 
 
 STRANGERS = """
-import importlib.abc, json, sys
+import importlib.abc, io, json, sys
 from pathlib import Path
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, GPT2LMHeadModel
+
+sys.stdin = io.StringIO()
 
 class NotInstalled(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -139,6 +142,8 @@ sys.meta_path.insert(0, NotInstalled())
 report["auto"] = attempt(lambda: AutoModelForCausalLM.from_pretrained(causal, trust_remote_code=False))
 report["trusted"] = attempt(lambda: AutoModelForCausalLM.from_pretrained(causal, trust_remote_code=True))
 report["config"] = attempt(lambda: AutoConfig.from_pretrained(causal, trust_remote_code=True))
+report["tokenizer"] = attempt(lambda: AutoTokenizer.from_pretrained(causal, trust_remote_code=False))
+report["tokenizer, nobody to ask"] = attempt(lambda: AutoTokenizer.from_pretrained(causal))
 report["concrete"] = attempt(lambda: GPT2LMHeadModel.from_pretrained(causal))
 assert "pe_swap" not in sys.modules
 
@@ -149,7 +154,7 @@ for name in ("gpt2,learned", "gpt2,rope", "bert,shaw"):
     with torch.no_grad():
         found[name] = auto_class.from_pretrained(folder / name, trust_remote_code=True)(ids).logits
 torch.save(found, folder / "found.pt")
-print(json.dumps(report))
+print("\\n" + json.dumps(report))
 """
 
 
@@ -162,6 +167,7 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str],
         model = swapped(*name.split(","))
         model.save_pretrained(folder / name)
         expected[name] = tensors(model, ids)["logits"]
+    word_tokenizer("gpt2").save_pretrained(folder / "gpt2,learned")
     (folder / "ids.json").write_text(json.dumps(ids.tolist()))
     output = python(STRANGERS, folder, HF_HOME=str(folder / "home"))
     return json.loads(output.splitlines()[-1]), expected, torch.load(folder / "found.pt")
@@ -181,6 +187,13 @@ def test_without_pe_swap_every_way_fails_and_says_what_to_install(strangers: Any
     # transformers' own words, which lead to the ones above.
     assert report["auto"].startswith("ValueError: The repository ")
     assert "Please pass the argument `trust_remote_code=True`" in report["auto"]
+
+
+def test_a_tokenizer_loads_without_pe_swap(strangers: Any) -> None:
+    """Without the argument transformers asks whether to run the folder's code, and goes on without it where nobody answers."""
+    report, _, _ = strangers
+    assert report["tokenizer"] == report["tokenizer, nobody to ask"]
+    assert report["tokenizer"].startswith("loaded ")
 
 
 # --- Auto classes, and what they are given -------------------------------------------------------------------------------------

@@ -12,18 +12,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer
 
 from pe_swap.commands.finetune import finetune, run_fingerprint
 from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError, PESwapError
 from pe_swap.patching.install import positional_parameters
-from pe_swap.runs.config import FinetuneConfig, SchemeSection
+from pe_swap.runs.config import FinetuneConfig, SchemeSection, TrainSection
 from pe_swap.runs.output import OutputFolder
+from pe_swap.swap import swap_positional
 from pe_swap.training import trainer as training
 from pe_swap.training.resume import CHECKPOINTS, complete_checkpoints, last_checkpoint
 from pe_swap.training.trainer import PositionalTrainer, causal_batch, train
 from tests.evaluation.test_evaluator import tokenizer
 from tests.support.models import TRAINED_LENGTH, build, swapped
+from tests.support.words import word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
 
@@ -354,6 +356,28 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
     assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-20"]
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "options", "length"),
+    [
+        ("gpt2", "alibi", {}, 2**20),
+        ("gpt2", "learned", {}, TRAINED_LENGTH),
+        ("bert", "rope", {}, 2**20),
+        ("llama", "rope", {"rope_type": "yarn", "factor": 4.0}, 4 * TRAINED_LENGTH),
+    ],
+)
+def test_the_saved_tokenizer_cuts_where_the_swapped_model_ends(
+    family: str, scheme: str, options: dict[str, Any], length: int, tmp_path: Path
+) -> None:
+    words = word_tokenizer(family)
+    words.model_max_length = 8
+    model = swap_positional(build(family), scheme, **options)
+    section = TrainSection(max_steps=0)
+    train(model, words, [], section, block_size=16, seed=0, output=OutputFolder(tmp_path))
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved.model_max_length == length == AutoConfig.from_pretrained(tmp_path).max_position_embeddings
+    assert len(saved("w9 " * 20, truncation=True)["input_ids"]) >= 20
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
