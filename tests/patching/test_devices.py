@@ -111,3 +111,14 @@ def test_an_unswapped_model_spreads_the_same_way() -> None:
     with mode:
         states = model(torch.zeros(2, 20, dtype=torch.long, device=FIRST), use_cache=False).last_hidden_state
     assert states.device == SECOND
+
+
+def test_no_scheme_computes_on_the_default_device() -> None:
+    ids = token_ids(2, 10)
+    for case in CASES:
+        model = swapped("gpt2", case).eval()
+        with torch.no_grad():
+            expected = model(ids).logits
+            with SECOND:
+                found = model(ids).logits
+        assert torch.equal(found, expected), case
