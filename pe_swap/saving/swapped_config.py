@@ -120,8 +120,6 @@ class SwappedConfig:
     def _attn_implementation_internal(self: Any) -> str | None:
         """The implementation's name, ours where a scheme acts inside attention; transformers writes its own names here."""
         name: str | None = self.__dict__.get("_attn_implementation_internal")
-        if BUILDING.get() and any(stack.attention_class for stack in self.family.stacks):
-            return library_name(name)  # such a family may choose the class of its attention modules by it (Falcon)
         return name
 
     @_attn_implementation_internal.setter
@@ -130,7 +128,10 @@ class SwappedConfig:
         saved = self.__dict__.get("pe_swap")
         if saved is not None:
             hooks = (entry["attention_hooks"] for entry in saved_stacks(saved).values())
-            name = name_for(name, frozenset[str]().union(*hooks))
+            by_library_name = BUILDING.get() and any(stack.attention_class for stack in self.family.stacks)
+            # Such a family may choose the class of its attention modules by it (Falcon), until they are built. Not decided at a read:
+            # a compiled call reads it, and the compiler knows no ContextVar.
+            name = library_name(name) if by_library_name else name_for(name, frozenset[str]().union(*hooks))
         self.__dict__["_attn_implementation_internal"] = name
 
     @property

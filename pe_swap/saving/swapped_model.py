@@ -46,6 +46,9 @@ class SwappedModel:
         assignments = {stack.name: from_saved(entries[stack.name], len(stack.paths(unswapped))) for stack in stacks}
         with _lengths(config, family.stacks_of(unswapped), entries, unswapped), _building():
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        config._attn_implementation_internal = (
+            config._attn_implementation_internal
+        )  # ours again, where it was the library's to build
         base_model = self.base_model
         for stack in stacks:
             if _is_swapped(base_model, stack):  # a head that built its base model from the same configuration
