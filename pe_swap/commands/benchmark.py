@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedModel
 
 from pe_swap.commands.benchmark_report import BenchmarkRow, benchmark_plot, benchmark_table
 from pe_swap.errors import ConfigError
-from pe_swap.evaluation.report import png
+from pe_swap.evaluation.plots import png
 from pe_swap.families import FAMILIES
 from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.runs.config import BenchmarkConfig, Task, resolved

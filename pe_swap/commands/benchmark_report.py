@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from matplotlib.figure import Figure
 
-from pe_swap.evaluation.report import COLOURS
+from pe_swap.evaluation.plots import COLOURS
 from pe_swap.runs.config import Task
 
 

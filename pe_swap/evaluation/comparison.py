@@ -78,3 +78,8 @@ def differs(row: PerplexityRow) -> bool:
     """Tell whether the interval of a row's ratio excludes 1."""
     low, high = row["ratio_low"], row["ratio_high"]
     return low is not None and high is not None and (low > 1 or high < 1)
+
+
+def drawn_over(rows: Sequence[PerplexityRow]) -> str:
+    """Return what intervals are over."""
+    return "documents and seeds" if any(len(row["document_losses"]) > 1 for row in rows) else "documents"

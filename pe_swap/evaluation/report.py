@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator
 
-from pe_swap.evaluation.comparison import differs
+from pe_swap.evaluation.comparison import differs, drawn_over
+from pe_swap.evaluation.html_report import html_report
+from pe_swap.evaluation.plots import plot, png, probe_plot
 from pe_swap.evaluation.rows import PerplexityRow, ProbeNote, ProbeRow
 from pe_swap.runs.files import write_whole
 
@@ -28,12 +26,9 @@ PROBE_COLUMNS = ("model", "scheme", "seeds", "measure", "length", "at", "quantit
 REPORTED = ("data", "results", "runs", "probes", "measures", "effective_lengths", "protocol_version", "first_token", "unit")
 """Keys of an evaluation's record that a report is made from, beside seed, commit and trained lengths."""
 
-COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f", "#bcbd22")
-"""Okabe and Ito's colours, told apart by the colour-blind, and a few more; the control comes first, in black."""
-
 
 def write_report(folder: Path, record: dict[str, Any], *, title: str = "At lengths never trained on") -> None:
-    """Write `report.md`, `results.csv` and `perplexity.png` into a folder; of probes `probes.csv` and a picture each.
+    """Write `report.md`, `report.html`, `results.csv` and `perplexity.png` into a folder; of probes `probes.csv` and a picture each.
 
     Each file is written whole or not at all.
 
@@ -62,14 +57,9 @@ def write_report(folder: Path, record: dict[str, Any], *, title: str = "At lengt
         parts += probe_section(name, note, readings)
     parts += start_table(record)
     parts += [_footer(record), ""]
-    write_whole(folder / "report.md", "\n".join(parts))
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG file."""
-    content = io.BytesIO()
-    figure.savefig(content, dpi=150, format="png")
-    return content.getvalue()
+    markdown = "\n".join(parts)
+    write_whole(folder / "report.md", markdown)
+    write_whole(folder / "report.html", html_report(markdown, record))
 
 
 def csv_table(rows: Sequence[Any], columns: Sequence[str] = COLUMNS) -> str:
@@ -90,8 +80,8 @@ def _footer(record: dict[str, Any]) -> str:
     where = starts.get(record.get("first_token") or "")
     repeated = data.get("repeated_documents")
     perplexities = (
-        f"Perplexity is token-weighted; in brackets stands its 95% bootstrap interval over {_drawn(record['results'])} (none of a single "
-        "document)."
+        f"Perplexity is token-weighted; in brackets stands its 95% bootstrap interval over {drawn_over(record['results'])} (none of a "
+        "single document)."
     )
     warning = f"**{repeated} of these documents were also trained on**, so their perplexity says little of other text."
     return " ".join(
@@ -110,11 +100,6 @@ def _seeds(record: dict[str, Any]) -> str:
     """Return the seeds of a record in words."""
     seeds = record.get("seeds") or [record.get("seed")]
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-
-
-def _drawn(rows: Sequence[PerplexityRow]) -> str:
-    """Return what intervals are over."""
-    return "documents and seeds" if any(len(row["document_losses"]) > 1 for row in rows) else "documents"
 
 
 def _table(rows: Sequence[PerplexityRow], cell: Any) -> list[str]:
@@ -148,7 +133,7 @@ def ratio_table(rows: Sequence[PerplexityRow]) -> list[str]:
     )
     lines = [
         f"Perplexity over the control's on the same documents. The control is {said}. In brackets stands the paired 95% interval over "
-        f"{_drawn(rows)}; a star marks an interval without 1.",
+        f"{drawn_over(rows)}; a star marks an interval without 1.",
         "",
     ]
     return [*lines, *_table(rows, _ratio_cell), ""]
@@ -327,132 +312,3 @@ def _cell(row: PerplexityRow) -> str:
 def _number(value: float) -> str:
     """Return a perplexity to three or four figures."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
-
-
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-
-
-def plot(rows: Sequence[PerplexityRow], trained_length: dict[str, int | None]) -> Figure:
-    """Return perplexity against length, a column of panels per protocol; below it the ratio to the control, where there is one.
-
-    Bands are 95% intervals over documents (and seeds): of the perplexity above, of the paired ratio below. The legend names them.
-    """
-    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    has_ratios = any(row.get("ratio") is not None and row["control"] != row["model"] for row in rows)
-    kinds = ["perplexity", "ratio"] if has_ratios else ["perplexity"]
-    marked = {length for length in trained_length.values() if length is not None}
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.2 * len(protocols) + 1.6, 3.4 * len(kinds) + 0.6), layout="constrained")
-        panels = figure.subplots(len(kinds), len(protocols), squeeze=False)
-        for kind, line in zip(kinds, panels, strict=True):
-            for axes, protocol in zip(line, protocols, strict=True):
-                _panel(axes, [row for row in rows if row["protocol"] == protocol], models, kind)
-                if len(marked) == 1:
-                    axes.axvline(next(iter(marked)), color="#999999", linestyle="--", linewidth=1)
-                axes.set_title(protocol if kind == "perplexity" else "", loc="right", color="#555555")
-        handles = list(panels[0][0].get_legend_handles_labels())
-        if len(marked) == 1:
-            trained = panels[0][0].lines[-1]
-            handles[0], handles[1] = [*handles[0], trained], [*handles[1], "trained length"]
-        if any(row["ci_low"] is not None for row in rows):
-            words = f"band: 95% interval over {_drawn(rows)}" + (" (of the ratio: paired)" if has_ratios else "")
-            handles[0], handles[1] = [*handles[0], Patch(color="#999999", alpha=0.3)], [*handles[1], words]
-        figure.legend(handles[0], handles[1], loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
-    return figure
-
-
-def _panel(axes: Any, rows: Sequence[PerplexityRow], models: Sequence[str], kind: str) -> None:
-    """Draw one protocol's lines: perplexities or ratios."""
-    low_key, high_key = ("ci_low", "ci_high") if kind == "perplexity" else ("ratio_low", "ratio_high")
-    for index, model in enumerate(models):
-        colour = COLOURS[index % len(COLOURS)]
-        mine = [row for row in rows if row["model"] == model]
-        found: list[Any] = sorted((row for row in mine if row.get(kind) is not None), key=lambda row: row["length"])
-        if not found:
-            continue
-        lengths = [row["length"] for row in found]
-        ends = "" if lengths[-1] == max(row["length"] for row in mine) else f" (to {lengths[-1]:,})"
-        style = {"color": colour, "marker": "o", "markersize": 3.5, "linewidth": 1.5}
-        axes.plot(lengths, [row[kind] for row in found], label=f"{model}{ends}", **style)
-        banded = [row for row in found if row[low_key] is not None]
-        lows, highs = [row[low_key] for row in banded], [row[high_key] for row in banded]
-        axes.fill_between([row["length"] for row in banded], lows, highs, color=colour, alpha=0.12, linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    ticks = sorted({row["length"] for row in rows})
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-    axes.set_xlabel("context length, tokens")
-    name = "perplexity" if not rows or rows[0]["protocol"] != "masked" else "exp(loss on masked tokens)"
-    axes.set_ylabel(name if kind == "perplexity" else f"{name} / control's")
-    axes.grid(axis="y", color="#eeeeee")
-
-
-def probe_plot(rows: Sequence[ProbeRow], note: ProbeNote) -> Figure:
-    """Return a picture of one probe: lines against its column, or a heat map per model where it has two coordinates."""
-    measured = [row for row in rows if row["value"] is not None]
-    quantities = [name for name in note["quantities"] if any(row["quantity"] == name for row in measured)]
-    models = list(dict.fromkeys(row["model"] for row in measured))
-    places = [name for name in measured[0]["at"] if name != note["columns"]]
-    with mpl.rc_context(STYLE):
-        if not places:
-            figure = Figure(figsize=(4.6 * len(quantities) + 1.2, 3.8), layout="constrained")
-            for axes, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
-                _probe_lines(axes, [row for row in measured if row["quantity"] == quantity], models, note)
-            handles, labels = figure.axes[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
-            return figure
-        figure = Figure(figsize=(3.4 * len(models) + 0.8, 2.6 * len(quantities) + 0.4), layout="constrained")
-        panels = figure.subplots(len(quantities), len(models), squeeze=False)
-        for line, quantity in zip(panels, quantities, strict=True):
-            values = [float(row["value"] or 0.0) for row in measured if row["quantity"] == quantity]
-            limits = (min(0.0, *values), max(1.0, *values)) if max(values) <= 1 else (min(values), max(values))
-            for axes, model in zip(line, models, strict=True):
-                chosen = [row for row in measured if (row["quantity"], row["model"]) == (quantity, model)]
-                image = _heat_map(axes, chosen, places, note["columns"], limits)
-                axes.set_title(f"{model}: {quantity.replace('_', ' ')}", fontsize=9)
-            figure.colorbar(image, ax=list(line), shrink=0.85)
-    return figure
-
-
-def _probe_lines(axes: Any, rows: Sequence[ProbeRow], models: Sequence[str], note: ProbeNote) -> None:
-    """Draw one quantity against the probe's column."""
-    column = note["columns"]
-    for index, model in enumerate(models):
-        points: dict[float, list[float]] = {}
-        for row in rows:
-            if row["model"] == model:
-                where = row["length"] if column == "length" else row["at"][column]
-                points.setdefault(where, []).append(float(row["value"] or 0.0))
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": "o", "markersize": 3.5}
-        axes.plot(sorted(points), [np.mean(points[where]) for where in sorted(points)], label=model, **style)
-    ticks = sorted({row["length"] if column == "length" else row["at"][column] for row in rows})
-    axes.set_xscale("symlog" if min(ticks) <= 0 else "log", base=2)
-    axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks], rotation=45 if len(ticks) > 5 else 0)
-    axes.minorticks_off()
-    axes.set_xlabel(f"{column.replace('_', ' ')}, tokens")
-    axes.set_ylabel(rows[0]["quantity"].replace("_", " "))
-    axes.grid(axis="y", color="#eeeeee")
-
-
-def _heat_map(axes: Any, rows: Sequence[ProbeRow], places: Sequence[str], column: str, limits: tuple[float, float]) -> Any:
-    """Draw one quantity of one model by two coordinates; of three, at the longest length."""
-    longest = max((row["length"] for row in rows), default=0)
-    across, down = (column, places[0]) if len(places) == 1 else (places[1], places[0])
-    chosen = rows if len(places) == 1 else [row for row in rows if row["length"] == longest]
-    where = [{"length": row["length"], **row["at"]} for row in chosen]
-    columns, lines = sorted({place[across] for place in where}), sorted({place[down] for place in where})
-    grid = np.full((len(lines), len(columns)), np.nan)
-    for row, place in zip(chosen, where, strict=True):
-        grid[lines.index(place[down]), columns.index(place[across])] = row["value"]
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=limits[0], vmax=limits[1])
-    step = max(1, len(columns) // 8)
-    axes.set_xticks(range(0, len(columns), step), [f"{value:,g}" for value in columns[::step]], rotation=45)
-    step = max(1, len(lines) // 8)
-    axes.set_yticks(range(0, len(lines), step), [f"{value:,g}" for value in lines[::step]])
-    axes.set_xlabel(across)
-    axes.set_ylabel(down)
-    return image

@@ -13,12 +13,11 @@ from pe_swap.errors import ConfigError
 from pe_swap.evaluation.comparison import differs, require_control, with_ratios
 from pe_swap.evaluation.effective_length import effective_lengths
 from pe_swap.evaluation.evaluator import unmeasured_row
+from pe_swap.evaluation.plots import plot, probe_plot
 from pe_swap.evaluation.report import (
     COLUMNS,
     markdown_table,
-    plot,
     position_table,
-    probe_plot,
     probe_section,
     ratio_table,
     refusals,
@@ -128,7 +127,7 @@ def test_a_narrow_range_still_has_numbers_on_its_axis() -> None:
 
 def test_files(tmp_path: Path) -> None:
     write_report(tmp_path, {"results": ROWS, "trained_length": {"a": 64, "control": 64}, "data": {"documents": 2, "tokens": 9}})
-    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "results.csv", "perplexity.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.html", "results.csv", "perplexity.png"}
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
