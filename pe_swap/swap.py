@@ -103,9 +103,21 @@ def swap_positional(
     for change in changes:
         attach(change.stack, model.base_model, model.config, holders[change.stack.name])
     model.loss_type = known_loss_type(model)
+    forget_dequantized_gguf(model)
     # The folder it was loaded from holds another model now. PEFT writes this name into an adapter, as the model to load it on.
     model.name_or_path = ""
     return model
+
+
+def forget_dequantized_gguf(model: PreTrainedModel) -> None:
+    """Drop the mark of a GGUF file whose weights were all written out as numbers: transformers neither saves nor trains what has it.
+
+    A model that keeps packed weights keeps the mark.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    if getattr(method, "value", method) == "gguf" and not quantizer.packed_modules:
+        quantizer.remove_quantization_config(model)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from pe_swap.errors import FamilyError, UnsupportedModelError
 from pe_swap.families.classes import config_class_of, head_classes_of
@@ -184,8 +187,16 @@ class Family:
         return self.stacks_of(config)[-1].is_causal(config)
 
 
-def register(model_type: str, *stacks: Stack) -> None:
-    """File a family under its `model_type`."""
+def register(model_type: str, *stacks: Stack, since: str = "5.8") -> None:
+    """File a family under its `model_type`, where the installed transformers has it.
+
+    Args:
+        model_type: the family's `config.model_type`.
+        stacks: its stacks.
+        since: the first version of transformers whose file of the family is as the stacks say.
+    """
+    if model_type not in CONFIG_MAPPING_NAMES or Version(transformers.__version__) < Version(since):
+        return
     FAMILIES.register(model_type)(Family(model_type, stacks))
 
 

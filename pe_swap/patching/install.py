@@ -6,6 +6,7 @@ import copy
 import inspect
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -51,6 +52,7 @@ def assemble(
     tokens = token_table(stack, base_model)
     require_own_forward(stack, base_model, config)
     for module in stack.attention_modules(base_model, config):
+        require_interface(stack, module)
         if stack.has_cache:
             cache_argument(module)
     if stack.has_cache:
@@ -62,6 +64,20 @@ def assemble(
         assert original is not None
         _hand_in_rotations(holder, stack.native, original.module, config)
     return holder
+
+
+def require_interface(stack: Stack, module: nn.Module) -> None:
+    """Refuse an attention module that calls no attention function: the schemes would be dropped in silence.
+
+    Raises:
+        FamilyError: its `forward` does not look one up, as in an older transformers.
+    """
+    forward: Any = inspect.unwrap(type(module).forward)
+    if not stack.attention_class and "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
+        raise FamilyError(
+            f"{type(module).__name__} of transformers {transformers.__version__} does its attention by hand, where its family expects a "
+            "call of transformers' attention functions. Use a transformers version that pe_swap was tested with, or update pe_swap."
+        )
 
 
 def require_own_forward(stack: Stack, base_model: nn.Module, config: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
@@ -104,7 +105,12 @@ def silenced(family: str, model: PreTrainedModel) -> Any:
 
 
 def test_every_family_has_a_tiny_configuration() -> None:
-    assert sorted(TINY) == NAMES
+    known = TINY.keys() & configuration_auto.CONFIG_MAPPING_NAMES.keys()
+    if Version(transformers.__version__) < Version("5.24"):
+        known -= {"gptj", "codegen"}
+    if Version(transformers.__version__) < Version("5.15"):
+        known -= {"t5", "mt5"}
+    assert sorted(known) == NAMES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
