@@ -15,6 +15,7 @@ import pe_swap
 from pe_swap.attention import blockwise, relative
 from pe_swap.patching.install import holder_of, positional_parameters
 from pe_swap.schemes import SCHEMES
+from tests.support.families import is_causal
 from tests.support.models import (
     BACKENDS,
     CASES,
@@ -98,7 +99,7 @@ def test_blocks_of_queries_equal_eager(case: str, family: str, length: int, monk
         for name in {"QUERY_BLOCK", "CAUSAL_BLOCK", "MASKED_BLOCK"} & vars(module).keys():
             monkeypatch.setattr(module, name, 8)
     torch.testing.assert_close(logits(model, ids), eager, **ROUNDING)
-    if family != "bert" and case not in LENGTH_DEPENDENT:
+    if is_causal(family) and case not in LENGTH_DEPENDENT:
         torch.testing.assert_close(cached_in_chunks(model, ids, "dynamic", (6, 9, length - 15)), eager, **ROUNDING)
 
 
@@ -109,7 +110,7 @@ def test_torch_s_default_dtype_changes_nothing(case: str, family: str, dtype: to
     model, ids = swapped(family, case), token_ids(2, 24)
 
     def outputs() -> list[Tensor]:
-        parts = [] if family == "bert" else [cached_in_chunks(model, ids, "dynamic", (20, 1, 3))]
+        parts = [] if not is_causal(family) else [cached_in_chunks(model, ids, "dynamic", (20, 1, 3))]
         return [logits(model, ids), *parts]
 
     before = outputs()
@@ -209,7 +210,7 @@ def test_gradients_reach_every_parameter(case: str, family: str, backend: str) -
     assert {name for name, _ in positional_parameters(model)} <= {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("case", "family"), [(case, family) for case, family in PAIRS if family != "bert"])
+@pytest.mark.parametrize(("case", "family"), [(case, family) for case, family in PAIRS if is_causal(family)])
 def test_labels_beside_left_padding_train_as_in_eager_attention(case: str, family: str) -> None:
     """What padding gets is a mean of values in eager attention and zeros in a kernel; neither sends back more than real tokens do.
 
@@ -300,5 +301,5 @@ def test_the_loss_has_its_name_while_swapped_and_transformers_says_nothing(famil
     finally:
         transformers_logger.removeHandler(caplog.handler)
     assert not caplog.records
-    assert model.loss_type == ("ForMaskedLM" if family == "bert" else "ForCausalLM")
+    assert model.loss_type == ("ForCausalLM" if is_causal(family) else "ForMaskedLM")
     assert pe_swap.restore_positional(model).loss_type == own

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 
 from pe_swap.assignment import FORMAT, checked_format, from_saved, saved_stacks, short
@@ -288,7 +290,13 @@ def rope_parameters_of(holder: SchemeHolder, config: Any) -> dict[str, Any] | No
         parameters = dict(native.parameters(config, layer)) if name == NATIVE else native.rope_parameters(options)
         if found.setdefault(layer_types[layer] if layer_types else "", parameters) != parameters:
             return None
-    return found[""] if set(found) == {""} else found
+    if set(found) == {""}:
+        single: dict[str, Any] = found[""]
+        return single
+    needs_length = any(parameters["rope_type"] == "yarn" for parameters in found.values())
+    # Before, transformers looks a yarn's trained length up beside the types of layers, where it is not, and reads no such folder.
+    reads_it = bool(Version(transformers.__version__) >= Version("5.24"))
+    return found if reads_it or not needs_length else None
 
 
 def require_entry(entry: Mapping[str, Any]) -> None:

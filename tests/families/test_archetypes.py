@@ -16,8 +16,7 @@ from pe_swap.families import FAMILIES
 from pe_swap.patching.install import holders_of
 from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, parameters_of
 from pe_swap.schemes import SCHEMES
-from tests.families.test_contract import ROUNDING, difference
-from tests.support.families import auto_class, config_of, outputs, tiny, token_ids
+from tests.support.families import ROUNDING, auto_class, config_of, difference, outputs, takes_sdpa, tiny, token_ids
 from tests.support.models import CASES, LENGTH_DEPENDENT, disturb
 
 ARCHETYPES = tuple(
@@ -75,7 +74,7 @@ def test_every_scheme_keeps_its_claims(family: str, case: str, tmp_path: Path) -
     expected = outputs(model, ids)
     assert expected.isfinite().all()
     assert torch.equal(outputs(copy.deepcopy(model), ids), expected)
-    if model._supports_sdpa:
+    if takes_sdpa(model):
         model.config._attn_implementation = "eager"
         assert difference(outputs(model, ids), expected) <= ROUNDING, "eager"
         model.config._attn_implementation = "sdpa"

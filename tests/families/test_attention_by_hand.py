@@ -11,8 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 
 import pe_swap
 from pe_swap.families import FAMILIES
-from tests.families.test_contract import ROUNDING, difference
-from tests.support.families import config_of, outputs, tiny, token_ids
+from tests.support.families import ROUNDING, config_of, difference, outputs, tiny, token_ids
 
 BY_HAND = [name for name in FAMILIES.names() if any(stack.attention_class for stack in FAMILIES[name].stacks)]
 

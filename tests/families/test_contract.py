@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
@@ -21,10 +20,7 @@ from pe_swap.families import FAMILIES
 from pe_swap.families.classes import modeling_of
 from pe_swap.patching.install import holders_of, positional_parameters
 from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, parameters_of
-from tests.support.families import TINY, auto_class, config_of, outputs, tiny, token_ids
-
-ROUNDING = 5e-6
-"""Largest difference of logits over the largest logit that counts as rounding."""
+from tests.support.families import ROUNDING, TINY, auto_class, config_of, difference, outputs, takes_sdpa, tiny, token_ids
 
 NAMES = FAMILIES.names()
 ALONE = [name for name in NAMES if len(FAMILIES[name].stacks_of(config_of(name))) == 1 and name != "whisper"]
@@ -56,10 +52,6 @@ def swapped(family: str, scheme: str, **overrides: Any) -> PreTrainedModel:
         for _, parameter in positional_parameters(model):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @contextmanager
@@ -220,7 +212,7 @@ def test_alibi_is_the_silenced_model_with_the_bias_in_its_mask(family: str) -> N
 def test_eager_is_sdpa(family: str, scheme: str) -> None:
     ids = token_ids(2, 20)
     model = swapped(family, scheme)
-    if not model._supports_sdpa:
+    if not takes_sdpa(model):
         pytest.skip(f"{type(model).__name__} takes no sdpa, unswapped either")
     found = outputs(model, ids)
     model.config._attn_implementation = "eager"

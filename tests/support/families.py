@@ -22,6 +22,9 @@ from pe_swap.families import FAMILIES
 from pe_swap.families.classes import modeling_of
 from pe_swap.patching.layer_cache import parameters_of
 
+ROUNDING = 5e-6
+"""Largest difference of logits over the largest logit that counts as rounding."""
+
 VOCABULARY = 89
 TRAINED_LENGTH = 32
 PAD, BOS, EOS = 0, 1, 2
@@ -231,6 +234,16 @@ def outputs(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
         found = model(**inputs_of(model, ids), **kwargs)
     result: Tensor = found.logits if "logits" in found else found.last_hidden_state
     return result
+
+
+def takes_sdpa(model: PreTrainedModel) -> bool:
+    """Tell whether a family computes under sdpa what it computes under eager; before 5.22, transformers dropped soft caps there."""
+    return bool(model._supports_sdpa) and getattr(model.config, "attn_logit_softcapping", None) is None
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference over the largest expected value; what `ROUNDING` bounds."""
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def described_alike() -> dict[str, list[str]]:
