@@ -101,7 +101,7 @@ class Assignment:
         }
 
 
-def options_from(scheme: str | SchemeOptions | Scheme, options: Mapping[str, Any]) -> SchemeOptions:
+def options_from(scheme: str | SchemeOptions | Scheme | None, options: Mapping[str, Any]) -> SchemeOptions:
     """Return the checked options of a scheme given by name, by options, or as a built scheme.
 
     Raises:

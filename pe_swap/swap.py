@@ -28,6 +28,7 @@ from pe_swap.patching.install import (
     require_own_forward,
     token_table,
 )
+from pe_swap.plans import layers_from, parts_of
 from pe_swap.saving.class_names import swapped_config_class
 from pe_swap.saving.relative_key_bert import require_absolute_positions
 from pe_swap.saving.swapped_config import entry_of
@@ -42,9 +43,10 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 def swap_positional(
     model: Model,
-    scheme: str | SchemeOptions | Scheme,
+    scheme: str | SchemeOptions | Scheme | None = None,
     *,
-    layers: Iterable[int] | None = None,
+    plan: str | None = None,
+    layers: Iterable[int] | str | None = None,
     part: str | None = None,
     trained_length: int | None = None,
     **options: Any,
@@ -58,7 +60,9 @@ def swap_positional(
         model: a transformers model of a family in `list_families()`, with any head: the model that is going to be saved, not the base
             model inside it.
         scheme: a name in `list_schemes()`, the options of a scheme, or a scheme, whose options are taken.
-        layers: the layers that get the scheme, where not all do. The others keep what they have: their scheme, or the model's own rotation
+        plan: a name in `pe_swap.plans.PLANS`, in place of a scheme: which layers get which scheme, as published models mix them.
+        layers: the layers that get the scheme, where not all do: indices, or in words "every:4" (the fourth, eighth, ...), "not every:4",
+            "first_half", "second_half". The others keep what they have: their scheme, or the model's own rotation
             or bias. A position table goes as a whole, as all layers share it through the input; layers without a scheme then have none.
         part: `"encoder"` or `"decoder"` of an encoder-decoder; None for both.
         trained_length: the length that the model was trained at, in positions, from which schemes derive sizes; None takes the model's.
@@ -78,10 +82,10 @@ def swap_positional(
     """
     family = family_for(model)
     require_absolute_positions(model.config, type(model).__name__)
-    wanted = options_from(scheme, options)
+    wanted = wanted_parts(scheme, plan, layers, options)
 
     # Resolve: what is where, and what will be. Nothing is changed yet.
-    changes = [resolve(model, stack, wanted, layers, trained_length) for stack in chosen_stacks(family, model, part)]
+    changes = [resolve(model, stack, wanted, trained_length) for stack in chosen_stacks(family, model, part)]
 
     # Build: everything new, beside the model.
     holders = {change.stack.name: build(model, change) for change in changes}
@@ -118,6 +122,27 @@ def forget_dequantized_gguf(model: PreTrainedModel) -> None:
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
     if getattr(method, "value", method) == "gguf" and not quantizer.packed_modules:
         quantizer.remove_quantization_config(model)
+
+
+Part = tuple[SchemeOptions, Iterable[int] | str | None]
+"""A scheme, and the layers that get it."""
+
+
+def wanted_parts(
+    scheme: str | SchemeOptions | Scheme | None, plan: str | None, layers: Any, options: Mapping[str, Any]
+) -> list[Part]:
+    """Return what a swap is asked for: one scheme, or those of a plan.
+
+    Raises:
+        OptionError: neither scheme nor plan, or both; layers beside a plan, which names them itself.
+    """
+    if plan is None:
+        return [(options_from(scheme, options), layers)]
+    if scheme is not None:
+        raise OptionError(f"A swap takes a scheme or a plan, and got {scheme!r} and the plan '{plan}'. Leave one of them out.")
+    if layers is not None:
+        raise OptionError(f"layers is {layers!r} beside the plan '{plan}', which names the layers itself. Leave one of them out.")
+    return [*parts_of(plan, options)]
 
 
 @dataclass(frozen=True)
@@ -166,8 +191,8 @@ def chosen_stacks(family: Family, model: PreTrainedModel, part: str | None) -> l
     return chosen
 
 
-def resolve(model: PreTrainedModel, stack: Stack, options: SchemeOptions, layers: Any, trained_length: int | None) -> Change:
-    """Return what a swap to `options` will do to a stack."""
+def resolve(model: PreTrainedModel, stack: Stack, parts: list[Part], trained_length: int | None) -> Change:
+    """Return what a swap to the schemes of `parts` will do to a stack."""
     base_model = model.base_model
     current = holder_in(model, stack)
     config = model.config if current is None else model.config.unswapped()
@@ -180,7 +205,7 @@ def resolve(model: PreTrainedModel, stack: Stack, options: SchemeOptions, layers
         )
     else:
         original = current.original
-        if layers is not None:
+        if any(layers is not None for _, layers in parts):
             model.config.require_same_layers()
     found = None if original is None else original.module
     table = kind.table(config, found)
@@ -195,18 +220,23 @@ def resolve(model: PreTrainedModel, stack: Stack, options: SchemeOptions, layers
     paths = stack.paths(config)
     native = Native(
         table=table,
-        token_rms=None if kind.kind == "table" else token_size(stack, base_model, options),
+        token_rms=None if kind.kind == "table" else token_size(stack, base_model, parts[0][0]),
         options=kind.options(config, 0, found),
         bias_table=kind.bias_table(found),
     )
     natives = [dataclasses.replace(native, options=kind.options(config, layer, found)) for layer in range(len(paths))]
     before = None if current is None else current.assignment
-    if layers is None and options.scheme == kind.own_scheme:
-        has_own = [layer for layer in range(len(paths)) if kind.acts_in(config, layer)]
-        if len(has_own) < len(paths):  # the model's own plan: layers without positions stay without
-            before, layers = None, has_own
-    extended, kept = extend(before, options, layers, len(paths))
-    assignment, origins = extended.resolve(geometry, natives)
+    kept: tuple[int | None, ...] = tuple(range(len(before.options))) if before is not None else ()
+    for options, layers in parts:
+        chosen = None if layers is None else layers_from(layers, len(paths))
+        if chosen is None and options.scheme == kind.own_scheme:
+            has_own = [layer for layer in range(len(paths)) if kind.acts_in(config, layer)]
+            if len(has_own) < len(paths):  # the model's own plan: layers without positions stay without
+                before, chosen = None, has_own
+        before, from_before = extend(before, options, chosen, len(paths))
+        kept = tuple(None if at is None else kept[at] for at in from_before)
+    assert before is not None
+    assignment, origins = before.resolve(geometry, natives)
     return Change(stack, current, assignment, tuple(kept[at] for at in origins), geometry, native, original, config)
 
 
@@ -236,6 +266,7 @@ def build(model: PreTrainedModel, change: Change) -> SchemeHolder:
                     "has none left. Swap the model it was made from, or choose a scheme that needs no table."
                 )
             new.start_from(change.native)
+            new.keeps_function = new.keeps_function and new.options.sliding_window is None
     holder = assemble(change.stack, model.base_model, change.config, change.assignment, schemes, change.original)
     like = holder.tokens.weight
     kept, holder.kept = holder.kept, nn.ModuleDict()

@@ -15,7 +15,7 @@ FLOORS = (
     {"version", "errors"},
     {"registry"},
     {"schemes"},
-    {"families", "attention", "assignment"},
+    {"families", "attention", "assignment", "plans"},
     {"patching"},
     {"saving"},
     {"swap"},

@@ -151,7 +151,7 @@ class AttentionCall:
 
         def compute() -> Tensor:
             distance_of_first = call.first_key_slot - call.query_slots[0].to(device)
-            bias = scheme.relative_bias(torch.arange(1 - q_len, kv_len, device=device) + distance_of_first, layer=layer)
+            bias = scheme.windowed_bias(torch.arange(1 - q_len, kv_len, device=device) + distance_of_first, layer=layer)
             return bias.contiguous()  # in a transposed table the distances of a head lie apart, which halves the kernel's speed
 
         served = None if scheme.bias_is_shared else layer

@@ -128,7 +128,7 @@ class AttentionInputs:
 
         def relative_bias(positions: Positions) -> Tensor:
             distance = positions.distance
-            return scheme.relative_bias(distance.reshape(-1), layer=layer).reshape(1, -1, *distance.shape)
+            return scheme.windowed_bias(distance.reshape(-1), layer=layer).reshape(1, -1, *distance.shape)
 
         return relative_bias
 
@@ -149,7 +149,7 @@ class AttentionInputs:
     @property
     def first_visible(self) -> Callable[[int], int] | None:
         """From the index of a query to that of the first key within the scheme's reach; None where that is all keys."""
-        reach = self.call.scheme.reach(self.call.layer) if "relative_bias" in self.call.hooks else None
+        reach = self.call.scheme.windowed_reach(self.call.layer) if "relative_bias" in self.call.hooks else None
         first_query = self.call.call.first_query
         if reach is None or first_query is None:
             return None

@@ -20,8 +20,9 @@ from pe_swap.evaluation.comparison import require_control
 from pe_swap.evaluation.evaluator import DIVERGED
 from pe_swap.evaluation.measures import chosen
 from pe_swap.evaluation.report import REPORTED, write_report
+from pe_swap.plans import parts_of
 from pe_swap.runs import data
-from pe_swap.runs.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, build, resolved
+from pe_swap.runs.config import CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, build, resolved
 from pe_swap.runs.models import is_configuration
 from pe_swap.runs.output import require_kind, require_output_folder
 from pe_swap.runs.records import Stopwatch, environment, read_record, write_record
@@ -113,7 +114,9 @@ def require_comparison(config: CompareConfig, out: Path) -> None:
     chosen(config.eval)
     require_control(config.eval.control, list(config.schemes))
     for scheme in config.schemes.values():
-        if scheme.name != ORIGINAL:
+        if scheme.plan is not None:
+            parts_of(scheme.plan, scheme.options)
+        elif not scheme.is_control:
             build_options(SCHEMES[scheme.name].Options, scheme.options)
     for section in (config.base, config.train):
         if section is not None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from pe_swap.errors import ConfigError, DivergedError
 from pe_swap.evaluation.evaluator import Evaluator
 from pe_swap.runs import data
-from pe_swap.runs.config import ORIGINAL, FinetuneConfig, MeasureSection, resolved
+from pe_swap.runs.config import FinetuneConfig, MeasureSection, resolved
 from pe_swap.runs.models import (
     apply_scheme,
     content_hashes,
@@ -88,7 +88,7 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
     apply_scheme(model, config.scheme)
     record["scheme"] = scheme_name(model)
     if evaluator is not None:
-        after = before if config.scheme.name == ORIGINAL else perplexity(model, evaluator)
+        after = before if config.scheme.is_control else perplexity(model, evaluator)
         record["perplexity"] = {"length": evaluator.measure.lengths[0], "before_swap": before, "after_swap": after}
     write = _writer(output, record)
 

@@ -219,7 +219,7 @@ def _rotation(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
 def _bias(axes: Any, figure: Figure, scheme: Scheme, length: int) -> None:
     """Draw the bias of every head by distance."""
     distance = torch.arange(-length + 1, 1 if scheme.geometry.is_causal else length)
-    bias = scheme.relative_bias(distance, layer=0)
+    bias = scheme.windowed_bias(distance, layer=0)
     colours = mpl.colormaps["viridis"]
     if torch.equal(bias, bias[:1].expand_as(bias)):  # as they start
         axes.plot(distance, bias[0], color=colours(0.0), linewidth=1.2, label=f"each of {len(bias)} heads")

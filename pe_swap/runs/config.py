@@ -62,12 +62,20 @@ class SchemeSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str = Field(default=ORIGINAL, description="a scheme, or 'original' to leave the model as it is")
-    layers: list[Integer] | None = Field(default=None, description="layers that take it; all by default")
+    layers: list[Integer] | str | None = Field(
+        default=None, description="layers that take it, or 'every:4' and the like; all by default"
+    )
+    plan: str | None = Field(default=None, description="a plan of layers, in place of a name; see swap_positional")
 
     @property
     def options(self) -> dict[str, Any]:
         """The scheme's options."""
         return dict(self.model_extra or {})
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the model is left as it is."""
+        return self.name == ORIGINAL and self.plan is None
 
 
 RecallTask = Literal["pairs", "noisy", "selective_copy"]

@@ -177,6 +177,12 @@ def is_configuration(model: str | dict[str, Any]) -> bool:
 
 def apply_scheme(model: PreTrainedModel, scheme: SchemeSection) -> PreTrainedModel:
     """Swap a model to a section's scheme; 'original' leaves it as it is."""
+    if scheme.plan is not None:
+        if scheme.name != ORIGINAL:
+            raise ConfigError(
+                f"scheme has the name '{scheme.name}' and the plan '{scheme.plan}'; it must have one of them. Drop the other."
+            )
+        return swap_positional(model, plan=scheme.plan, layers=scheme.layers, **scheme.options)
     if scheme.name == ORIGINAL:
         if scheme.options or scheme.layers is not None:
             raise ConfigError(

@@ -126,7 +126,8 @@ class Scheme(nn.Module):
     def hooks_for(cls, options: SchemeOptions) -> frozenset[str]:
         """Return the hooks that the scheme uses under `options`: those its class overrides, less any that they turn off."""
         scales = {"query_scale"} if options.logit_scale is not None else set()
-        return (hooks_of(cls) | scales) - options.unused_hooks
+        window = {"relative_bias"} if options.sliding_window is not None else set()
+        return ((hooks_of(cls) | scales) - options.unused_hooks) | window
 
     @property
     def tells_order(self) -> bool:
@@ -231,6 +232,31 @@ class Scheme(nn.Module):
             that every query may look somewhere. See `reach`.
         """
         raise NotImplementedError
+
+    def windowed_bias(self, distance: Tensor, *, layer: int) -> Tensor:
+        """Return `relative_bias`, or 0 for a scheme without one, and `-inf` outside the option `sliding_window`; attention calls this.
+
+        Args:
+            distance: see `relative_bias`.
+            layer: index of the layer.
+
+        Returns:
+            `[heads, n]`, float32, logits.
+        """
+        if "relative_bias" in hooks_of(type(self)) - self.options.unused_hooks:
+            bias = self.relative_bias(distance, layer=layer)
+        else:
+            bias = torch.zeros(self.geometry.num_heads, len(distance), device=distance.device)
+        window = self.options.sliding_window
+        if window is None:
+            return bias
+        back = -distance if self.geometry.is_causal else distance.abs()
+        return bias.masked_fill(back >= window, -torch.inf)
+
+    def windowed_reach(self, layer: int) -> int | None:
+        """Return `reach`, or the shorter one of the option `sliding_window`."""
+        reaches = [self.reach(layer), None if self.options.sliding_window is None else self.options.sliding_window - 1]
+        return min((reach for reach in reaches if reach is not None), default=None)
 
     def extra_key_channels(self, hidden_states: Tensor, *, layer: int) -> Tensor:
         """Return a few numbers for every token that `score_bias` will need of it later; they are cached beside its key.

@@ -69,15 +69,20 @@ class SchemeOptions:
     Attributes:
         logit_scale: `"log_n"` multiplies each query by `max(1, log(n) / log(trained_length))`, `n` being how many keys it may look
             at, so that attention over more keys than in training stays as sharp; None leaves queries alone. Every scheme takes it.
+        sliding_window: how many tokens a query may look at: itself and the `sliding_window - 1` before it (in an encoder, as many after it
+            too); None is no limit. Counted in slots, as transformers counts it. Every scheme takes it.
     """
 
     scheme: ClassVar[str] = ""
 
     logit_scale: str | None = field(default=None, kw_only=True)
+    sliding_window: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the values that every scheme has."""
         self.require_choice("logit_scale", (None, "log_n"))
+        if self.sliding_window is not None:
+            self.require_int("sliding_window", 1, LARGEST_LENGTH)
 
     @property
     def unused_hooks(self) -> frozenset[str]:
@@ -117,10 +122,11 @@ class SchemeOptions:
         return resolved(**out)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as plain values that JSON can hold; without `logit_scale` where there is none."""
+        """Return the options as plain values that JSON can hold; without `logit_scale` and `sliding_window` where there is none."""
         values = dataclasses.asdict(self)
-        if self.logit_scale is None:
-            del values["logit_scale"]
+        for option in ("logit_scale", "sliding_window"):
+            if values[option] is None:
+                del values[option]
         return values
 
     def refuse(self, option: str, rule: str) -> OptionError:
