@@ -110,7 +110,7 @@ def evaluate(config: EvalConfig, known_text: text.Text | None = None, labels: Ma
             row["model"], row["seeds"] = label, trained_seeds(name)  # labels depend on what the model is compared with
         rows, probes = rows + found, probes + kept
         if getattr(configurations[name], "pe_swap", None):
-            _update_card(Path(name), found)
+            _update_card(Path(name), found, described_text(config.data))
     if len(failures) == len(config.models):
         raise next(iter(failures.values()))
     drawn: dict[str, Any] = {"samples": config.bootstrap_samples, "seed": config.seed}
@@ -244,7 +244,20 @@ def _distinct(seeds: Iterable[list[int]]) -> list[list[int]]:
     return [list(found) for found in dict.fromkeys(map(tuple, seeds))]
 
 
-def _update_card(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def described_text(section: DataSection) -> dict[str, str]:
+    """Return what text was measured on, by the names that a model card's `model-index` has."""
+    if section.dataset:
+        return {"type": section.dataset, "name": f"{section.dataset} ({section.eval_split})"}
+    if section.sotu:
+        first, last = section.eval_years
+        return {"type": "sotu", "name": f"State of the Union messages, {first} to {last}"}
+    return {
+        "type": "text",
+        "name": ", ".join(Path(path).name for path in section.eval_text_files or section.text_files or ["text"]),
+    }
+
+
+def _update_card(folder: Path, rows: Sequence[Mapping[str, Any]], dataset: Mapping[str, str]) -> None:
     """Write what the first protocol measured into the model card of a local folder; a hub cache is not ours to write to."""
     if not folder.is_dir() or any(part.startswith("models--") for part in folder.resolve().parts):
         return
@@ -255,7 +268,7 @@ def _update_card(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     protocol = chosen[0]["protocol"].replace("masked", "masked (the exponential of the loss on masked tokens)")
     measured_on = f"{protocol}, {max(row['tokens'] for row in chosen):,} tokens scored."
     try:
-        record_evaluation(folder, {row["length"]: row["perplexity"] for row in chosen}, measured_on=measured_on)
+        record_evaluation(folder, {row["length"]: row["perplexity"] for row in chosen}, measured_on=measured_on, dataset=dataset)
     except (OSError, CheckpointError) as error:
         print(f"The model card in '{folder}' could not be told what was measured: {error}", file=sys.stderr)
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pe_swap.errors import CheckpointError
 
 FILE = "README.md"
 TAG = "pe_swap"
+TASKS = {"AutoModelForMaskedLM": "fill-mask"}
+"""The hub's name of what a class is for, where it is not generating text."""
 BEGIN, END = "<!-- pe_swap: begin -->", "<!-- pe_swap: end -->"
 SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 FINE_TUNED = re.compile(r"^- Fine-tuned after the swap at: ([\d,]+) tokens\.$", re.MULTILINE)
@@ -32,6 +34,7 @@ def update_model_card(
     *,
     measured_on: str = "",
     fine_tuned_length: int | None = None,
+    dataset: Mapping[str, str] | None = None,
 ) -> None:
     """Write or bring up to date the model card of a folder.
 
@@ -42,6 +45,7 @@ def update_model_card(
         perplexities: what was measured, by length in tokens; empty where nothing was.
         measured_on: how and on what it was measured, in a few words.
         fine_tuned_length: tokens in a block of fine-tuning after the swap; None where there was none.
+        dataset: `type` and `name`, as hubs show them, of the text that was measured on.
     """
     path = folder / FILE
     try:
@@ -59,7 +63,29 @@ def update_model_card(
     card.text = SECTION.sub(lambda _: section, text, count=1) if SECTION.search(text) else f"{text.rstrip()}\n\n{section}\n"
     card.data["library_name"] = card.data.get("library_name") or "transformers"
     card.data["tags"] = sorted({*(card.data.get("tags") or []), TAG})
+    results = [result for result in card.data.get("eval_results") or [] if (result.metric_args or {}).get("measured_by") != TAG]
+    results += model_index(perplexities, auto_class, measured_on, dataset or {})
+    card.data["eval_results"] = results or None
+    card.data["model_name"] = card.data.get("model_name") or folder.resolve().name if results else None
     card.save(path)
+
+
+def model_index(
+    perplexities: Mapping[int, float], auto_class: str, measured_on: str, dataset: Mapping[str, str]
+) -> Sequence[EvalResult]:
+    """Return what was measured in the form that hubs show; each entry says that it is ours, so that it can be replaced."""
+    return [
+        EvalResult(
+            task_type=TASKS.get(auto_class, "text-generation"),
+            dataset_type=dataset.get("type", "text"),
+            dataset_name=dataset.get("name", "text"),
+            metric_type="perplexity",
+            metric_value=float(f"{value:.6g}"),
+            metric_name=f"Perplexity at {length:,} tokens",
+            metric_args={"length": length, "measured_on": measured_on, "measured_by": TAG},
+        )
+        for length, value in sorted(perplexities.items())
+    ]
 
 
 def _empty_card() -> ModelCard:
@@ -134,8 +160,10 @@ def _where(stack: str, index: int, layers: list[int | None], acting_on_input: in
     return f"layers {', '.join(map(str, served))}{of_stack}" + (", and the input" if index == acting_on_input else "")
 
 
-def record_evaluation(folder: str | Path, perplexities: Mapping[int, float], *, measured_on: str = "") -> None:
-    """Write measured perplexities into the model card of a saved folder, in place of any that it held.
+def record_evaluation(
+    folder: str | Path, perplexities: Mapping[int, float], *, measured_on: str = "", dataset: Mapping[str, str] | None = None
+) -> None:
+    """Write measured perplexities into the model card of a saved folder, in place of any that it held, and into its `model-index`.
 
     Saving the model again drops them: its weights may have changed since.
 
@@ -143,6 +171,7 @@ def record_evaluation(folder: str | Path, perplexities: Mapping[int, float], *, 
         folder: a folder that `save_pretrained` wrote.
         perplexities: perplexity by length in tokens.
         measured_on: how and on what, in a few words.
+        dataset: `type` and `name`, as hubs show them, of the text.
 
     Raises:
         CheckpointError: the folder holds no swapped model.
@@ -152,7 +181,9 @@ def record_evaluation(folder: str | Path, perplexities: Mapping[int, float], *, 
     card = Path(folder) / FILE
     said = FINE_TUNED.search(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
     length = int(said[1].replace(",", "")) if said else None
-    update_model_card(Path(folder), saved, auto_class, perplexities, measured_on=measured_on, fine_tuned_length=length)
+    update_model_card(
+        Path(folder), saved, auto_class, perplexities, measured_on=measured_on, fine_tuned_length=length, dataset=dataset
+    )
 
 
 def record_fine_tuning(folder: str | Path, length: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from transformers import AutoModelForCausalLM
 
 import pe_swap
@@ -124,3 +124,25 @@ def test_the_length_of_fine_tuning_stays_beside_what_is_measured(tmp_path: Path)
     assert "| 4,096 | 31.25 |" in text_of(tmp_path)
     model.save_pretrained(tmp_path)
     assert "Fine-tuned" not in text_of(tmp_path)
+
+
+def test_measured_perplexities_are_in_the_model_index_beside_those_of_others(tmp_path: Path) -> None:
+    model = swapped("gpt2", "rope")
+    model.save_pretrained(tmp_path)
+    assert ModelCard(text_of(tmp_path)).data.eval_results is None
+    theirs = EvalResult("text-generation", "wiki", "Wiki", "perplexity", 9.5)
+    card = ModelCard(text_of(tmp_path))
+    card.data.eval_results, card.data.model_name = [theirs], "mine"
+    card.save(tmp_path / "README.md")
+    dataset = {"type": "sotu", "name": "Messages"}
+    record_evaluation(tmp_path, {64: 30.0}, dataset=dataset)
+    record_evaluation(tmp_path, {512: 24.0, 64: 31.25}, measured_on="sliding", dataset=dataset)
+    found = ModelCard(text_of(tmp_path)).data
+    assert found.model_name == "mine"
+    assert [(one.dataset_name, one.metric_name, one.metric_value) for one in found.eval_results] == [
+        ("Wiki", None, 9.5),
+        ("Messages", "Perplexity at 64 tokens", 31.25),
+        ("Messages", "Perplexity at 512 tokens", 24.0),
+    ]
+    model.save_pretrained(tmp_path)  # other weights, perhaps: what we measured is dropped
+    assert [one.dataset_name for one in ModelCard(text_of(tmp_path)).data.eval_results] == ["Wiki"]
