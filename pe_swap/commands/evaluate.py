@@ -28,6 +28,7 @@ from pe_swap.runs import data as text
 from pe_swap.runs.config import DataSection, EvalConfig, MeasureSection, build, resolved
 from pe_swap.runs.models import content_hashes, is_causal_configuration, load_model, scheme_name
 from pe_swap.runs.output import require_kind, require_output_folder
+from pe_swap.runs.progress import EveryMinute, on_terminal
 from pe_swap.runs.records import Stopwatch, environment, fingerprint, read_record, write_record
 from pe_swap.saving.model_card import record_evaluation
 
@@ -229,8 +230,19 @@ def _measure(config: EvalConfig, evaluator: Evaluator, name: str, label: str, ba
     if torch.cuda.is_available():
         model = model.cuda()
     scheme = scheme_name(model)
-    rows = evaluator.rows(model, label, scheme, progress=bar.set_postfix_str)
-    return {"results": rows, "probes": evaluator.probe_rows(model, label, scheme, progress=bar.set_postfix_str)}
+    minutes, watch = EveryMinute(), Stopwatch()
+
+    def progress(said: str) -> None:
+        """Show what is measured: in the bar, or as a line per minute where a log has none."""
+        bar.set_postfix_str(said)
+        if not on_terminal() and minutes.is_due():
+            print(said, file=sys.stderr, flush=True)
+
+    rows = evaluator.rows(model, label, scheme, progress=progress)
+    if tokens := sum(row["tokens"] for row in rows):
+        speed = f"{tokens:,} targets scored in {watch.seconds:,} s, {tokens / max(watch.seconds, 0.1):,.0f} per second"
+        bar.write(f"{label}: {speed}", file=sys.stderr)
+    return {"results": rows, "probes": evaluator.probe_rows(model, label, scheme, progress=progress)}
 
 
 def _error_rows(config: EvalConfig, label: str, seeds: list[int], error: str) -> list[PerplexityRow]:

@@ -10,11 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pe_swap.evaluation.batches import in_batches, on_device
 from pe_swap.evaluation.losses import hidden_states
 from pe_swap.runs.config import MeasureSection
 
 
 @torch.no_grad()
+def pooled(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return `mean(states) / |mean(states)|`, `[batch, hidden_size]`, float32, of `ids`, `[batch, length]`."""
+    return F.normalize(hidden_states(model, ids).float().mean(dim=1), dim=-1)
+
+
 def embeddings(model: PreTrainedModel, rows: Sequence[Sequence[int]], settings: MeasureSection) -> Tensor:
     """Return `mean(states) / |mean(states)|` of each row of tokens, `[rows, hidden_size]`, float32, on the CPU.
 
@@ -30,9 +36,7 @@ def embeddings(model: PreTrainedModel, rows: Sequence[Sequence[int]], settings: 
         by_length[len(row)].append(index)
     found: dict[int, Tensor] = {}
     for length, members in by_length.items():
-        size = max(1, settings.batch_tokens // length)
-        for batch in (members[start : start + size] for start in range(0, len(members), size)):
-            ids = torch.tensor([list(rows[index]) for index in batch], device=model.device)
-            means = F.normalize(hidden_states(model, ids).float().mean(dim=1), dim=-1).cpu()
-            found.update(zip(batch, means, strict=True))
+        ids = torch.tensor([list(rows[index]) for index in members])
+        means = in_batches(len(members), settings.batch_tokens // length, on_device(model, pooled, ids))
+        found.update(zip(members, torch.cat(means), strict=True))
     return torch.stack([found[index] for index in range(len(rows))])

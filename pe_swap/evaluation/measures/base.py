@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pe_swap.errors import ConfigError, DataError
+from pe_swap.evaluation.batches import in_batches, on_device
 from pe_swap.evaluation.losses import target_hits, target_losses
 from pe_swap.evaluation.rows import ProbeNote
 from pe_swap.evaluation.text import Text
@@ -228,16 +229,18 @@ def example_losses(
     losses: list[Tensor] = [torch.zeros(0)] * len(examples)
     positions: list[Tensor] = [torch.zeros(0)] * len(examples)
     for length, members in by_length.items():
-        size = max(1, settings.batch_tokens // length)
-        for batch in (members[start : start + size] for start in range(0, len(members), size)):
-            input_ids, targets, scored = (
-                torch.tensor([getattr(examples[index], part) for index in batch], device=model.device)
-                for part in ("inputs", "targets", "scored")
+        inputs, targets, scored = (
+            torch.tensor([getattr(examples[index], part) for index in members]) for part in ("inputs", "targets", "scored")
+        )
+        found = torch.cat(
+            in_batches(
+                len(members),
+                settings.batch_tokens // length,
+                on_device(model, target_losses, inputs, targets, scored),
             )
-            found = target_losses(model, input_ids, targets, scored).cpu()
-            counts = scored.sum(1).tolist()
-            for index, loss, row in zip(batch, torch.split(found, counts), scored.cpu(), strict=True):
-                losses[index], positions[index] = loss, row.nonzero()[:, 0]
+        )
+        for index, loss, row in zip(members, torch.split(found, scored.sum(1).tolist()), scored, strict=True):
+            losses[index], positions[index] = loss, row.nonzero()[:, 0]
     return losses, positions
 
 
@@ -268,9 +271,5 @@ def answered(model: PreTrainedModel, text: Text, prompts: Sequence[Sequence[int]
                 "The tokenizer has no mask token, so a masked language model cannot be asked. Name its own tokenizer."
             )
         inputs, targets, scored = ids.masked_fill(asked, int(text.tokenizer.mask_token_id)), ids, asked
-    size = max(1, text.settings.batch_tokens // inputs.shape[1])
-    hits = [
-        target_hits(model, *(part[start : start + size].to(model.device) for part in (inputs, targets, scored))).cpu()
-        for start in range(0, len(ids), size)
-    ]
-    return torch.cat(hits).view(len(ids), -1)
+    size = text.settings.batch_tokens // inputs.shape[1]
+    return torch.cat(in_batches(len(ids), size, on_device(model, target_hits, inputs, targets, scored))).view(len(ids), -1)

@@ -15,6 +15,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from pe_swap.errors import DataError
+from pe_swap.evaluation.batches import in_batches, on_device
 from pe_swap.evaluation.losses import target_hits, target_losses
 from pe_swap.evaluation.measures.base import (
     MEASURES,
@@ -49,14 +50,15 @@ class Copy(Probe):
         lag = body_length(text, length) // 2
         if lag < 2:
             raise DataError(f"A length of {length} holds no repetition of two tokens. Use longer lengths.")
-        ids = torch.tensor(sequences(text, lag, self.options.trials), device=model.device)
+        ids = torch.tensor(sequences(text, lag, self.options.trials))
         inputs, targets = ids[:, :-1], ids[:, 1:]
         scored = torch.zeros_like(inputs, dtype=torch.bool)
         scored[:, -(lag - 1) :] = True
-        size = max(1, text.settings.batch_tokens // inputs.shape[1])
-        parts = list(zip(*(torch.split(part, size) for part in (inputs, targets, scored)), strict=True))
-        hits = torch.cat([target_hits(model, *part) for part in parts])
-        losses = torch.cat([target_losses(model, *part) for part in parts])
+        size = text.settings.batch_tokens // inputs.shape[1]
+        hits, losses = (
+            torch.cat(in_batches(len(inputs), size, on_device(model, compute, inputs, targets, scored)))
+            for compute in (target_hits, target_losses)
+        )
         yield Reading("accuracy", float(hits.double().mean()), len(hits))
         yield Reading("loss", float(losses.mean()), len(losses))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pe_swap.errors import DataError, PositionRangeError
+from pe_swap.evaluation.batches import in_batches, on_device
 from pe_swap.evaluation.losses import target_losses
 from pe_swap.evaluation.measures.base import MEASURES, MeasureOptions, Probe, Reading
 from pe_swap.evaluation.text import Text
@@ -91,10 +92,7 @@ def passage_losses(model: PreTrainedModel, ids: Tensor, first: int, text: Text) 
         first: the first token's position id.
         text: how many tokens go through the model at once.
     """
-    size = max(1, text.settings.batch_tokens // ids.shape[1])
-    found = []
-    for part in torch.split(ids, size):
-        inputs, targets = part[:, :-1], part[:, 1:]
-        position_ids = torch.arange(first, first + inputs.shape[1], device=ids.device).expand_as(inputs)
-        found.append(target_losses(model, inputs, targets, torch.ones_like(inputs, dtype=torch.bool), position_ids))
-    return torch.cat(found)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    position_ids = torch.arange(first, first + inputs.shape[1], device=ids.device).expand_as(inputs)
+    parts = (inputs, targets, torch.ones_like(inputs, dtype=torch.bool), position_ids)
+    return torch.cat(in_batches(len(ids), text.settings.batch_tokens // inputs.shape[1], on_device(model, target_losses, *parts)))
