@@ -124,6 +124,11 @@ def options_from(scheme: str | SchemeOptions | Scheme | None, options: Mapping[s
     return scheme
 
 
+def starting_from_table() -> list[str]:
+    """Return the names of the schemes that start from a model's own position table."""
+    return [name for name in SCHEMES.names() if SCHEMES[name].starts_from_table]
+
+
 def checked_layers(layers: object, num_layers: int) -> tuple[int, ...]:
     """Return the layers named by a caller, sorted; negative ones count from the end.
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_swap.assignment import Assignment, extend, options_from, saved_stacks
+from pe_swap.assignment import Assignment, extend, options_from, saved_stacks, starting_from_table
 from pe_swap.attention.names import require_honoured
 from pe_swap.errors import OptionError, SwapStateError, UnsupportedModelError
 from pe_swap.families import Family, Stack, family_for, known_loss_type
@@ -49,6 +49,7 @@ def swap_positional(
     layers: Iterable[int] | str | None = None,
     part: str | None = None,
     trained_length: int | None = None,
+    keep_mean: bool = False,
     **options: Any,
 ) -> Model:
     """Replace the positional components of a model, in place.
@@ -66,6 +67,9 @@ def swap_positional(
             or bias. A position table goes as a whole, as all layers share it through the input; layers without a scheme then have none.
         part: `"encoder"` or `"decoder"` of an encoder-decoder; None for both.
         trained_length: the length that the model was trained at, in positions, from which schemes derive sizes; None takes the model's.
+        keep_mean: where the model's own positions are a table: keep its mean row, as a constant that is added to every token embedding
+            beside the new scheme. It is saved with the model and not trained. A later swap of some layers leaves it; one of all layers
+            keeps it if asked again.
         options: the scheme's options. Those left out take the value that the model's own positions have for them, where they have one.
 
     Returns:
@@ -73,7 +77,8 @@ def swap_positional(
 
     Raises:
         UnknownNameError: no scheme has that name.
-        OptionError: an option that does not exist, breaks its rule, or does not fit the model.
+        OptionError: an option that does not exist, breaks its rule, or does not fit the model; `keep_mean` without a table, or beside a
+            scheme that starts from the table.
         LayerError: layers out of range, or given for a scheme that acts on the input.
         UnsupportedModelError: not a transformers model, no known family, or a causal scheme for an encoder.
         UnsupportedBackendError: an attention implementation that cannot honour the scheme.
@@ -85,7 +90,7 @@ def swap_positional(
     wanted = wanted_parts(scheme, plan, layers, options)
 
     # Resolve: what is where, and what will be. Nothing is changed yet.
-    changes = [resolve(model, stack, wanted, trained_length) for stack in chosen_stacks(family, model, part)]
+    changes = [resolve(model, stack, wanted, trained_length, keep_mean) for stack in chosen_stacks(family, model, part)]
 
     # Build: everything new, beside the model.
     holders = {change.stack.name: build(model, change) for change in changes}
@@ -158,6 +163,7 @@ class Change:
         native: the stack's own positions.
         original: the module that is replaced, or None where it is not at hand.
         config: the unswapped configuration.
+        mean: the mean row of the table, `[input_size]`, where it stays; else None.
     """
 
     stack: Stack
@@ -168,6 +174,7 @@ class Change:
     native: Native
     original: Original | None
     config: Any
+    mean: Tensor | None
 
 
 def chosen_stacks(family: Family, model: PreTrainedModel, part: str | None) -> list[Stack]:
@@ -191,7 +198,7 @@ def chosen_stacks(family: Family, model: PreTrainedModel, part: str | None) -> l
     return chosen
 
 
-def resolve(model: PreTrainedModel, stack: Stack, parts: list[Part], trained_length: int | None) -> Change:
+def resolve(model: PreTrainedModel, stack: Stack, parts: list[Part], trained_length: int | None, keep_mean: bool) -> Change:
     """Return what a swap to the schemes of `parts` will do to a stack."""
     base_model = model.base_model
     current = holder_in(model, stack)
@@ -237,7 +244,52 @@ def resolve(model: PreTrainedModel, stack: Stack, parts: list[Part], trained_len
         kept = tuple(None if at is None else kept[at] for at in from_before)
     assert before is not None
     assignment, origins = before.resolve(geometry, natives)
-    return Change(stack, current, assignment, tuple(kept[at] for at in origins), geometry, native, original, config)
+    mean = None
+    if keep_mean is not False:
+        require_keep_mean(keep_mean, model, stack, assignment)
+        mean = mean_row(model, table, current)
+    elif current is not None and any(layers is not None for _, layers in parts):
+        mean = current.mean
+    return Change(stack, current, assignment, tuple(kept[at] for at in origins), geometry, native, original, config, mean)
+
+
+def require_keep_mean(keep_mean: object, model: PreTrainedModel, stack: Stack, assignment: Assignment) -> None:
+    """Refuse to keep the mean of a table where the model has no table, or where a scheme holds the mean already.
+
+    Raises:
+        OptionError: it cannot be kept.
+    """
+    if keep_mean is not True:
+        raise OptionError(f"keep_mean is {keep_mean!r}; it must be True or False. Give one of them.")
+    if stack.native.kind != "table":
+        of_stack = f" in its {stack.name}" if stack.name else ""
+        raise OptionError(
+            f"keep_mean is True, but the positions of this {type(model).__name__}{of_stack} are no table, so they have no mean row. Leave "
+            "keep_mean out; it is for models that add a table of positions to the token embeddings."
+        )
+    own = starting_from_table()
+    holds_it = next((options.scheme for options in assignment.options if options.scheme in own), None)
+    if holds_it is not None:
+        raise OptionError(
+            f"keep_mean is True beside the scheme '{holds_it}', which starts from the table itself, so the mean would come in twice. Leave "
+            f"keep_mean out; it is for schemes other than {' and '.join(own)}."
+        )
+
+
+def mean_row(model: PreTrainedModel, table: Tensor | None, current: SchemeHolder | None) -> Tensor:
+    """Return the mean of a table's rows, `[input_size]`, or what a swap before kept of it.
+
+    Raises:
+        SwapStateError: the model was loaded already swapped, without a mean.
+    """
+    if table is not None:
+        return table.mean(0)
+    if current is not None and current.mean is not None:
+        return current.mean
+    raise SwapStateError(
+        f"keep_mean is True, but this {type(model).__name__} was loaded already swapped, and its own position table is not in the "
+        "checkpoint. Leave keep_mean out, or swap the model it was made from."
+    )
 
 
 def token_size(stack: Stack, base_model: nn.Module, options: SchemeOptions) -> float | None:
@@ -267,7 +319,7 @@ def build(model: PreTrainedModel, change: Change) -> SchemeHolder:
                 )
             new.start_from(change.native)
             new.keeps_function = new.keeps_function and new.options.sliding_window is None
-    holder = assemble(change.stack, model.base_model, change.config, change.assignment, schemes, change.original)
+    holder = assemble(change.stack, model.base_model, change.config, change.assignment, schemes, change.original, change.mean)
     like = holder.tokens.weight
     kept, holder.kept = holder.kept, nn.ModuleDict()
     holder.to(device=like.device, dtype=like.dtype)

@@ -144,6 +144,8 @@ class SchemeHolder(Holder):
         original: what was replaced, or None where it is not at hand: a table, in a model that was loaded already swapped.
         handed: for each layer, the name in `kept` of the rotation it is handed, or None where layers are handed none.
         weight: see `stand_in_weight`; None where no table was replaced.
+        mean: the mean row of the table that was replaced, `[input_size]`, added to every token embedding; None where it was not kept. A
+            buffer: saved, never trained, whole in every process.
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class SchemeHolder(Holder):
         tokens: TokenTable,
         first_id: int,
         original: Original | None,
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.schemes = nn.ModuleList(schemes)
@@ -168,6 +171,8 @@ class SchemeHolder(Holder):
         self.weight: Tensor | None
         is_table = stack.native.kind == "table"
         self.register_buffer("weight", stand_in_weight(self.max_length) if is_table else None)
+        self.mean: Tensor | None
+        self.register_buffer("mean", mean)
 
     def __iter__(self) -> Iterator[Scheme]:
         """Iterate over the schemes."""
@@ -239,13 +244,15 @@ class SchemeHolder(Holder):
         return (position_ids - self.first_id).clamp(min=0)
 
     def vectors(self, position_ids: Tensor) -> Tensor:
-        """Return what is added at 0-based ids, `[batch or 1, length, input_size]`, in the token embeddings' dtype."""
+        """Return what is added at 0-based ids, `[batch or 1, length or 1, input_size]`, in the token embeddings' dtype."""
         weight = self.tokens.weight
         scheme = self.input_hook("encode")
-        if scheme is None:
-            # A zero without dimensions: it broadcasts, and takes part in no type promotion.
-            return torch.zeros((), dtype=weight.dtype, device=position_ids.device)
-        return scheme.encode(position_ids).to(weight.dtype)
+        mean = None if self.mean is None else self.mean.to(position_ids.device)[None, None]
+        if scheme is not None:
+            vectors = scheme.encode(position_ids)
+            return (vectors if mean is None else vectors + mean).to(weight.dtype)
+        # A zero without dimensions: it broadcasts, and takes part in no type promotion.
+        return torch.zeros((), dtype=weight.dtype, device=position_ids.device) if mean is None else mean.to(weight.dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model gets where it called its own positions."""

@@ -35,6 +35,7 @@ def assemble(
     assignment: Assignment,
     schemes: list[Scheme],
     original: Original | None,
+    mean: Tensor | None = None,
 ) -> SchemeHolder:
     """Return the module that will hold a stack's schemes, not yet attached.
 
@@ -45,6 +46,7 @@ def assemble(
         assignment: which scheme acts where.
         schemes: the built schemes.
         original: what they replace, or None where it is not at hand.
+        mean: the table's mean row, `[input_size]`, where it stays.
 
     Raises:
         FamilyError: a module is not where the family says, or takes its cache by a name that pe_swap does not know.
@@ -59,7 +61,7 @@ def assemble(
         cache_argument(find(base_model, stack.caller))
     if assignment.input is not None:
         require_input(stack, base_model, tokens, schemes[assignment.input])
-    holder = SchemeHolder(schemes, assignment, stack, tokens, stack.first_id(config), original)
+    holder = SchemeHolder(schemes, assignment, stack, tokens, stack.first_id(config), original, mean)
     if isinstance(stack.native, Rotary):
         assert original is not None
         _hand_in_rotations(holder, stack.native, original.module, config)

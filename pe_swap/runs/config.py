@@ -66,6 +66,9 @@ class SchemeSection(BaseModel):
         default=None, description="layers that take it, or 'every:4' and the like; all by default"
     )
     plan: str | None = Field(default=None, description="a plan of layers, in place of a name; see swap_positional")
+    keep_mean: Annotated[bool, Strict()] = Field(
+        default=False, description="keep the mean row of the model's own position table; see swap_positional"
+    )
 
     @property
     def options(self) -> dict[str, Any]:

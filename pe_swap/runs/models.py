@@ -182,15 +182,13 @@ def apply_scheme(model: PreTrainedModel, scheme: SchemeSection) -> PreTrainedMod
             raise ConfigError(
                 f"scheme has the name '{scheme.name}' and the plan '{scheme.plan}'; it must have one of them. Drop the other."
             )
-        return swap_positional(model, plan=scheme.plan, layers=scheme.layers, **scheme.options)
+        return swap_positional(model, plan=scheme.plan, layers=scheme.layers, keep_mean=scheme.keep_mean, **scheme.options)
     if scheme.name == ORIGINAL:
-        if scheme.options or scheme.layers is not None:
-            raise ConfigError(
-                f"scheme is '{ORIGINAL}' with {sorted(scheme.options) or 'layers'}; the control takes no options. Drop them, or name "
-                "a scheme."
-            )
+        if scheme.options or scheme.layers is not None or scheme.keep_mean:
+            given = sorted(scheme.options) or ("layers" if scheme.layers is not None else "keep_mean")
+            raise ConfigError(f"scheme is '{ORIGINAL}' with {given}; the control takes no options. Drop them, or name a scheme.")
         return model
-    return swap_positional(model, scheme.name, layers=scheme.layers, **scheme.options)
+    return swap_positional(model, scheme.name, layers=scheme.layers, keep_mean=scheme.keep_mean, **scheme.options)
 
 
 def scheme_name(model: PreTrainedModel) -> str:

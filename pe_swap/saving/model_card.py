@@ -115,6 +115,9 @@ def section_text(
     table = [measured_on, "", "| evaluated length, tokens | perplexity |", "|---:|---:|", *measured]
     evaluated = table if measured else ["none recorded."]
     fine_tuned = [] if fine_tuned_length is None else [f"- Fine-tuned after the swap at: {fine_tuned_length:,} tokens."]
+    kept = [
+        "- The mean row of the model's own position table stays: a constant, added to every token embedding (`keep_mean=True`)."
+    ]
     lines = [
         "## Positions",
         "",
@@ -126,6 +129,7 @@ def section_text(
         "",
         f"- Trained length before the swap: {trained} positions.",
         *fine_tuned,
+        *(kept if any(stack.get("keep_mean") for stack in stacks.values()) else []),
         f"- Longest input: {'no limit of the scheme' if limit is None else f'{limit:,} positions'}.",
         f"- Evaluated lengths: {evaluated[0]}".rstrip(),
         *evaluated[1:],

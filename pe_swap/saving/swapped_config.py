@@ -266,6 +266,7 @@ def entry_of(holder: SchemeHolder, stack: Stack, config: Any, length: Any, guard
         "is_causal": stack.is_causal(config),
         "attention_hooks": sorted(attention_hooks(holder)),
         "rope_parameters": rope_parameters_of(holder, config),
+        **({} if holder.mean is None else {"keep_mean": True}),
         **holder.assignment.to_saved(),
     }
 
@@ -300,7 +301,7 @@ def rope_parameters_of(holder: SchemeHolder, config: Any) -> dict[str, Any] | No
 
 
 def require_entry(entry: Mapping[str, Any]) -> None:
-    """Refuse what `config.json` says of a stack where lengths or hooks are none.
+    """Refuse what `config.json` says of a stack where lengths, hooks or the mark of a kept mean are none.
 
     Raises:
         CheckpointError: they are not.
@@ -321,6 +322,11 @@ def require_entry(entry: Mapping[str, Any]) -> None:
     if entry.get("rope_parameters") is not None:  # such a model is saved as its family's own
         raise CheckpointError(
             f"config.json: 'pe_swap.rope_parameters' is {short(entry['rope_parameters'])}; it must be null. Save the model again with "
+            "save_pretrained, or fix the file."
+        )
+    if entry.get("keep_mean", True) is not True:
+        raise CheckpointError(
+            f"config.json: 'pe_swap.keep_mean' is {short(entry['keep_mean'])}; it must be true or left out. Save the model again with "
             "save_pretrained, or fix the file."
         )
     hooks = entry.get("attention_hooks")

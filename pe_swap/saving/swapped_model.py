@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from pe_swap.assignment import checked_format, from_saved, saved_stacks, short
 from pe_swap.errors import CheckpointError
@@ -20,7 +20,7 @@ from pe_swap.patching.holder import Original, SchemeHolder
 from pe_swap.patching.install import assemble, attach, attention_hooks, token_table
 from pe_swap.saving.auto_classes import CLASS_PREFIX
 from pe_swap.saving.swapped_config import BUILDING, require_entry, rope_parameters_of
-from pe_swap.schemes.geometry import Native
+from pe_swap.schemes.geometry import Geometry, Native
 
 
 class SwappedModel:
@@ -65,7 +65,8 @@ class SwappedModel:
             natives = [Native(options=kind.options(unswapped, layer, module)) for layer in range(geometry.num_layers)]
             assignment, _ = assignments[stack.name].resolve(geometry, natives)
             schemes = assignment.build(geometry)
-            holder = assemble(stack, base_model, unswapped, assignment, schemes, original)
+            mean = _empty_mean(entries[stack.name], stack, geometry)
+            holder = assemble(stack, base_model, unswapped, assignment, schemes, original, mean)
             if beside_old_table:
                 holder.weight = None
             kept, holder.kept = holder.kept, nn.ModuleDict()
@@ -120,6 +121,22 @@ class SwappedModel:
         """
         _require_positional_weights(type(self), "not in the checkpoint, or of another shape", missing_keys)
         super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)  # type: ignore[misc]
+
+
+def _empty_mean(entry: Mapping[str, Any], stack: Stack, geometry: Geometry) -> Tensor | None:
+    """Return room for the mean row of the table, where the file says that it was kept.
+
+    Raises:
+        CheckpointError: it says so of a model that has no table.
+    """
+    if "keep_mean" not in entry:
+        return None
+    if stack.native.kind != "table":
+        raise CheckpointError(
+            "config.json: 'pe_swap.keep_mean' is true, and a model of this family has no position table. Save the model again with "
+            "save_pretrained, or fix the file."
+        )
+    return torch.zeros(geometry.input_size)
 
 
 @contextmanager

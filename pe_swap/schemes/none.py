@@ -74,9 +74,9 @@ class NoneOptions(SchemeOptions):
 class NoPositions(Scheme):
     """Nothing is added anywhere. In a decoder the causal mask still gives some order; an encoder ignores word order.
 
-    Start on a pretrained model: the table goes, and with it its mean vector, which every position shared. The temperature changes
-    nothing up to the trained length. `qk_norm` starts with gains of 1, which no pretrained model without such norms is used to: it
-    is for training that would not be stable without it.
+    Start on a pretrained model: the table goes, and with it its mean vector, which every position shared (`keep_mean=True` of a swap
+    keeps that). The temperature changes nothing up to the trained length. `qk_norm` starts with gains of 1, which no pretrained model
+    without such norms is used to: it is for training that would not be stable without it.
     """
 
     Options = NoneOptions
