@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from pe_swap.errors import ConfigError, PESwapError
-from pe_swap.runs.config import KEYS_OF_SOURCE, SOURCES, ConfigType, build, section_of
+from pe_swap.runs.config import KEYS_OF_SOURCE, SOURCES, ConfigType, Layers, build, section_of
 from pe_swap.runs.files import DISK_ERRORS, disk_error
 from pe_swap.runs.progress import show_bars_on_terminals_only
 from pe_swap.runs.yaml_reader import explain, parse_yaml, read_yaml
@@ -58,11 +58,19 @@ def _value(config_class: Any, key: str, texts: list[str]) -> Any:
         ConfigError: the key needs a value and has none.
     """
     annotation, is_list = _annotation(config_class, key), _is_list(config_class, key)
-    types = _leaf_types(annotation)
+    types = _leaf_types(annotation) if Layers not in get_args(annotation) else {int}
     if not texts and not is_list and bool not in types:
         raise ConfigError(f"--{key} has no value. Write one after it (--{key} VALUE), or leave it out; see --help.")
     if texts == ["null"] and NoneType in get_args(annotation):
         return None
+    if (
+        is_list
+        and len(texts) == 1
+        and Layers in get_args(annotation)
+        and texts[0][:1].isalpha()
+        and isinstance(_scalar(texts[0]), str)
+    ):
+        return texts[0]
     return _parsed(texts, is_list, types)
 
 
@@ -153,7 +161,7 @@ def _annotation(config_class: Any, key: str) -> Any:
 def _is_list(config_class: Any, key: str) -> bool:
     """Tell whether a key holds a list."""
     annotation = _annotation(config_class, key)
-    return any(get_origin(part) in (list, tuple) for part in (annotation, *get_args(annotation)))
+    return any(get_origin(part) in (list, tuple) or part is Layers for part in (annotation, *get_args(annotation)))
 
 
 def _leaf_types(annotation: Any) -> set[Any]:

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveFloat,
     Strict,
     StringConstraints,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -31,6 +33,12 @@ PositiveInt = Annotated[int, Strict(), Field(gt=0)]
 
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
 """A seed that every random generator in use takes: NumPy's ends at 2^32 - 1."""
+
+Layers = Annotated[
+    Annotated[list[Integer], Tag("<indices>")] | Annotated[str, Tag("<words>")],
+    Discriminator(lambda value: "<words>" if isinstance(value, str) else "<indices>"),
+]
+"""Layers of a model: their indices, or words such as `every:4`. A tag in brackets is no part of a key in a message."""
 
 Folder = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 """The path of an output folder; an empty one would be the current folder."""
@@ -62,9 +70,7 @@ class SchemeSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str = Field(default=ORIGINAL, description="a scheme, or 'original' to leave the model as it is")
-    layers: list[Integer] | str | None = Field(
-        default=None, description="layers that take it, or 'every:4' and the like; all by default"
-    )
+    layers: Layers | None = Field(default=None, description="layers that take it, or 'every:4' and the like; all by default")
     plan: str | None = Field(default=None, description="a plan of layers, in place of a name; see swap_positional")
     keep_mean: Annotated[bool, Strict()] = Field(
         default=False, description="keep the mean row of the model's own position table; see swap_positional"
@@ -311,7 +317,7 @@ def build(config_class: type[ConfigType], values: dict[str, Any]) -> ConfigType:
 
 def _explain(config_class: type[Section], problem: Any) -> str:
     """Return one validation problem as a sentence that names the key, the value and the rule."""
-    path = [str(part) for part in problem["loc"]]
+    path = [str(part) for part in problem["loc"] if not str(part).startswith("<")]
     key = ".".join(path)
     if problem["type"] == "extra_forbidden":
         section: Any = config_class

@@ -175,6 +175,12 @@ def test_integers_are_integers_alone(key: str, config_class: type[Section], word
     assert str(caught.value) == expected
 
 
+@pytest.mark.parametrize(("words", "layers"), [(["0", "-1"], [0, -1]), (["2"], [2]), (["every:4"], "every:4"), (["null"], None)])
+def test_layers_are_indices_or_words(words: list[str], layers: object) -> None:
+    config = parse(FinetuneConfig, ["--scheme.name", "rope", "--scheme.layers", *words], description="")
+    assert config.scheme.layers == layers
+
+
 def test_the_schemes_of_a_comparison_are_one_mapping(capsys: pytest.CaptureFixture[str]) -> None:
     config = parse(CompareConfig, ["--schemes", "{a: {name: rope, base: 3}}", "--schemes.a.base", "4"], description="")
     assert (list(config.schemes), config.schemes["a"].options) == (["a"], {"base": 4})
