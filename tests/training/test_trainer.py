@@ -255,7 +255,7 @@ def test_a_run_is_a_record_and_a_folder_that_loads(tmp_path: Path) -> None:
     record = finetune(config(tmp_path))
     saved = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (saved["status"], saved["scheme"], saved["seed"]) == ("done", "t5", 0)
-    assert saved["config"]["scheme"] == {"name": "t5", "num_buckets": 8, "layers": None}
+    assert saved["config"]["scheme"].items() >= {"name": "t5", "num_buckets": 8, "layers": None}.items()
     assert {"versions", "commit", "device", "seconds"} <= saved.keys()
     assert record["perplexity"]["after_training"] < 0.8 * record["perplexity"]["after_swap"]
     assert record["training"]["dropped_tokens"] < 16
