@@ -187,7 +187,7 @@ class Family:
         return self.stacks_of(config)[-1].is_causal(config)
 
 
-def register(model_type: str, *stacks: Stack, since: str = "5.8") -> None:
+def register(model_type: str, *stacks: Stack, since: str = "5.16") -> None:
     """File a family under its `model_type`, where the installed transformers has it.
 
     Args:

@@ -33,5 +33,4 @@ for model_type in ("t5", "mt5"):
         model_type,
         stack("encoder", is_causal=encoder, has_cache=False),
         stack("decoder", is_causal=decoder, num_layers="num_decoder_layers", applies=has_decoder),
-        since="5.15",  # whose attention is written out by hand before
     )

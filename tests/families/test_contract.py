@@ -100,8 +100,6 @@ def test_every_family_has_a_tiny_configuration() -> None:
     known = TINY.keys() & configuration_auto.CONFIG_MAPPING_NAMES.keys()
     if Version(transformers.__version__) < Version("5.24"):
         known -= {"gptj", "codegen"}
-    if Version(transformers.__version__) < Version("5.15"):
-        known -= {"t5", "mt5"}
     assert sorted(known) == NAMES
 
 
