@@ -12,4 +12,5 @@ register(
         is_causal=decoder,
         has_cache=False,
     ),
+    since="5.24",  # in 5.16 a head holds another base model
 )

@@ -12,4 +12,5 @@ register(
     Stack(
         Rotary(), attention="layers.{layer}.self_attn", tokens="embeddings.word_embeddings", is_causal=encoder, has_cache=False
     ),
+    since="5.24",  # in 5.16 token types end where the trained length ends
 )

@@ -86,6 +86,7 @@ class Scheme(nn.Module):
         super().__init__()
         self.options = options
         self._hooks = self.hooks_for(options)  # read once: a compiled graph should find a constant
+        self._has_relative_bias = "relative_bias" in hooks_of(type(self)) - options.unused_hooks  # and not by a window alone
         self.geometry = geometry
         self.layers = layers
 
@@ -243,7 +244,7 @@ class Scheme(nn.Module):
         Returns:
             `[heads, n]`, float32, logits.
         """
-        if "relative_bias" in hooks_of(type(self)) - self.options.unused_hooks:
+        if self._has_relative_bias:
             bias = self.relative_bias(distance, layer=layer)
         else:
             bias = torch.zeros(self.geometry.num_heads, len(distance), device=distance.device)
@@ -255,8 +256,10 @@ class Scheme(nn.Module):
 
     def windowed_reach(self, layer: int) -> int | None:
         """Return `reach`, or the shorter one of the option `sliding_window`."""
-        reaches = [self.reach(layer), None if self.options.sliding_window is None else self.options.sliding_window - 1]
-        return min((reach for reach in reaches if reach is not None), default=None)
+        reach, window = self.reach(layer), self.options.sliding_window
+        if window is None:
+            return reach
+        return window - 1 if reach is None else min(reach, window - 1)
 
     def extra_key_channels(self, hidden_states: Tensor, *, layer: int) -> Tensor:
         """Return a few numbers for every token that `score_bias` will need of it later; they are cached beside its key.

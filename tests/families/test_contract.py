@@ -67,14 +67,15 @@ def silent_rotation(family: str) -> Iterator[None]:
         modeling.apply_rotary_pos_emb = own
 
 
-HANDED_ALIBI = {"bloom": "_get_alibi_slopes", "mpt": "build_mpt_alibi_tensor"}
-"""Families whose model hands ALiBi's bias to its layers, and the function of their file that gives slopes or bias."""
+HANDED_ALIBI = {"bloom": ("_get_alibi_slopes", "build_alibi_tensor"), "mpt": ("build_mpt_alibi_tensor",)}
+"""Families whose model hands ALiBi's bias to its layers, and the function of their file that gives slopes or bias: the first there is."""
 
 
 @contextmanager
 def silent_alibi(family: str) -> Iterator[None]:
     """Let the family's own file give slopes of 0."""
-    modeling, name = modeling_of(family), HANDED_ALIBI[family]
+    modeling = modeling_of(family)
+    name = next(name for name in HANDED_ALIBI[family] if hasattr(modeling, name))
     own = getattr(modeling, name)
     setattr(modeling, name, lambda *args, **kwargs: own(*args, **kwargs) * 0)
     try:
@@ -99,7 +100,7 @@ def silenced(family: str, model: PreTrainedModel) -> Any:
 def test_every_family_has_a_tiny_configuration() -> None:
     known = TINY.keys() & configuration_auto.CONFIG_MAPPING_NAMES.keys()
     if Version(transformers.__version__) < Version("5.24"):
-        known -= {"gptj", "codegen"}
+        known -= {"gptj", "codegen", "clip_text_model", "nomic_bert"}
     assert sorted(known) == NAMES
 
 
