@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from pe_swap.commands.evaluate import evaluate
-from pe_swap.commands.finetune import finetune, run_fingerprint
+from pe_swap.commands.finetune import finetune, require_measurable, run_fingerprint
 from pe_swap.errors import CheckpointError, ConfigError, DivergedError
 from pe_swap.evaluation.comparison import require_control
 from pe_swap.evaluation.evaluator import DIVERGED
 from pe_swap.evaluation.measures import chosen
+from pe_swap.evaluation.recovery import recovery
 from pe_swap.evaluation.report import REPORTED, write_report
 from pe_swap.plans import parts_of
 from pe_swap.runs import data
@@ -79,6 +80,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "seconds": watch.seconds,
         "parts": parts[config.seeds[0]],
         "parts_of_further_seeds": {seed: parts[seed] for seed in config.seeds[1:]},
+        "recovery": recovery(parts, next((label for label, scheme in config.schemes.items() if scheme.is_control), None)),
         **{key: measured[key] for key in REPORTED},
         "trained_length": {label: config.data.block_size for label in config.schemes},
     }
@@ -121,6 +123,7 @@ def require_comparison(config: CompareConfig, out: Path) -> None:
     for section in (config.base, config.train):
         if section is not None:
             require_training_settings(section)
+            require_measurable(section, config.data)
 
 
 def require_labels(labels: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from pe_swap.errors import ConfigError, DivergedError
 from pe_swap.evaluation.evaluator import Evaluator
 from pe_swap.runs import data
-from pe_swap.runs.config import FinetuneConfig, MeasureSection, resolved
+from pe_swap.runs.config import DataSection, FinetuneConfig, MeasureSection, TrainSection, resolved
 from pe_swap.runs.models import (
     apply_scheme,
     content_hashes,
@@ -55,6 +55,7 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
     watch, out = Stopwatch(), Path(config.out)
     require_output_folder(out, (config.model, config.tokenizer))
     require_training_settings(config.train)
+    require_measurable(config.train, config.data)
     text = data.load_text(config.data) if text is None else text
     key = run_fingerprint(config, text.key)
     output, finished = _open_output(config, out, key, text.key)
@@ -110,12 +111,16 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
         output=output,
         asked=asked_places(config.data.recall, config.data.block_size) if config.data.recall else None,
         resume=config.resume,
+        measure=None if evaluator is None else lambda: perplexity(model, evaluator),
         on_start=start,
         on_checkpoint=write,
     )
+    measured = record["training"].pop("measured")
     trained = config.train.max_steps > 0
     if evaluator is not None:
         record["perplexity"]["after_training"] = perplexity(model, evaluator) if trained else None
+        if config.train.eval_steps:
+            record["perplexity"]["by_step"] = _by_step(config, record, measured)
     diverged = trained and has_diverged(model, record)
     record |= {"status": "diverged" if diverged else "done", "seconds": watch.seconds}
     write()
@@ -126,6 +131,30 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
             "--train.warmup_steps."
         )
     return record
+
+
+def _by_step(config: FinetuneConfig, record: dict[str, Any], measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the perplexity by step and by tokens trained on: after the swap, after the steps that were asked for, at the end."""
+    section, found = config.train, record["perplexity"]
+    tokens = section.batch_size * section.gradient_accumulation_steps * record["processes"] * config.data.block_size
+    points = {
+        0: found["after_swap"],
+        **{row["step"]: row["perplexity"] for row in measured},
+        section.max_steps: found["after_training"],
+    }
+    return [{"step": step, "tokens": step * tokens, "perplexity": points[step]} for step in sorted(points)]
+
+
+def require_measurable(section: TrainSection, source: DataSection) -> None:
+    """Refuse to measure perplexity in the course of a training that has no text to measure it on.
+
+    Raises:
+        ConfigError: it is asked for.
+    """
+    if section.eval_steps and source.recall is not None:
+        raise ConfigError(
+            "train.eval_steps measures perplexity on held-out text, and data.recall has random words in place of it. Leave eval_steps out."
+        )
 
 
 def _open_output(config: FinetuneConfig, out: Path, key: str, text_key: str) -> tuple[OutputFolder, dict[str, Any] | None]:

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
-from pe_swap.evaluation.plots import panel_plot, position_plot, probe_plot, svg, training_plot
+from pe_swap.evaluation.plots import panel_plot, position_plot, probe_plot, recovery_plot, svg, training_plot
+from pe_swap.evaluation.recovery import curves
 from pe_swap.evaluation.rows import PerplexityRow, ProbeNote, ProbeRow
 
 PICTURE = re.compile(r"!\[(.*?)\]\((.*?)\)")
@@ -96,6 +97,12 @@ def pictures(record: Mapping[str, Any]) -> dict[str, Captioned]:
     trained = record.get("trained_length") or {}
     models = list(dict.fromkeys(row["model"] for row in rows))
     found: dict[str, Captioned] = {"perplexity.png": _of_perplexities(rows, models, trained)}
+    measured = curves(record.get("parts") or {})
+    if measured:
+        seeds = record.get("seeds") or []
+        found["recovery.png"] = [
+            ("Perplexity by tokens trained on" + (f", with seed {seeds[0]}" if len(seeds) > 1 else ""), recovery_plot(measured))
+        ]
     notes: Mapping[str, ProbeNote] = record.get("measures") or {}
     for name, note in notes.items():
         readings: Sequence[ProbeRow] = [row for row in record.get("probes") or [] if row["measure"] == name]

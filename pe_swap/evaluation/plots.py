@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from pe_swap.evaluation.comparison import drawn_over
 from pe_swap.evaluation.rows import PerplexityRow, ProbeNote, ProbeRow
@@ -118,6 +118,27 @@ def training_plot(parts: Mapping[str, Mapping[str, Any]]) -> Figure | None:
                 axes.plot([entry["step"] for entry in log], [entry["loss"] for entry in log], label=label, **line_style(index))
         axes.set_xlabel("step")
         axes.set_ylabel("training loss, nats")
+        axes.grid(axis="y", color="#eeeeee")
+        _legend(figure, "", columns=2)
+    return figure
+
+
+def recovery_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Return perplexity against tokens trained on, a line per model, small; a point that is not finite is left out."""
+    with mpl.rc_context(STYLE):
+        figure = _small_figure(len(curves))
+        axes = figure.subplots()
+        for index, (label, curve) in enumerate(curves.items()):
+            points = [(point["tokens"], point["perplexity"]) for point in curve if point["perplexity"] is not None]
+            axes.plot(*zip(*points, strict=True), label=label, **line_style(index))
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("tokens trained on")
+        axes.set_ylabel("perplexity")
         axes.grid(axis="y", color="#eeeeee")
         _legend(figure, "", columns=2)
     return figure

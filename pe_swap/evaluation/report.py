@@ -12,7 +12,8 @@ import numpy as np
 
 from pe_swap.evaluation.comparison import differs, drawn_over
 from pe_swap.evaluation.html_report import html_report
-from pe_swap.evaluation.plots import plot, png, probe_plot
+from pe_swap.evaluation.plots import plot, png, probe_plot, recovery_plot
+from pe_swap.evaluation.recovery import curves, recovery_table
 from pe_swap.evaluation.rows import PerplexityRow, ProbeNote, ProbeRow
 from pe_swap.runs.files import write_whole
 
@@ -30,7 +31,7 @@ REPORTED = ("data", "results", "runs", "probes", "measures", "effective_lengths"
 def write_report(folder: Path, record: dict[str, Any], *, title: str = "At lengths never trained on") -> None:
     """Write `report.md`, `report.html`, `results.csv` and `perplexity.png` into a folder; of probes `probes.csv` and a picture each.
 
-    Each file is written whole or not at all.
+    Of trainings that were measured on the way, `recovery.png`. Each file is written whole or not at all.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -56,6 +57,11 @@ def write_report(folder: Path, record: dict[str, Any], *, title: str = "At lengt
             write_whole(folder / f"{name}.png", png(probe_plot(readings, note)))
         parts += probe_section(name, note, readings)
     parts += start_table(record)
+    measured = curves(record.get("parts") or {})
+    if measured:
+        write_whole(folder / "recovery.png", png(recovery_plot(measured)))
+        parts += ["## Recovery", "", "![perplexity against tokens trained on](recovery.png)", ""]
+        parts += recovery_table(record.get("recovery") or [])
     parts += [_footer(record), ""]
     markdown = "\n".join(parts)
     write_whole(folder / "report.md", markdown)

@@ -122,6 +122,13 @@ class DataSection(Section):
     eval_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of documents held out where nothing else says which")
 
 
+def require_once(values: list[Any]) -> list[Any]:
+    """Refuse an entry that is given twice: it would be measured and printed twice."""
+    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+        raise PydanticCustomError("twice", "{names} is given twice; name each once", {"names": ", ".join(map(str, twice))})
+    return values
+
+
 class PositionSampling(Section):
     """Position ids drawn at random for every block of training text."""
 
@@ -153,7 +160,15 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
     save_steps: PositiveInt = Field(default=100, description="steps between checkpoints")
     logging_steps: PositiveInt = Field(default=10, description="steps between log lines")
+    eval_steps: list[PositiveInt] = Field(
+        default=[], description="steps after which the held-out text is measured, beside the start and the end"
+    )
     report_to: list[str] = Field(default=["none"], description="trackers, such as tensorboard")
+
+    @field_validator("eval_steps")
+    @classmethod
+    def _require_once(cls, values: list[int]) -> list[int]:
+        return require_once(values)
 
 
 class FinetuneConfig(Section):
@@ -173,13 +188,6 @@ class FinetuneConfig(Section):
     out: Folder = Field(default="runs/finetune", description="output folder")
     resume: bool = Field(default=False, description="continue from the last checkpoint in the output folder")
     overwrite: bool = Field(default=False, description="delete what an earlier run wrote into the output folder, by its record")
-
-
-def require_once(values: list[Any]) -> list[Any]:
-    """Refuse an entry that is given twice: it would be measured and printed twice."""
-    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
-        raise PydanticCustomError("twice", "{names} is given twice; name each once", {"names": ", ".join(map(str, twice))})
-    return values
 
 
 class MeasureSection(Section):

@@ -68,6 +68,36 @@ class LossTotal(TrainerCallback, ExportableState):  # type: ignore[misc]  # tran
         self.total = torch.tensor(state.stateful_callbacks[type(self).__name__]["args"]["total"], dtype=torch.float64)
 
 
+class PerplexityAtSteps(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is untyped here
+    """What was measured after given steps; in the checkpoints too, so that a run which is continued has every row once.
+
+    Attributes:
+        rows: step and perplexity, None where it is not finite.
+    """
+
+    def __init__(self, steps: Sequence[int], measure: Callable[[], float | None]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._steps = frozenset(steps)
+        self._measure = measure
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"args": {"rows": list(self.rows)}, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Take the rows of the checkpoint that the training continues from."""
+        self.restore(state)
+
+    def restore(self, state: TrainerState) -> None:
+        """Take the rows that a state holds."""
+        self.rows = list(state.stateful_callbacks[type(self).__name__]["args"]["rows"])
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Measure if this is one of the steps; the Trainer saves its checkpoint after this."""
+        if state.global_step in self._steps:
+            self.rows.append({"step": state.global_step, "perplexity": self._measure()})
+
+
 class ProgressLines(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """One line per minute, in place of a progress bar or of transformers' line for every logged step."""
 
@@ -100,9 +130,16 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
     """A Trainer with a learning rate of its own for the parameters that a swap adds, and position ids drawn at random if wanted."""
 
     def __init__(
-        self, *args: Any, positional_learning_rate: float | None = None, positions: PositionSampling | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        positional_learning_rate: float | None = None,
+        positions: PositionSampling | None = None,
+        measured: PerplexityAtSteps | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.measured = PerplexityAtSteps((), lambda: None) if measured is None else measured
+        self.add_callback(self.measured)
         self.positional_learning_rate = positional_learning_rate
         self.positions = positions
         self.losses = LossTotal()
@@ -148,6 +185,7 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
                     self._load_from_checkpoint(checkpoint)
                     self.state = state
                     self.losses.restore(state)
+                    self.measured.restore(state)
                     return
             with loss_in_chunks(self.model):
                 self.train(resume_from_checkpoint=checkpoint)
@@ -177,6 +215,7 @@ def train(
     output: OutputFolder,
     asked: Sequence[int] | None = None,
     resume: bool = False,
+    measure: Callable[[], float | None] | None = None,
     on_start: Callable[[], None] = _nothing,
     on_checkpoint: Callable[[], None] = _nothing,
 ) -> dict[str, Any]:
@@ -193,11 +232,13 @@ def train(
         asked: index in each document of the tokens that are learned; a document is then one block. Every token of blocks packed from
             all documents by default.
         resume: continue from the last checkpoint there. On the same machine the numbers are those of a run never interrupted.
+        measure: returns the perplexity of the model as it is now, for the steps `section.eval_steps`.
         on_start: called after all checks of the input, before the first step and before anything is written.
         on_checkpoint: called after each checkpoint is written.
 
     Returns:
-        Steps, mean training loss of all steps, and the loss log. With no steps to train the model is saved as it is.
+        Steps, mean training loss of all steps, the loss log, and what `measure` returned after which steps. With no steps to
+        train the model is saved as it is.
 
     Raises:
         CheckpointError: nothing to resume from, or a damaged checkpoint.
@@ -211,7 +252,7 @@ def train(
             with whole_folder(output) as folder:
                 model.save_pretrained(folder)
                 _save_tokenizer(tokenizer, model, folder)
-        return {"steps": 0, "train_loss": None, "blocks": 0, "dropped_tokens": 0, "log": []}
+        return {"steps": 0, "train_loss": None, "blocks": 0, "dropped_tokens": 0, "log": [], "measured": []}
     _require_positions_for(model, section, block_size)
     if asked is None:
         packed, dropped = data.blocks(documents, tokenizer, block_size, causal=is_causal(model))
@@ -225,6 +266,7 @@ def train(
         data_collator=_collator(model, tokenizer, section, seed),
         positional_learning_rate=section.positional_learning_rate,
         positions=section.positions,
+        measured=None if measure is None else PerplexityAtSteps(section.eval_steps, measure),
         callbacks=[AfterCheckpoint(output, on_checkpoint)],
     )
     checkpoint = last_checkpoint(output.path) if resume else None
@@ -242,6 +284,7 @@ def train(
         "blocks": len(packed),
         "dropped_tokens": dropped,
         "log": [{"step": entry["step"], "loss": entry["loss"]} for entry in log],
+        "measured": trainer.measured.rows,
     }
 
 
@@ -373,11 +416,17 @@ class MaskedBatch:
 
 
 def require_training_settings(section: TrainSection) -> None:
-    """Refuse a schedule or a tracker that cannot work, before anything is written.
+    """Refuse a schedule, a tracker or a step to measure after that cannot work, before anything is written.
 
     Raises:
         ConfigError: there is one.
     """
+    late = max(section.eval_steps, default=0)
+    if late > section.max_steps:
+        raise ConfigError(
+            f"train.eval_steps names step {late:,}, and training ends at step {section.max_steps:,} (train.max_steps). Name steps up to "
+            "that."
+        )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=section.learning_rate)
     try:
         schedule = get_scheduler(

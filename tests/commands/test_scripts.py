@@ -62,8 +62,14 @@ def quick(tmp_path: Path, texts: list[str]) -> Path:
 
 def test_compare_then_evaluate_then_finetune(quick: Path, tmp_path: Path, texts: list[str]) -> None:
     out = tmp_path / "compared"
-    assert call("compare", "--config", str(quick), "--out", str(out)) == 0
-    assert {"record.json", "report.md", "results.csv", "perplexity.png"} <= {path.name for path in out.iterdir()}
+    assert call("compare", "--config", str(quick), "--train.eval_steps", "1", "--out", str(out)) == 0
+    assert {"record.json", "report.md", "results.csv", "perplexity.png", "recovery.png"} <= {path.name for path in out.iterdir()}
+    recovery = json.loads((out / "record.json").read_text())["recovery"]
+    assert [(row["model"], row["bound"], row["control"], row["last_step"]) for row in recovery] == [
+        ("alibi", 1.05, "control", 2), ("alibi", 1.01, "control", 2),
+    ]  # fmt: skip
+    assert "| model | within 5% | within 1% |" in (out / "report.md").read_text()
+    assert "Perplexity by tokens trained on" in (out / "report.html").read_text()
     rows = json.loads((out / "record.json").read_text())["results"]
     assert all(set(COLUMNS) <= row.keys() for row in rows)
     assert [(row["model"], row["length"]) for row in rows if row["error"]] == [("control", 32)] * 2

@@ -18,6 +18,7 @@ from pe_swap.commands.finetune import finetune, run_fingerprint
 from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError, PESwapError
 from pe_swap.patching.install import positional_parameters
 from pe_swap.runs.config import FinetuneConfig, SchemeSection, TrainSection
+from pe_swap.runs.config import build as build_config
 from pe_swap.runs.output import OutputFolder
 from pe_swap.swap import swap_positional
 from pe_swap.training import trainer as training
@@ -69,16 +70,23 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = finetune(config(tmp_path, out=str(tmp_path / "whole")))
+    unmeasured = finetune(config(tmp_path, out=str(tmp_path / "unmeasured")))
+    section = {**config(tmp_path).train.model_dump(), "eval_steps": [2, 4, 5, 6]}
+    whole = finetune(config(tmp_path, train=section, out=str(tmp_path / "whole")))
+    assert whole["training"] == unmeasured["training"], "to measure on the way changes nothing of the training"
     with monkeypatch.context() as patch:
         killed_after(patch, 4)
         with pytest.raises(KilledError):
-            finetune(config(tmp_path))
+            finetune(config(tmp_path, train=section))
     assert json.loads((tmp_path / "run" / "record.json").read_text())["status"] == "running"
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
-    resumed = finetune(config(tmp_path, resume=True))
+    resumed = finetune(config(tmp_path, train=section, resume=True))
     assert resumed["training"] == whole["training"]
     assert resumed["perplexity"] == whole["perplexity"]
+    found = whole["perplexity"]
+    assert [(row["step"], row["tokens"]) for row in found["by_step"]] == [(step, 32 * step) for step in (0, 2, 4, 5, 6)]
+    assert [row["perplexity"] for row in found["by_step"][::4]] == [found["after_swap"], found["after_training"]]
+    assert len({row["perplexity"] for row in found["by_step"]}) == 5
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -104,6 +112,25 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, monkeypat
     killed_after(monkeypatch, 0)
     assert finetune(config(tmp_path, resume=True)) == json.loads(json.dumps(record))
     assert files_below(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"max_steps": 6, "eval_steps": [3, 7]}}, r"eval_steps names step 7, and training ends at step 6"),
+        ({"train": {"max_steps": 6, "eval_steps": [3]}, "data": {"recall": {}}}, r"data\.recall has random words"),
+    ],
+)
+def test_steps_that_cannot_be_measured(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        finetune(config(tmp_path, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("steps", [[0], [3, 3], [-1], [1.5]])
+def test_steps_are_positive_integers_given_once(steps: list[Any]) -> None:
+    with pytest.raises(ConfigError, match="eval_steps"):
+        build_config(FinetuneConfig, {"train": {"max_steps": 6, "eval_steps": steps}})
 
 
 def test_the_training_loss_is_the_mean_of_all_steps(tmp_path: Path) -> None:
