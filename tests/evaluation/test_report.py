@@ -75,8 +75,8 @@ COMPARISON = {
     },
     "config": {
         "schemes": {
-            "control": {"name": "original", "layers": None},
-            "far": {"name": "fox", "layers": [0, 2], "initial_reach": 10000},
+            "control": {"name": "original", "layers": None, "keep_mean": False},
+            "far": {"name": "fox", "layers": [0, 2], "keep_mean": True, "initial_reach": 10000},
             "short": {"name": "learned", "layers": None, "max_length": 8},
         }
     },
@@ -92,7 +92,7 @@ def test_a_comparison_says_what_the_swap_did_before_training() -> None:
         "| model | scheme | right after the swap | after training |",
         "|---|---|---:|---:|",
         "| control | original | 22.67 | 22.18 |",
-        "| far | fox, layers=[0, 2], initial_reach=10000 | 1,045 | 23.46 |",
+        "| far | fox, layers=[0, 2], keep_mean=True, initial_reach=10000 | 1,045 | 23.46 |",
         "| short | learned, max_length=8 | - | 29.94 |",
         "",
     ]
