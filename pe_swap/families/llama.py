@@ -14,9 +14,10 @@ LLAMA = Stack(Rotary(), attention="layers.{layer}.self_attn", tokens="embed_toke
 
 ALIKE = (
     "apertus", "apertus1p5_text", "arcee", "aria_text", "bitnet", "cwm", "dots1", "flex_olmo", "gemma", "gemma2", "gemma3_text",
-    "glm4_moe", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "hyperclovax", "jais2", "laguna", "llama", "mellum", "minimax_m2",
-    "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3",
-    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "solar_open", "stablelm", "starcoder2", "vaultgemma",
+    "glm4_moe", "gpt_oss", "granite", "granite_docling_text", "granitemoe", "granitemoeshared", "hyperclovax", "jais2",
+    "laguna", "llama", "mellum", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2",
+    "olmo3", "olmoe", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "solar_open",
+    "stablelm", "starcoder2", "vaultgemma",
 )  # fmt: skip
 """Families that differ in nothing that positions depend on."""
 

@@ -16,10 +16,11 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     PreTrainedModel,
 )
+from transformers.models.auto import modeling_auto
 
 import pe_swap
 from pe_swap.families import FAMILIES
-from pe_swap.families.classes import modeling_of
+from pe_swap.families.classes import config_class_of, modeling_of
 from pe_swap.patching.layer_cache import parameters_of
 
 ROUNDING = 5e-6
@@ -76,6 +77,7 @@ TINY: dict[str, dict[str, Any]] = {
     "codegen": {"n_embd": 96, "n_layer": 3, "n_head": 12, "n_positions": TRAINED_LENGTH, "rotary_dim": 4, "n_inner": 64},
     "cohere": LLAMA_LIKE,
     "cohere2": {**LLAMA_LIKE, **WINDOW},
+    "data2vec-text": {**BERT_LIKE, "max_position_embeddings": TRAINED_LENGTH + 1},
     "distilbert": {"dim": 96, "n_layers": 3, "n_heads": 12, "hidden_dim": 64, **LENGTH},
     "electra": {**BERT_LIKE, "embedding_size": 48},
     "esm": {**BERT_LIKE, "position_embedding_type": "rotary", "mask_token_id": 4, "token_dropout": False},
@@ -96,6 +98,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "gptj": {"n_embd": 96, "n_layer": 3, "n_head": 12, "n_positions": TRAINED_LENGTH, "rotary_dim": 4, "n_inner": 64},
     "granite": LLAMA_LIKE,
+    "granite_docling_text": LLAMA_LIKE,
     "helium": {**LLAMA_LIKE, "head_dim": 8},
     "llama": LLAMA_LIKE,
     "marian": {**PARTS, **LENGTH},
@@ -175,6 +178,7 @@ def is_causal(family: str) -> bool:
 def config_of(family: str, **overrides: Any) -> Any:
     """Return the tiny configuration of a family in `TINY`, or of one of its `VARIANTS`; fields by their standard names or the family's."""
     model_type, changes = VARIANTS.get(family, (family, {}))
+    assert model_type in TINY, f"give '{model_type}' a line in TINY of tests/support/families.py"
     plain = AutoConfig.for_model(model_type)
     known = plain.to_dict()
     overrides = {plain.attribute_map.get(name, name): value for name, value in overrides.items()}
@@ -184,11 +188,18 @@ def config_of(family: str, **overrides: Any) -> Any:
     return AutoConfig.for_model(model_type, **settings)
 
 
+def has_language_model_head(family: str) -> bool:
+    """Tell whether transformers has a language model of a family, and no base model alone."""
+    kinds = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+    config_class = config_class_of(model_type_of(family))
+    return any(config_class in getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING") for kind in kinds)
+
+
 def auto_class(family: str) -> Any:
     """Return the Auto class of the family's language model."""
     if family == "whisper":
         return AutoModelForSpeechSeq2Seq
-    if family == "clip_text_model":
+    if not has_language_model_head(family):
         return AutoModel
     if len(FAMILIES[model_type_of(family)].stacks_of(config_of(family))) > 1:
         return AutoModelForSeq2SeqLM
