@@ -170,6 +170,8 @@ class _Checker:
         """Return the base model's last hidden states, `[batch, length, hidden_size]`, float32; `position_ids` count from 0."""
         if self.is_causal and self.stack.has_cache and self.cache_argument not in kwargs:
             kwargs["use_cache"] = False
+        if self.stack.ids_from_mask:
+            kwargs.pop("position_ids", None)  # such a model takes none, and counts what the mask lets through
         if "position_ids" in kwargs:
             kwargs["position_ids"] = kwargs["position_ids"] + self.first_id
         base_model: Any = self.base_model if model is None else model.base_model
@@ -272,7 +274,8 @@ class _Checker:
         mask = torch.cat((torch.ones_like(whole), mask))
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         together = self.states(torch.cat((whole, torch.cat(parts, dim=1))), attention_mask=mask, position_ids=position_ids)
-        detail = f"{short} of {self.length}, position ids given"  # without them, a length that padding counts into may differ
+        given = "counted from the mask" if self.stack.ids_from_mask else "given"
+        detail = f"{short} of {self.length}, position ids {given}"  # without them, a length that padding counts into may differ
         return self.compare(f"{side}-padded = alone", together[1][mask[1].bool()], self.states(row)[0], detail)
 
     def future(self) -> Check:
@@ -290,7 +293,7 @@ class _Checker:
         first = max(rescaled, default=0) - self.length // 2
         if self.holder.max_length is not None:
             first = min(first, self.holder.max_length - self.length)
-        first = max(first, 0)
+        first = 0 if self.stack.ids_from_mask else max(first, 0)
         ids, where = self.tokens(2, self.length), torch.arange(self.length, device=self.device)[None] + first
         cache, parts, start = DynamicCache(config=self.model.config), [], 0
         for length in (self.length // 2, self.length // 4, 1, self.length):
@@ -309,6 +312,8 @@ class _Checker:
         """Check that only differences of positions matter, where the schemes claim it."""
         claimed = all(scheme.shift_invariant for scheme in self.schemes)
         name, ids = "shift invariant", self.tokens(1, self.length)
+        if self.stack.ids_from_mask:
+            return Check(name, None, None, "not measured: this family takes no position ids")
         here, mask = torch.arange(self.length, device=self.device)[None], torch.ones_like(ids)
         try:
             moved = self.states(ids, attention_mask=mask, position_ids=here + SHIFT)
@@ -325,6 +330,10 @@ class _Checker:
         last = min(trained + 8, limit or trained + 8)
         length = min(last, LONGEST_ROW)
         ids, given = self.tokens(1, length), {}
+        if length < last and self.stack.ids_from_mask:
+            return Check(
+                "beyond trained length", None, None, f"not measured: more than {LONGEST_ROW:,} tokens, and no position ids"
+            )
         if length < last:
             given = {"position_ids": self.ids(length, first=last - length), "attention_mask": torch.ones_like(ids)}
         finite = bool(self.states(ids, **given).isfinite().all())

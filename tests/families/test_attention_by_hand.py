@@ -86,6 +86,12 @@ def test_padding_is_no_position_with_a_cache_and_without(family: str, scheme: st
     assert difference(outputs(model, padded, attention_mask=mask)[:, 5:], outputs(model, row)) <= ROUNDING
 
 
+@pytest.mark.parametrize("family", BY_HAND)
+def test_the_check_holds_on_them(family: str) -> None:
+    report = pe_swap.check_positional(pe_swap.swap_positional(tiny(family), "fire"))
+    assert report.passed, str(report)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"multi_query": True}, {"new_decoder_architecture": True, "num_kv_heads": 4}, {"multi_query": False, "num_kv_heads": 12}],
