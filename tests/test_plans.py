@@ -66,6 +66,17 @@ def test_a_window_with_a_cache_and_after_a_reload(tmp_path: Path) -> None:
     assert torch.equal(swapped.generate(ids, **settings), own.generate(ids, **settings))
 
 
+def test_scaling_by_length_counts_the_keys_in_the_window() -> None:
+    """A Mistral's window is in its mask, which is what is counted."""
+    scaled = {"logit_scale": "log_n", "trained_length": 2}
+    (_, own), ids = mistral(), token_ids(2, 20)
+    expected = outputs(pe_swap.swap_positional(own, "rope", **scaled), ids)
+    llama = tiny("llama", head_dim=8)
+    assert difference(outputs(pe_swap.swap_positional(llama, "rope", sliding_window=WINDOW, **scaled), ids), expected) <= ROUNDING
+    with pytest.raises(OptionError, match="'sliding_window' is 3 in an encoder"):
+        pe_swap.swap_positional(tiny("bert"), "t5", sliding_window=3, logit_scale="log_n")
+
+
 @pytest.mark.parametrize("scheme", ["alibi", "shaw", "none", "sinusoidal", "fox"])
 def test_with_a_window_nothing_further_back_acts(scheme: str) -> None:
     model = pe_swap.swap_positional(tiny("llama", num_hidden_layers=1), scheme, sliding_window=WINDOW)

@@ -280,6 +280,8 @@ def scaled(attention_call: AttentionCall, query: Tensor, kv_len: int, attention_
     call = attention_call.call
     query_index = call.query_slots.to(query.device) - call.first_key_slot
     num_keys = keys_allowed(query_index, kv_len, attention_mask, is_causal)
+    if attention_call.scheme.options.sliding_window is not None:
+        num_keys = num_keys.clamp(max=attention_call.scheme.options.sliding_window)
     factor = attention_call.scheme.query_scale(num_keys, layer=attention_call.layer)
     return (query * factor[:, None, :, None]).to(query.dtype)
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from pe_swap.errors import OptionError
 from pe_swap.registry import Registry
 from pe_swap.schemes.geometry import Geometry, Native
 from pe_swap.schemes.options import SchemeOptions
@@ -84,6 +85,12 @@ class Scheme(nn.Module):
             OptionError: the options do not fit the geometry.
         """
         super().__init__()
+        by_length = options.logit_scale is not None or getattr(options, "temperature", None) is not None
+        if options.sliding_window is not None and by_length and not geometry.is_causal:
+            raise OptionError(
+                f"{options.scheme}: option 'sliding_window' is {options.sliding_window} in an encoder, beside an option that scales by how "
+                "many keys a query may look at, which pe_swap counts for windows that look back only. Leave one of them out."
+            )
         self.options = options
         self._hooks = self.hooks_for(options)  # read once: a compiled graph should find a constant
         self._has_relative_bias = "relative_bias" in hooks_of(type(self)) - options.unused_hooks  # and not by a window alone
