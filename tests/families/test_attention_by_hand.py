@@ -71,10 +71,14 @@ def test_position_ids_are_refused_where_the_family_ignores_them(family: str) -> 
         model.base_model(ids, position_ids=torch.arange(9)[None])
 
 
-@pytest.mark.parametrize("scheme", ["fire", "xpos"])
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4}
+"""Angles by the length of the row, into which padding must not count."""
+
+
+@pytest.mark.parametrize(("scheme", "options"), [("fire", {}), ("rope", DYNAMIC)], ids=["fire", "dynamic"])
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
-def test_padding_is_no_position_with_a_cache_and_without(family: str, scheme: str) -> None:
-    model, row = pe_swap.swap_positional(tiny(family), scheme), token_ids(1, 12)
+def test_padding_is_no_position_with_a_cache_and_without(family: str, scheme: str, options: dict[str, object]) -> None:
+    model, row = pe_swap.swap_positional(tiny(family), scheme, **options), token_ids(1, 12)
     alone = model.generate(row, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
     padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), row), dim=1)
     mask = torch.tensor([[0] * 5 + [1] * 12])
