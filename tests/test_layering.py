@@ -8,27 +8,9 @@ from pathlib import Path
 import pytest
 
 from pe_swap.schemes import SCHEMES
+from tests.support.floors import FLOORS
 
 PACKAGE = Path(__file__).parents[1] / "pe_swap"
-
-FLOORS = (
-    {"version", "errors"},
-    {"registry"},
-    {"schemes"},
-    {"families", "attention", "assignment", "plans"},
-    {"patching"},
-    {"saving"},
-    {"swap"},
-    {"checks"},
-    {"__init__"},
-    {"runs"},
-    {"evaluation"},
-    {"training"},
-    {"commands"},
-    {"__main__"},
-)
-"""From the ground up. A room imports from itself and from the floors below it, never from its own floor."""
-
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -88,6 +70,16 @@ def test_scripts_only_read_a_command_line(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_no_import_is_hidden_from_the_program(path: Path) -> None:
     assert "TYPE_CHECKING" not in path.read_text(encoding="utf-8"), "a circle: move what both need into a file of its own"
+
+
+def test_no_file_imports_a_test_module() -> None:
+    """A test module may be edited, split and run without a thought of others; what several of them need stands in a file of its own."""
+    tests = Path(__file__).parent
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tests":
+                named = {*str(node.module).split("."), *(alias.name for alias in node.names)}
+                assert not any(name.startswith("test_") for name in named), f"{path.relative_to(tests)} imports {node.module}"
 
 
 def registers(path: Path) -> bool:

@@ -25,7 +25,7 @@ from pe_swap.families import Stack
 from pe_swap.runs.config import MeasureSection
 from pe_swap.schemes import SCHEMES, Scheme
 from pe_swap.schemes.base import ATTENTION_HOOKS, INPUT_HOOKS
-from tests.test_layering import FLOORS
+from tests.support.floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
 READMES = sorted(

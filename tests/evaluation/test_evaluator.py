@@ -6,10 +6,7 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
 from pe_swap.commands.evaluate import short_labels
 from pe_swap.errors import ConfigError, DataError, UnknownNameError
@@ -19,22 +16,12 @@ from pe_swap.evaluation.text import byte_ends
 from pe_swap.runs.config import MeasureSection
 from pe_swap.runs.config import build as build_config
 from tests.support.models import TRAINED_LENGTH, VOCABULARY, build, swapped
-
-DOCUMENTS = [[5 + (index * index + 7 * document) % 80 for index in range(size)] for document, size in enumerate((150, 70, 33))]
-
-
-def tokenizer(*, masked: bool = False) -> PreTrainedTokenizerFast:
-    words = {f"w{index}": index for index in range(VOCABULARY)}
-    inner = Tokenizer(WordLevel(words, unk_token="w0"))
-    inner.pre_tokenizer = Whitespace()
-    masks = {"cls_token": "w1", "sep_token": "w2", "mask_token": "w3", "pad_token": "w4"}
-    special = masks if masked else {"bos_token": "w1", "eos_token": "w2"}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+from tests.support.words import DOCUMENTS, numbered_tokenizer
 
 
 def evaluator(*, masked: bool = False, **measure: object) -> Evaluator:
     settings = {"lengths": [16, 32, 64], "protocols": ["nonoverlapping", "sliding", "same_targets"], "bootstrap_samples": 20}
-    return Evaluator(DOCUMENTS, tokenizer(masked=masked), MeasureSection(**{**settings, **measure}))
+    return Evaluator(DOCUMENTS, numbered_tokenizer(masked=masked), MeasureSection(**{**settings, **measure}))
 
 
 def test_rows_of_a_swapped_model() -> None:
@@ -177,7 +164,7 @@ def test_bits_per_byte_by_hand() -> None:
     model, documents = swapped("gpt2", "rope"), [[7, 8, 9, 10] * 8, [20, 30] * 12]
     settings = MeasureSection(lengths=[16], protocols=["nonoverlapping"], bootstrap_samples=20)
     ends = [[3 * index + 3 for index in range(len(document))] for document in documents]
-    found = Evaluator(documents, tokenizer(), settings, 0, ends).measured(model, "nonoverlapping", 16)
+    found = Evaluator(documents, numbered_tokenizer(), settings, 0, ends).measured(model, "nonoverlapping", 16)
     # Three bytes per token: a nat per token is 1 / (3 ln 2) bits per byte.
     assert found["bits_per_byte"] == pytest.approx(math.log(found["perplexity"]) / math.log(2) / 3, rel=1e-9)
     assert found["document_bytes"] == [3 * 32, 3 * 24]

@@ -10,7 +10,7 @@ from typing import Any
 from pe_swap.evaluation.comparison import with_ratios
 from pe_swap.evaluation.html_report import body, html_report, table
 from pe_swap.evaluation.report import write_report
-from tests.evaluation.test_report import COMPARISON, ROWS, compared, probe
+from tests.evaluation.records import COMPARISON, ROWS, compared, probe
 
 VOID = {"meta", "img", "br"}
 

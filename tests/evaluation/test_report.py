@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pe_swap.errors import ConfigError
 from pe_swap.evaluation.comparison import differs, require_control, with_ratios
 from pe_swap.evaluation.effective_length import effective_lengths
-from pe_swap.evaluation.evaluator import unmeasured_row
 from pe_swap.evaluation.plots import plot, probe_plot
 from pe_swap.evaluation.report import (
     COLUMNS,
@@ -24,17 +22,7 @@ from pe_swap.evaluation.report import (
     start_table,
     write_report,
 )
-
-
-def row(model: str, length: int, perplexity: float | None, error: str | None = None) -> dict[str, Any]:
-    low, high = (None, None) if perplexity is None else (perplexity - 1, perplexity + 1)
-    found = unmeasured_row(model, "original" if model == "control" else "rope", "sliding", length, "")
-    positions = [] if perplexity is None else [{"first": 1, "last": 1, "tokens": 3, "loss": 4.5}]
-    found |= {"perplexity": perplexity, "ci_low": low, "ci_high": high, "tokens": 9, "error": error}
-    return {**found, "loss_by_position": positions}
-
-
-ROWS = [row("a", 64, 20.123), row("a", 128, 1234.5), row("control", 64, 21.0), row("control", 128, None, "ends at 64")]
+from tests.evaluation.records import COMPARISON, ROWS, compared, probe, row
 
 
 def test_table() -> None:
@@ -59,28 +47,6 @@ def test_loss_by_position_at_the_longest_length_taken() -> None:
         "| control | 64 | 4.500 |",
         "",
     ]
-
-
-def part(after_swap: float | None, after_training: float | None) -> dict[str, Any]:
-    measured = {"length": 1024, "before_swap": 22.672, "after_swap": after_swap, "after_training": after_training}
-    return {"perplexity": measured, "seconds": 1.0, "training": {}}
-
-
-COMPARISON = {
-    "parts": {
-        "control": part(22.672, 22.181),
-        "far": part(1044.6, 23.456),
-        "short": part(None, 29.94),
-        "lost": {"perplexity": None},
-    },
-    "config": {
-        "schemes": {
-            "control": {"name": "original", "layers": None, "keep_mean": False},
-            "far": {"name": "fox", "layers": [0, 2], "keep_mean": True, "initial_reach": 10000},
-            "short": {"name": "learned", "layers": None, "max_length": 8},
-        }
-    },
-}
 
 
 def test_a_comparison_says_what_the_swap_did_before_training() -> None:
@@ -133,22 +99,6 @@ def test_files(tmp_path: Path) -> None:
     assert tuple(rows[0]) == COLUMNS
     assert rows[3]["error"] == "ends at 64"
     assert "control at 128: ends at 64" in (tmp_path / "report.md").read_text()
-
-
-def compared() -> list[dict[str, Any]]:
-    """Three documents; b is 0.1 nats per token better than the control, which ends at 64; c is level with it on average."""
-    rows = []
-    for model, length, gains in (
-        ("control", 64, (0.0, 0.0, 0.0)),
-        ("b", 64, (0.1, 0.1, 0.1)),
-        ("c", 64, (0.2, -0.2, 0.0)),
-        ("b", 128, (0.2, 0.2, 0.2)),
-        ("c", 128, (0.0, 0.0, 0.0)),
-    ):
-        losses = [10 * (level - gain) for level, gain in zip((3.0, 4.0, 5.0), gains, strict=True)]
-        found = row(model, length, math.exp(sum(losses) / 30))
-        rows.append({**found, "document_losses": [losses], "document_tokens": [10, 10, 10], "bits_per_byte": 1.5})
-    return [*rows[:1], row("control", 128, None, "ends at 64"), *rows[1:]]
 
 
 def test_ratios_to_the_control_on_the_same_documents() -> None:
@@ -215,13 +165,6 @@ def test_a_report_is_written_whole_or_not(tmp_path: Path, monkeypatch: pytest.Mo
     assert caught.value.filename == str(tmp_path / "results.csv")
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
     assert (tmp_path / "results.csv").read_text() == "as it was"
-
-
-def probe(measure: str, model: str, length: int, value: float | None, **at: float) -> dict[str, Any]:
-    return {
-        "model": model, "scheme": "rope", "measure": measure, "protocol_version": "v9", "length": length, "quantity": "accuracy",
-        "at": at, "value": value, "count": 4, "error": None if value is not None else "too short a vocabulary",
-    }  # fmt: skip
 
 
 def test_effective_lengths_by_hand() -> None:

@@ -24,7 +24,7 @@ from pe_swap.runs.data import (
     train_tokenizer,
 )
 from pe_swap.runs.recall import asked_places, recall_texts, words_tokenizer
-from tests.evaluation.test_evaluator import tokenizer
+from tests.support.words import numbered_tokenizer
 
 
 def write(folder: Path, **contents: str) -> list[str]:
@@ -59,13 +59,13 @@ def test_years_never_overlap_and_other_speeches_are_left_out() -> None:
 
 def test_packing_by_hand() -> None:
     # Start token 1 before each document: 1 5 6 7 1 8 9 10 11 is nine tokens: two blocks of four inputs, each with the token after.
-    packed, dropped = blocks([[5, 6, 7], [8, 9, 10, 11]], tokenizer(), 4, causal=True)
+    packed, dropped = blocks([[5, 6, 7], [8, 9, 10, 11]], numbered_tokenizer(), 4, causal=True)
     assert packed["input_ids"][:] == [[1, 5, 6, 7, 1], [1, 8, 9, 10, 11]]
     assert dropped == 0
 
 
 def test_packing_for_an_encoder_puts_its_tokens_around_each_block() -> None:
-    packed, dropped = blocks([[5, 6, 7], [8, 9]], tokenizer(masked=True), 4, causal=False)
+    packed, dropped = blocks([[5, 6, 7], [8, 9]], numbered_tokenizer(masked=True), 4, causal=False)
     assert packed["input_ids"][:] == [[1, 5, 6, 2], [1, 7, 8, 2]]
     assert dropped == 1
 
@@ -85,7 +85,7 @@ def test_sequences_to_look_up_are_blocks_whose_targets_are_the_answers() -> None
 
 def test_too_little_text_for_a_block_is_refused() -> None:
     with pytest.raises(DataError, match=r"The text has 4 tokens, fewer than one block of 128\. Give more text, or a smaller"):
-        blocks([[5, 6, 7]], tokenizer(), 128, causal=True)
+        blocks([[5, 6, 7]], numbered_tokenizer(), 128, causal=True)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_tokens_are_kept_for_one_tokenizer(monkeypatch: pytest.MonkeyPatch) -> N
     calls = []
     monkeypatch.setattr("pe_swap.runs.data.tokenized", lambda documents, tokenizer: calls.append(documents) or [[len(calls)]])
     text = Text(["a"], ["b"])
-    assert text.tokens(tokenizer()) == text.tokens(tokenizer()) == ([[1]], [[2]])
+    assert text.tokens(numbered_tokenizer()) == text.tokens(numbered_tokenizer()) == ([[1]], [[2]])
     assert text.tokens(train_tokenizer(["the union"], 300)) == ([[3]], [[4]])
 
 

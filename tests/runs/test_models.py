@@ -21,9 +21,8 @@ from transformers import (
 import pe_swap
 from pe_swap.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
 from pe_swap.runs.models import is_causal, load_model, require_vocabulary, start_model
-from tests.evaluation.test_evaluator import tokenizer
 from tests.support.models import build
-from tests.support.words import word_tokenizer
+from tests.support.words import numbered_tokenizer, word_tokenizer
 
 GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16}
 ROBERTA = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 30}
@@ -80,19 +79,19 @@ def test_a_model_that_looks_ahead_is_not_measured_as_a_causal_one(tmp_path: Path
 )
 def test_a_field_that_a_model_has_not_is_refused(field: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        start_model({**GPT2, field: 32}, tokenizer())
+        start_model({**GPT2, field: 32}, numbered_tokenizer())
 
 
 def test_a_model_type_that_transformers_has_not_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no model_type 'gtp2'\. Did you mean 'gpt2'\?"):
-        start_model({**GPT2, "model_type": "gtp2"}, tokenizer())
+        start_model({**GPT2, "model_type": "gtp2"}, numbered_tokenizer())
 
 
 def test_fields_by_their_other_name_and_of_a_saved_configuration_are_taken(tmp_path: Path) -> None:
-    assert start_model({**GPT2, "max_position_embeddings": 8}, tokenizer()).config.n_positions == 8
+    assert start_model({**GPT2, "max_position_embeddings": 8}, numbered_tokenizer()).config.n_positions == 8
     saved_by_transformers = tmp_path / "config.json"
     saved_by_transformers.write_text(json.dumps({**GPT2, "n_ctx": 16, "transformers_version": "4.0.0"}))
-    assert start_model(str(saved_by_transformers), tokenizer()).config.n_positions == 16
+    assert start_model(str(saved_by_transformers), numbered_tokenizer()).config.n_positions == 16
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from pe_swap.commands.finetune import finetune
 from pe_swap.errors import ConfigError
 from pe_swap.runs.config import PositionSampling
 from pe_swap.training.position_sampling import SAMPLERS, pose, randomized, with_sampled_positions
+from tests.support.finetuning import KilledError, config, killed_after, weights
 from tests.support.models import build, token_ids
-from tests.training.test_trainer import KilledError, config, killed_after, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
 
@@ -65,8 +66,7 @@ def test_a_row_is_never_read_as_packed_sequences(name: str) -> None:
     assert not cut[:, -1].any()  # what transformers makes of the ids alone
 
 
-@pytest.mark.parametrize("scheme", ["rope", "sinusoidal"])
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize(("name", "scheme"), list(zip(sorted(SAMPLERS), itertools.cycle(["rope", "sinusoidal"]), strict=False)))
 def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, scheme: str
 ) -> None:

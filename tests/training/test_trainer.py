@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from pe_swap.commands.finetune import finetune, run_fingerprint
 from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError, PESwapError
@@ -24,49 +23,11 @@ from pe_swap.swap import swap_positional
 from pe_swap.training import trainer as training
 from pe_swap.training.resume import CHECKPOINTS, complete_checkpoints, last_checkpoint
 from pe_swap.training.trainer import PositionalTrainer, causal_batch, train
-from tests.evaluation.test_evaluator import tokenizer
+from tests.support.finetuning import GPT2, WORDS, KilledError, config, killed_after, weights
 from tests.support.models import TRAINED_LENGTH, build, swapped
-from tests.support.words import word_tokenizer
+from tests.support.words import numbered_tokenizer, word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
-
-GPT2 = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16}
-WORDS = "we the people of the united states in order to form a more perfect union establish justice "
-
-
-def config(tmp_path: Path, **changes: Any) -> FinetuneConfig:
-    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    for index, path in enumerate(files):
-        path.write_text(WORDS * 20 + str(index), encoding="utf-8")
-    settings: dict[str, Any] = {
-        "model": GPT2,
-        "vocab_size": 300,
-        "scheme": {"name": "t5", "num_buckets": 8},
-        "data": {"text_files": [str(path) for path in files], "block_size": 16},
-        "train": {"max_steps": 6, "batch_size": 2, "save_steps": 3, "logging_steps": 1, "warmup_steps": 1, "learning_rate": 1e-2},
-        "out": str(tmp_path / "run"),
-    }
-    return FinetuneConfig(**{**settings, **changes})
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
-
-
-def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let the Trainer stop dead in the step after `steps`, as a kill does."""
-    original = Trainer.training_step
-
-    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step >= steps:
-            raise KilledError
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", training_step)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +268,7 @@ def test_an_encoder_is_trained_on_masked_tokens(tmp_path: Path) -> None:
     section = config(tmp_path).train
     result = train(
         swapped("bert", "alibi"),
-        tokenizer(masked=True),
+        numbered_tokenizer(masked=True),
         documents,
         section,
         block_size=16,
@@ -320,13 +281,13 @@ def test_an_encoder_is_trained_on_masked_tokens(tmp_path: Path) -> None:
 
 def test_masks_follow_from_the_batch_and_the_seed() -> None:
     rows = [{"input_ids": [5 + (index + row) % 7 for index in range(200)]} for row in range(4)]
-    batch = training.MaskedBatch(tokenizer(masked=True), 0.15, seed=1)
+    batch = training.MaskedBatch(numbered_tokenizer(masked=True), 0.15, seed=1)
     first = batch(rows)
     torch.rand(3)  # whatever else draws
     assert all(torch.equal(value, first[name]) for name, value in batch(rows).items())
     assert 0.1 < (first["labels"] != -100).float().mean() < 0.2
     assert not torch.equal(batch(rows[:3])["labels"], first["labels"][:3])
-    assert not torch.equal(training.MaskedBatch(tokenizer(masked=True), 0.15, seed=2)(rows)["labels"], first["labels"])
+    assert not torch.equal(training.MaskedBatch(numbered_tokenizer(masked=True), 0.15, seed=2)(rows)["labels"], first["labels"])
 
 
 def test_a_resumed_encoder_meets_the_same_masks(tmp_path: Path) -> None:
@@ -337,10 +298,10 @@ def test_a_resumed_encoder_meets_the_same_masks(tmp_path: Path) -> None:
         section = config(tmp_path).train.model_copy(update={"save_steps": 2, "max_steps": 6, "logging_steps": 1})
         arguments = {"block_size": 16, "seed": 0, "output": OutputFolder(out)}
         if resumes:
-            train(model, tokenizer(masked=True), documents, section, **arguments)
+            train(model, numbered_tokenizer(masked=True), documents, section, **arguments)
             shutil.rmtree(out / "checkpoints" / "checkpoint-6")
             model = swapped("bert", "alibi")
-        losses.append(train(model, tokenizer(masked=True), documents, section, resume=resumes, **arguments)["log"])
+        losses.append(train(model, numbered_tokenizer(masked=True), documents, section, resume=resumes, **arguments)["log"])
     assert len(losses[0]) == 6
     assert losses[0] == losses[1]
 
@@ -349,7 +310,7 @@ def test_an_encoder_without_a_mask_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no mask token"):
         train(
             swapped("bert", "alibi"),
-            tokenizer(),
+            numbered_tokenizer(),
             [[5] * 90],
             config(tmp_path).train,
             block_size=16,

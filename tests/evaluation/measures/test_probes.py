@@ -27,13 +27,13 @@ from pe_swap.runs.config import MeasureSection
 from pe_swap.runs.models import longest_input
 from pe_swap.runs.recall import recall_body
 from tests.evaluation.measures.oracles import finds_what_followed, words
-from tests.evaluation.test_evaluator import DOCUMENTS, tokenizer
 from tests.support.models import TRAINED_LENGTH, build, swapped
+from tests.support.words import DOCUMENTS, numbered_tokenizer
 
 
 def text(*, lengths: list[int], named: PreTrainedTokenizerBase | None = None, causal: bool = True, **settings: Any) -> Text:
     section = MeasureSection(lengths=lengths, **settings)
-    return Text(DOCUMENTS, None, named or tokenizer(masked=not causal), section, 0, "document", causal)
+    return Text(DOCUMENTS, None, named or numbered_tokenizer(masked=not causal), section, 0, "document", causal)
 
 
 def read(name: str, model: Any, given: Text, length: int, **options: Any) -> dict[Any, float]:
@@ -55,7 +55,7 @@ OPTIONS = {"agreement": {"reference": "the unswapped encoder"}}
 @pytest.mark.parametrize("name", [name for name in PROBES if MEASURES[name].for_decoders])
 def test_every_probe_gives_rows_for_a_real_model_and_says_what_it_is(name: str) -> None:
     settings = MeasureSection(lengths=[32, 48], protocols=[], measures=[name])
-    evaluator = Evaluator(DOCUMENTS, words() if name == "passkey" else tokenizer(), settings)
+    evaluator = Evaluator(DOCUMENTS, words() if name == "passkey" else numbered_tokenizer(), settings)
     rows = evaluator.probe_rows(swapped("gpt2", "alibi"), "a", "alibi")
     measured = [row for row in rows if row["value"] is not None]
     assert {row["quantity"] for row in measured} == MEASURES[name].quantities.keys()
@@ -70,7 +70,7 @@ def test_probes_of_encoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pe_swap.evaluation.measures.agreement.load_model", lambda *args, **settings: build("bert"))
     options = {key: value for key, value in OPTIONS.items() if key == name}
     settings = MeasureSection(lengths=[32], protocols=[], measures=[name], options=options)
-    named = words() if name in ("passkey", "retrieval") else tokenizer(masked=True)
+    named = words() if name in ("passkey", "retrieval") else numbered_tokenizer(masked=True)
     evaluator = Evaluator(DOCUMENTS, named, settings)
     assert evaluator.needs_vocabulary(causal=False) is MEASURES[name].needs_vocabulary
     assert evaluator.rows(swapped("bert", "alibi"), "b", "alibi") == []
@@ -105,7 +105,7 @@ def test_shift_invariant_schemes_are_flat(scheme: str) -> None:
 def test_an_offset_beyond_a_table_is_a_row_that_says_so() -> None:
     options = {"offset": {"offsets": [0, 16, 17], "passage": 16}}
     settings = MeasureSection(lengths=[16], protocols=[], measures=["offset"], options=options)
-    rows = Evaluator(DOCUMENTS, tokenizer(), settings).probe_rows(build("gpt2"), "control", "original")
+    rows = Evaluator(DOCUMENTS, numbered_tokenizer(), settings).probe_rows(build("gpt2"), "control", "original")
     assert [row["error"] for row in rows[:4]] == [None] * 4
     assert rows[4]["error"] == f"positions up to 33 are more than the {TRAINED_LENGTH} this model has; swap it to go on"
     assert longest_input(build("gpt2")) == TRAINED_LENGTH

@@ -14,7 +14,7 @@ from pe_swap.evaluation.measures import measure
 from pe_swap.evaluation.measures.protocols import Protocol, Window
 from pe_swap.evaluation.text import Text, where_first_token_stands
 from pe_swap.runs.config import MeasureSection
-from tests.evaluation.test_evaluator import tokenizer
+from tests.support.words import numbered_tokenizer
 
 
 def windows(protocol: str, sizes: list[int], length: int, *, stride: int, targets: int, longest: int) -> list[Window]:
@@ -88,7 +88,7 @@ def test_same_targets_needs_a_document_of_the_longest_length() -> None:
 
 def examples(protocol: str, first_token: str, length: int) -> list[tuple[list[int], list[int], list[int]]]:
     settings = MeasureSection(lengths=[length], targets=2, stride=2)
-    text = Text([[10, 11, 12, 13, 14, 15, 16]], None, tokenizer(), settings, 0, first_token)
+    text = Text([[10, 11, 12, 13, 14, 15, 16]], None, numbered_tokenizer(), settings, 0, first_token)
     found = measure(protocol).examples(text, length)
     return [
         (one.inputs, [token for token, chosen in zip(one.targets, one.scored, strict=True) if chosen], list(one.tokens))
@@ -115,7 +115,7 @@ def test_the_first_token_of_every_window_takes_the_place_of_one_input() -> None:
 
 
 def test_a_tokenizer_that_begins_every_text_with_a_token_begins_every_window_with_it() -> None:
-    plain, begins = tokenizer(), tokenizer()
+    plain, begins = numbered_tokenizer(), numbered_tokenizer()
     begins.backend_tokenizer.post_processor = TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
     auto = MeasureSection()
     assert where_first_token_stands(plain, auto) == "document"

@@ -1,0 +1,21 @@
+"""The order of the package's rooms."""
+
+from __future__ import annotations
+
+FLOORS = (
+    {"version", "errors"},
+    {"registry"},
+    {"schemes"},
+    {"families", "attention", "assignment", "plans"},
+    {"patching"},
+    {"saving"},
+    {"swap"},
+    {"checks"},
+    {"__init__"},
+    {"runs"},
+    {"evaluation"},
+    {"training"},
+    {"commands"},
+    {"__main__"},
+)
+"""From the ground up. A room imports from itself and from the floors below it, never from its own floor."""
