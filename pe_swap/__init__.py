@@ -11,23 +11,29 @@ from pe_swap.families import FAMILIES
 from pe_swap.saving.class_names import register_auto_classes
 from pe_swap.saving.relative_key_bert import load_relative_key_bert
 from pe_swap.schemes import OPTIONS, SCHEMES, Scheme, SchemeOptions
+from pe_swap.schemes.base import on_a_grid
 from pe_swap.swap import restore_positional, swap_positional
 from pe_swap.version import __version__
 
 
 @overload
-def list_schemes(with_description: Literal[False] = False) -> list[str]: ...
+def list_schemes(with_description: Literal[False] = False, *, axes: int = 1) -> list[str]: ...
 @overload
-def list_schemes(with_description: Literal[True]) -> dict[str, str]: ...
-def list_schemes(with_description: bool = False) -> list[str] | dict[str, str]:
+def list_schemes(with_description: Literal[True], *, axes: int = 1) -> dict[str, str]: ...
+def list_schemes(with_description: bool = False, *, axes: int = 1) -> list[str] | dict[str, str]:
     """Return the names of all positional schemes, sorted.
 
     Args:
         with_description: return a mapping from each name to one line that says what the scheme is.
+        axes: how many numbers a position is: 1 for texts, 2 for images, which not every scheme takes.
+
+    Raises:
+        OptionError: another number of axes.
     """
-    if with_description:
-        return {name: SCHEMES[name].summary for name in SCHEMES.names()}
-    return SCHEMES.names()
+    if axes not in (1, 2):
+        raise errors.OptionError(f"axes is {axes!r}; it must be 1 (texts) or 2 (images).")
+    names = SCHEMES.names() if axes == 1 else sorted(on_a_grid())
+    return {name: SCHEMES[name].summary for name in names} if with_description else names
 
 
 def list_families() -> list[str]:

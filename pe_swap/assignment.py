@@ -13,8 +13,9 @@ from typing import Any
 
 from pe_swap.errors import CheckpointError, LayerError, OptionError, UnsupportedModelError
 from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions, build_options
-from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, inside_attention, two_sided
+from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, inside_attention, on_a_grid, two_sided
 from pe_swap.schemes.geometry import Geometry, Native
+from pe_swap.schemes.per_axis import built, resolved
 
 FORMAT = 1
 """Version of the saved form. A larger one was written by a newer pe_swap."""
@@ -55,24 +56,29 @@ class Assignment:
 
         Returns:
             The assignment, and for each of its schemes the index that it had.
+
+        Raises:
+            OptionError: options that do not fit the model.
+            UnsupportedModelError: a scheme of one dimension for images.
         """
-        resolved: list[SchemeOptions] = []
+        written_out: list[SchemeOptions] = []
         origins: list[int] = []
         layers: list[int | None] = [None] * len(self.layers)
         acting_on_input = None
         for index, options in enumerate(self.options):
-            first = len(resolved)
+            require_grid(options, geometry)
+            first = len(written_out)
             for layer in self.served_by(index) or (0,):
-                found = options.resolve(geometry, natives[layer])
-                at = next((at for at in range(first, len(resolved)) if resolved[at] == found), len(resolved))
-                if at == len(resolved):
-                    resolved.append(found)
+                found = resolved(options, SCHEMES[options.scheme].on_a_grid, geometry, natives[layer])
+                at = next((at for at in range(first, len(written_out)) if written_out[at] == found), len(written_out))
+                if at == len(written_out):
+                    written_out.append(found)
                     origins.append(index)
                 if self.layers[layer] == index:
                     layers[layer] = at
             if index == self.input:
                 acting_on_input = first
-        return Assignment(tuple(resolved), tuple(layers), acting_on_input), tuple(origins)
+        return Assignment(tuple(written_out), tuple(layers), acting_on_input), tuple(origins)
 
     def build(self, geometry: Geometry) -> list[Scheme]:
         """Build every scheme.
@@ -89,7 +95,7 @@ class Assignment:
                     f"The scheme '{options.scheme}' is defined for causal attention only, and this model is an encoder. "
                     f"Use a scheme with a two-sided form ({', '.join(two_sided())}), or a decoder."
                 )
-            schemes.append(scheme_class(options, geometry, self.served_by(index)))
+            schemes.append(built(scheme_class, options, geometry, self.served_by(index)))
         return schemes
 
     def to_saved(self) -> dict[str, Any]:
@@ -99,6 +105,19 @@ class Assignment:
             "layers": list(self.layers),
             "input": self.input,
         }
+
+
+def require_grid(options: SchemeOptions, geometry: Geometry) -> None:
+    """Refuse a scheme of one dimension where positions are rows and columns.
+
+    Raises:
+        UnsupportedModelError: it is one.
+    """
+    if geometry.sides and SCHEMES[options.scheme].on_a_grid is None:
+        raise UnsupportedModelError(
+            f"The scheme '{options.scheme}' is defined along one axis, and the positions of this model are the rows and columns of "
+            f"patches. Choose one of list_schemes(axes=2): {', '.join(on_a_grid())}."
+        )
 
 
 def options_from(scheme: str | SchemeOptions | Scheme | None, options: Mapping[str, Any]) -> SchemeOptions:

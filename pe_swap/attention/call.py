@@ -36,12 +36,13 @@ class CallShared:
     Attributes:
         scheme: the scheme, its weights on the layers' device.
         query_slots: `[q_len]`, int64.
-        query_ids: `[batch or 1, q_len]`, int64.
+        query_ids: `[batch or 1, q_len]`, int64; on a grid `[batch or 1, q_len, axes]`.
         first_key_slot: slot of the first key; above 0 where the cache has dropped keys.
         first_query: index of the first query in the key buffer, or None where a static cache alone knows it.
         rotation: what the scheme's `prepare_positions` gave for the queries, or None where it transforms nothing.
         shared: what all layers share.
         kept: what calls with the same cache share, or None.
+        sides: rows and columns of the grid that tokens stand on; empty where they stand in a row.
     """
 
     scheme: Scheme
@@ -52,6 +53,7 @@ class CallShared:
     rotation: Any
     shared: SharedInCall
     kept: Kept | None
+    sides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class AttentionCall:
             key_slots = slots_from(call.first_key_slot, kv_len, device)
             ids = query_ids if self.keys_are_the_queries(kv_len) else key_ids(query_slots, key_slots, query_ids)
             keep = unkept if call.kept is None else call.kept.keep
-            return Positions(query_slots, key_slots, query_ids, ids, share_across_layers=share, keep=keep)
+            return Positions(query_slots, key_slots, query_ids, ids, share_across_layers=share, keep=keep, sides=call.sides)
 
         def share(key: Hashable, compute: Callable[[], Any]) -> Any:
             whole_key = (key, self.has_cache, call.first_key_slot, kv_len, device)

@@ -31,16 +31,19 @@ class SharedInCall:
 
     Attributes:
         position_ids: `[batch or 1, q_len]`, int64, 0-based as the family counts them; None where no hook computed them, and slots are
-            the ids.
+            the ids. On a grid `[batch or 1, q_len, axes]`.
+        sides: rows and columns of the grid; empty where tokens stand in a row.
     """
 
-    def __init__(self, position_ids: Tensor | None = None, *, shares: bool = True) -> None:
+    def __init__(self, position_ids: Tensor | None = None, *, shares: bool = True, sides: tuple[int, ...] = ()) -> None:
         """Start with no results.
 
         Args:
             position_ids: as the attribute, or `[q_len]`.
             shares: False where every layer shall compute everything itself.
+            sides: as the attribute.
         """
+        self.sides = sides
         self.position_ids = None if position_ids is None else as_rows(position_ids)
         self._shares = shares
         self._results: dict[Hashable, tuple[Any, tuple[Tensor, ...]]] = {}

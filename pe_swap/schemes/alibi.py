@@ -77,6 +77,7 @@ class Alibi(Scheme):
 
     Options = AlibiOptions
     summary = "a penalty that grows linearly with distance, one slope per head"
+    on_a_grid = "summed"
     shift_invariant = True
     tells_direction = False
     bias_is_shared = True

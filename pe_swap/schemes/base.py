@@ -49,13 +49,15 @@ class Scheme(nn.Module):
         shift_invariant: the logits do not change when every position id moves by the same amount.
         causal_only: not defined for encoders.
         tells_direction: in an encoder, a key before the query and one after it at the same distance get different scores. False for a
-            symmetric bias: with it, an encoder cannot tell a text from its mirror image.
+            symmetric bias: with it, an encoder cannot tell a text, or an image, from its mirror image.
         caches_rotated_keys: keys enter the cache already rotated; False where a rotation depends on the length so far.
         cached_equals_uncached: False only where the paper's own definition makes a cached pass differ.
         bias_is_shared: `relative_bias` is the same in every layer the scheme serves, so that one layer's serves all.
         starts_from_table: starts from the model's own position table, where there is one.
         keeps_function: as built, the scheme leaves the function of the model unchanged, as it replaces the model's own positions by the
             same ones; `start_from` finds out.
+        on_a_grid: how the scheme acts where a position is a row and a column (images): by methods of its own, `"itself"`; by one copy per
+            axis whose biases are added, `"summed"`, or whose vectors share the width, `"joined"` (see `per_axis`); None, not at all.
         options: the resolved options.
         geometry: the sizes of the model.
         layers: indices of the layers it serves; a hook's `layer` is one of them. Parameters that each layer has of its own live in an
@@ -72,6 +74,7 @@ class Scheme(nn.Module):
     bias_is_shared: bool = False
     starts_from_table: ClassVar[bool] = False
     keeps_function: bool = False
+    on_a_grid: ClassVar[Literal["itself", "summed", "joined"] | None] = None
 
     def __init__(self, options: SchemeOptions, geometry: Geometry, layers: tuple[int, ...]) -> None:
         """Build the scheme. A subclass creates its parameters, then calls `reset_parameters`.
@@ -86,6 +89,11 @@ class Scheme(nn.Module):
         """
         super().__init__()
         by_length = options.logit_scale is not None or getattr(options, "temperature", None) is not None
+        if options.sliding_window is not None and geometry.sides:
+            raise OptionError(
+                f"{options.scheme}: option 'sliding_window' is {options.sliding_window}, but a window counts the tokens of a row, and this "
+                "model's positions are rows and columns of patches. Leave it out."
+            )
         if options.sliding_window is not None and by_length and not geometry.is_causal:
             raise OptionError(
                 f"{options.scheme}: option 'sliding_window' is {options.sliding_window} in an encoder, beside an option that scales by how "
@@ -172,6 +180,18 @@ class Scheme(nn.Module):
         """
         raise NotImplementedError
 
+    def encode_grid(self, sides: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return the vectors added to the patches of an image: what `encode` is for a row of tokens.
+
+        Args:
+            sides: rows and columns of the image's patches.
+            device: where the vectors are computed.
+
+        Returns:
+            `[1, rows * columns, input_size]`, row by row, float32 (a parameter's own dtype where it is a table).
+        """
+        raise NotImplementedError
+
     def embed(self, token_embeddings: Tensor, position_ids: Tensor) -> Tensor:
         """Return the token embeddings with positions in them, for a scheme that does more than add a vector.
 
@@ -194,6 +214,18 @@ class Scheme(nn.Module):
             Whatever `transform_query_key` takes: here the position ids themselves.
         """
         return position_ids
+
+    def prepare_grid(self, position_ids: Tensor, sides: tuple[int, ...]) -> Any:
+        """Return what `transform_query_key` needs of positions on a grid: what `prepare_positions` is for a row of tokens.
+
+        Args:
+            position_ids: `[batch or 1, length, axes]`, int64; -1 on every axis for a token that stands nowhere.
+            sides: rows and columns of the grid.
+
+        Returns:
+            Whatever `transform_query_key` takes.
+        """
+        return self.prepare_positions(position_ids)
 
     def transform_query_key(self, x: Tensor, prepared: Any, *, role: Literal["query", "key"], layer: int) -> Tensor:
         """Return queries or keys with their positions in them; keys before they are cached.
@@ -370,6 +402,12 @@ def two_sided() -> list[str]:
 def inside_attention() -> list[str]:
     """Return the schemes that do not act on the input, so that layers may differ in them."""
     return [name for name in SCHEMES.names() if not hooks_of(SCHEMES[name]) & INPUT_HOOKS]
+
+
+def on_a_grid() -> list[str]:
+    """Return the schemes that act where a position is a row and a column; those that can tell a grid from its mirror image come first."""
+    found = [name for name in SCHEMES.names() if SCHEMES[name].on_a_grid is not None]
+    return sorted(found, key=lambda name: not SCHEMES[name].tells_direction)
 
 
 def hooks_of(scheme_class: type[Scheme]) -> frozenset[str]:

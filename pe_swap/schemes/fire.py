@@ -100,6 +100,7 @@ class Fire(Scheme):
 
     Options = FireOptions
     summary = "a small trained network of the distance, relative to the query's position"
+    on_a_grid = "summed"
 
     options: ResolvedFireOptions
 

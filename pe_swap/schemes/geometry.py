@@ -21,6 +21,7 @@ class Geometry:
         is_causal: True for decoders; an encoder needs a scheme's symmetric or two-sided form.
         trained_length: length that the model was trained with, in positions: for a table, its rows.
         input_size: width of the token embeddings, to which positions are added; left out, `hidden_size`.
+        sides: rows and columns of the patches that the model was trained with; empty where tokens stand in one row.
     """
 
     hidden_size: int
@@ -30,11 +31,22 @@ class Geometry:
     is_causal: bool
     trained_length: int
     input_size: int = 0
+    sides: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Write out the width of the token embeddings."""
         if not self.input_size:
             object.__setattr__(self, "input_size", self.hidden_size)
+
+    @property
+    def axes(self) -> int:
+        """How many numbers a position is: 1 in a text, 2 in an image."""
+        return len(self.sides) or 1
+
+    @property
+    def longest_side(self) -> int:
+        """The trained length along one axis, in positions."""
+        return max(self.sides, default=self.trained_length)
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,7 @@ class HopeOptions(RotaryOptions):
 
     def resolve(self, geometry: Geometry, native: Native) -> ResolvedHopeOptions:
         """Return the options with the longest period written out; a trained length below 7 leaves the fastest plane turning."""
-        return self.written_out(ResolvedHopeOptions, native, longest_period=max(float(geometry.trained_length), 7.0))
+        return self.written_out(ResolvedHopeOptions, native, longest_period=max(float(geometry.longest_side), 7.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,7 @@ class Hope(RotaryScheme):
 
     Options = HopeOptions
     summary = "rotary positions in the planes of high frequency only"
+    on_a_grid = "itself"
 
     options: ResolvedHopeOptions
 
@@ -82,5 +83,7 @@ class Hope(RotaryScheme):
         Raises:
             OptionError: a head of odd width.
         """
-        inv_freq = inverse_frequencies(turning_dimensions("hope", geometry.head_dim), options.base)
+        inv_freq = inverse_frequencies(
+            turning_dimensions("hope", geometry.head_dim, axes=geometry.axes) // geometry.axes, options.base
+        )
         super().__init__(options, geometry, layers, fast_planes(inv_freq, options.longest_period))

@@ -91,6 +91,7 @@ class Kerple(Scheme):
 
     Options = KerpleOptions
     summary = "a penalty per head that grows with the logarithm, or a power, of the distance, trained"
+    on_a_grid = "summed"
     shift_invariant = True
     tells_direction = False
 

@@ -81,6 +81,7 @@ class NoPositions(Scheme):
 
     Options = NoneOptions
     summary = "no positions at all; only the causal mask gives any order"
+    on_a_grid = "itself"
     shift_invariant = True
     tells_direction = False
 

@@ -109,13 +109,13 @@ class SchemeOptions:
         Args:
             resolved: the class.
             native: the model's own positions: options with `native_or` take their values.
-            values: what the other options get where they are None or `"match"`.
+            values: what the other options get where they are None or `"match"`, and those with `native_or` where the model has no value.
         """
         out = {}
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             if value is None and "native_or" in option.metadata:
-                value = native.options.get(option.name, option.metadata["native_or"])
+                value = native.options.get(option.name, values.get(option.name, option.metadata["native_or"]))
             elif option.name in values and (value is None or value == MATCH):
                 value = values[option.name]
             out[option.name] = value

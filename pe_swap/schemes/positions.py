@@ -11,6 +11,9 @@ Two notions that padding and caches pull apart:
 Where ids rise by one per slot, differences of slots equal differences of ids, so a relative scheme needs slots only. Padding inside a
 row, or ids that jump, count as distance to it: a cache keeps no ids. A scheme that depends on where a query stands (absolute vectors,
 FIRE, log-length scaling) needs ids.
+
+In an image a position is a row and a column, so ids have one more dimension, of two. Tokens that stand nowhere (class and register
+tokens) have -1 on every axis. Slots count them too.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ class Positions:
     Attributes:
         query_slots: `[q_len]`, int64. In the key buffer of the call, a query has the index `query_slots - key_slots[0]`.
         key_slots: `[kv_len]`, int64, rising by one; the first is not 0 where a cache has dropped keys.
-        query_ids: `[batch or 1, q_len]`, int64.
+        query_ids: `[batch or 1, q_len]`, int64; on a grid `[batch or 1, q_len, axes]`, with -1 for a token that stands nowhere.
         key_ids: `[batch or 1, kv_len]`, int64, as far as they are known: a cache keeps no ids, and its keys' are counted back from the
             queries'.
         carried: what the scheme's `extra_key_channels` gave for every key, `[batch, heads, kv_len, channels]`, or None where it carries
@@ -60,6 +63,7 @@ class Positions:
         keep: `keep(key, inputs, compute)` returns `compute()`, which an earlier call with the same cache may have computed already.
             For what depends on `inputs` alone: weights, and plain numbers. Weights are compared element by element: use it for what
             costs much more than reading them.
+        sides: rows and columns of the grid that tokens stand on; empty where they stand in a row.
     """
 
     query_slots: Tensor
@@ -72,6 +76,7 @@ class Positions:
     keys_before: int = 0
     share_across_layers: ShareAcrossLayers = unshared
     keep: Keep = unkept
+    sides: tuple[int, ...] = ()
 
     def by_distance(self, of_call: Tensor) -> Tensor:
         """Return a block's part of what the whole call has for each distance.
@@ -89,6 +94,11 @@ class Positions:
     def distance(self) -> Tensor:
         """Key slot minus query slot, `[q_len, kv_len]`, int64: negative looks back."""
         return self.key_slots[None, :] - self.query_slots[:, None]
+
+    def along(self, axis: int) -> Positions:
+        """Return the positions along one axis of a grid, as slots and as ids; a token that stands nowhere gets 0. For one row of ids."""
+        query_ids, key_ids = self.query_ids[..., axis].clamp(min=0), self.key_ids[..., axis].clamp(min=0)
+        return Positions(query_ids[0], key_ids[0], query_ids, key_ids)
 
     def block(self, start: int, stop: int, key_stop: int | None = None, key_start: int = 0) -> Positions:
         """Return the positions of queries `start` to `stop` and of keys `key_start` to `key_stop`."""
@@ -109,6 +119,7 @@ class Positions:
             self.keys_before + key_start,
             share,
             self.keep,
+            self.sides,
         )
 
 

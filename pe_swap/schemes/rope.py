@@ -36,6 +36,7 @@ apart; transformers does not either.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -84,6 +85,12 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 SCALING = tuple(dict.fromkeys(name for names in (*REQUIRED.values(), *OPTIONAL.values()) for name in names))
 """Every option that some rope type reads."""
 
+ON_A_GRID = ("default", "linear", "ntk")
+"""Rope types that need no trained length, so that they mean something along each axis of a grid."""
+
+BASE_ON_A_GRID = 100.0
+"""Base in images, whose sides are short: that of Heo et al. (2024), section 3.2, and of DINOv3."""
+
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rope types whose frequencies depend on how long a sequence is so far."""
 
@@ -94,6 +101,7 @@ def frequencies(
     original_length: int,
     length: int | Tensor | None = None,
     device: torch.device | str = "cpu",
+    axes: int = 1,
 ) -> tuple[Tensor, float]:
     """Return how fast each plane turns under the options.
 
@@ -104,12 +112,13 @@ def frequencies(
         length: how long the sequence is so far, in positions, for the types that depend on it, also a tensor of lengths, `[..., 1]`; None
             for one no longer than `original_length`.
         device: where they are computed.
+        axes: axes that share the planes equally; the frequencies are those of one.
 
     Returns:
         Radians per position, `[rotary_dim / 2]`, or `[..., rotary_dim / 2]` for a tensor of lengths, and the factor on sine and cosine.
         `default` and `ntk` are worked out in float64, the others in float32, as transformers' functions do.
     """
-    turning = turning_dimensions("rope", head_dim, options.fraction)
+    turning = turning_dimensions("rope", head_dim, options.fraction, axes) // axes
     if options.rope_type == "default":
         return inverse_frequencies(turning, options.base, device), 1.0
     if options.rope_type == "ntk":
@@ -160,6 +169,8 @@ class RopeOptions(RotaryOptions):
         high_freq_factor: `llama3`: wavelengths below `L / high_freq_factor` stay.
         short_factor: `longrope`: divisors of theta up to the length L, one per plane.
         long_factor: `longrope`: divisors beyond it.
+        coordinates: on a grid, `"index"`, row and column counted from 0, or `"centered"`, those of the patch's centre from -1 to 1, times
+            2 pi (DINOv3; Simeoni et al., arXiv:2508.10104); None takes the model's, else `"index"`.
     """
 
     scheme: ClassVar[str] = "rope"
@@ -178,12 +189,14 @@ class RopeOptions(RotaryOptions):
     high_freq_factor: float | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    coordinates: str | None = field(default=None, metadata=none_is("on a grid, the model's own or 'index'"))
 
     def __post_init__(self) -> None:
         """Check the values; which of them the rope type reads, only where it is given."""
         super().__post_init__()
         self.require_number("fraction", 0.0, 1.0)
         self.require_choice("rope_type", tuple(REQUIRED))
+        self.require_choice("coordinates", ("index", "centered"))
         if self.rope_type is not None:
             self._require_what_is_read(self.rope_type)
         given = self.scaling()
@@ -251,8 +264,15 @@ class RopeOptions(RotaryOptions):
     def resolve(self, geometry: Geometry, native: Native) -> ResolvedRopeOptions:
         """Return the options with the model's own values, and the original length where the rope type reads it, written out."""
         values: dict[str, Any] = {}
+        if geometry.sides:
+            values = {"base": BASE_ON_A_GRID, "coordinates": native.options.get("coordinates", "index")}
+        if self.coordinates is not None and not geometry.sides:
+            raise OptionError(
+                f"rope: option 'coordinates' is {self.coordinates!r}, and this model's tokens stand in one row. Leave it out; it is for "
+                "images."
+            )
         if self.rope_type is None:
-            values = {name: value for name, value in native.options.items() if name in SCALING}
+            values |= {name: value for name, value in native.options.items() if name in SCALING}
         rope_type = self.rope_type or native.options.get("rope_type", "default")
         if "original_max_position_embeddings" in OPTIONAL.get(rope_type, ()):
             values.setdefault("original_max_position_embeddings", geometry.trained_length)
@@ -290,6 +310,7 @@ class Rope(RotaryScheme):
 
     Options = RopeOptions
     summary = "queries and keys turned by their position"
+    on_a_grid = "itself"
 
     options: ResolvedRopeOptions
 
@@ -299,9 +320,9 @@ class Rope(RotaryScheme):
         Raises:
             OptionError: dimensions that do not make whole planes, or lists that do not have one number per plane.
         """
-        require_planes(options, geometry.head_dim)
+        require_planes(options, geometry.head_dim, geometry.axes)
         original_length = options.original_max_position_embeddings or geometry.trained_length
-        inv_freq, attention_factor = frequencies(options, geometry.head_dim, original_length)
+        inv_freq, attention_factor = frequencies(options, geometry.head_dim, original_length, axes=geometry.axes)
         super().__init__(options, geometry, layers, inv_freq, attention_factor)
         if options.rope_type in LENGTH_DEPENDENT:
             self.shift_invariant = self.caches_rotated_keys = self.cached_equals_uncached = False
@@ -331,14 +352,26 @@ class Rope(RotaryScheme):
         long = torch.tensor(self._long_inv_freq, dtype=torch.float32, device=device)
         return torch.where(length > self.original_length, long, super().inv_freq(position_ids))
 
+    def coordinates(self, position_ids: Tensor, sides: tuple[int, ...]) -> Tensor:
+        """Return row and column as the option says, `[batch or 1, length, axes]`, float32; see `RotaryScheme.coordinates`."""
+        if self.options.coordinates != "centered":
+            return super().coordinates(position_ids, sides)
+        centers = (position_ids.float() + 0.5) / torch.tensor(sides, dtype=torch.float32, device=position_ids.device)
+        return 2 * math.pi * (2.0 * centers - 1.0)
+
     def start_from(self, native: Native) -> None:
         """Note whether this is the model's own rotation; see `Scheme.start_from`."""
         self.keeps_function = "base" in native.options and self.options == RopeOptions().resolve(self.geometry, native)
 
 
-def require_planes(options: ResolvedRopeOptions, head_dim: int) -> None:
-    """Refuse options that do not fit the number of planes."""
-    turning = turning_dimensions("rope", head_dim, options.fraction)
+def require_planes(options: ResolvedRopeOptions, head_dim: int, axes: int) -> None:
+    """Refuse options that do not fit the number of planes, or the axes that share them."""
+    turning = turning_dimensions("rope", head_dim, options.fraction, axes) // axes
+    if axes > 1 and options.rope_type not in ON_A_GRID:
+        raise OptionError(
+            f"rope: rope_type '{options.rope_type}' depends on the length of a row of tokens, and this model's positions are rows and "
+            f"columns of patches; it must be one of {', '.join(map(repr, ON_A_GRID))}."
+        )
     if options.rope_type in ("dynamic", "ntk") and turning < 4:
         raise OptionError(
             f"rope: rope_type '{options.rope_type}' with {turning} rotary dimensions; it must have at least 4, as the fastest plane keeps "

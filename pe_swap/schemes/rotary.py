@@ -69,18 +69,27 @@ def turn(x: Tensor, rotation: Rotation, layout: str) -> Tensor:
     return torch.addcmul(x * cosine, partner, signed_sine)
 
 
-def turning_dimensions(scheme: str, head_dim: int, fraction: float = 1.0) -> int:
+def turning_dimensions(scheme: str, head_dim: int, fraction: float = 1.0, axes: int = 1) -> int:
     """Return how many dimensions of a head turn: `head_dim * fraction`.
 
+    Args:
+        scheme: the scheme's name, for errors.
+        head_dim: width of a head.
+        fraction: share of it that turns.
+        axes: axes that share the planes equally.
+
     Raises:
-        OptionError: they do not make whole planes.
+        OptionError: they do not make whole planes, as many per axis.
     """
     exact = head_dim * fraction
     rotary_dim = round(exact)  # 0.58 of 100 is 57.99999999999999 in floating point
-    if abs(exact - rotary_dim) > 1e-6 or rotary_dim < 2 or rotary_dim % 2:
+    if abs(exact - rotary_dim) > 1e-6 or rotary_dim < 2 * axes or rotary_dim % (2 * axes):
+        rule = "an even integer of at least 2, as dimensions turn in pairs"
+        if axes > 1:
+            rule = f"a multiple of {2 * axes}, as dimensions turn in pairs, as many by each of {axes} axes"
         raise OptionError(
-            f"{scheme}: head_dim {head_dim} x fraction {fraction} gives {exact:g} rotary dimensions; they must be an even integer of at "
-            "least 2, as dimensions turn in pairs. Choose another fraction, or a scheme that adds a bias."
+            f"{scheme}: head_dim {head_dim} x fraction {fraction} gives {exact:g} rotary dimensions; they must be {rule}. Choose another "
+            "fraction, or a scheme that adds a bias."
         )
     return rotary_dim
 
@@ -115,6 +124,10 @@ class ResolvedRotaryOptions(RotaryOptions):
 class RotaryScheme(Scheme):
     """Queries and keys turned by `position * inv_freq`, in planes of two dimensions.
 
+    On a grid each axis has an equal share of the planes, one axis after the other, with the same frequencies (axial rotation; Heo et
+    al., "Rotary Position Embedding for Vision Transformer", ECCV 2024, arXiv:2403.13298, section 3.2). Tokens that stand nowhere are not
+    turned.
+
     Attributes:
         rotary_dim: dimensions of a head that turn.
         attention_factor: on sine and cosine.
@@ -138,11 +151,11 @@ class RotaryScheme(Scheme):
             options: as `Scheme`.
             geometry: as `Scheme`.
             layers: as `Scheme`.
-            inv_freq: radians per position of each plane, `[rotary_dim / 2]`, on the CPU.
+            inv_freq: radians per position of each plane of one axis, `[rotary_dim / 2 / axes]`, on the CPU.
             attention_factor: on sine and cosine.
         """
         super().__init__(options, geometry, layers)
-        self.rotary_dim = 2 * len(inv_freq)
+        self.rotary_dim = 2 * len(inv_freq) * geometry.axes
         self.attention_factor = attention_factor
         self._inv_freq: list[float] = inv_freq.float().tolist()
 
@@ -160,6 +173,22 @@ class RotaryScheme(Scheme):
     def prepare_positions(self, position_ids: Tensor) -> Rotation:
         """Return cosines and signed sines; see `rotation_by` and `Scheme.prepare_positions`."""
         return rotation_by(self.angles(position_ids), self.options.layout, self.attention_factor)
+
+    def coordinates(self, position_ids: Tensor, sides: tuple[int, ...]) -> Tensor:
+        """Return what frequencies are multiplied by on a grid, `[batch or 1, length, axes]`, float32: row and column, counted from 0."""
+        return position_ids.float()
+
+    def angles_on_grid(self, position_ids: Tensor, sides: tuple[int, ...]) -> Tensor:
+        """Return `coordinate * inv_freq`, the planes of the first axis first, radians, `[batch or 1, 1, length, rotary_dim / 2]`, float32.
+
+        The angle is 0 for a token that stands nowhere, whose ids are -1.
+        """
+        angles = self.coordinates(position_ids, sides)[..., None] * self.inv_freq(position_ids)
+        return angles.masked_fill(position_ids[..., None] < 0, 0.0).flatten(-2)[:, None]
+
+    def prepare_grid(self, position_ids: Tensor, sides: tuple[int, ...]) -> Rotation:
+        """Return cosines and signed sines; see `rotation_by` and `Scheme.prepare_grid`."""
+        return rotation_by(self.angles_on_grid(position_ids, sides), self.options.layout, self.attention_factor)
 
     def transform_query_key(self, x: Tensor, prepared: Rotation, *, role: Literal["query", "key"], layer: int) -> Tensor:
         """Return `x` turned by its positions; see `Scheme.transform_query_key`."""

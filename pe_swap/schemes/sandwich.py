@@ -79,6 +79,7 @@ class Sandwich(Scheme):
 
     Options = SandwichOptions
     summary = "the product of sinusoidal positions as a bias: a penalty that grows with the logarithm of the distance"
+    on_a_grid = "summed"
     shift_invariant = True
     tells_direction = False
     bias_is_shared = True

@@ -73,6 +73,7 @@ class Shaw(Scheme):
 
     Options = ShawOptions
     summary = "a learned vector per distance, added to keys (optionally to queries and values)"
+    on_a_grid = "summed"
     shift_invariant = True
 
     options: ShawOptions

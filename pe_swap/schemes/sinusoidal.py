@@ -66,6 +66,7 @@ class Sinusoidal(Scheme):
 
     Options = SinusoidalOptions
     summary = "sines and cosines of the position, added to the tokens"
+    on_a_grid = "joined"
 
     options: ResolvedSinusoidalOptions
 

@@ -114,6 +114,7 @@ class T5(Scheme):
 
     Options = T5Options
     summary = "a trained bias per head for each bucket of distances"
+    on_a_grid = "summed"
     shift_invariant = True
     bias_is_shared = True
 
