@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from pe_swap.commands.families import families_table, families_text
-from pe_swap.commands.gallery import describe, drawable, markdown_table, show, show_several
+from pe_swap.commands.gallery import describe, drawable, markdown_table, show, show_on_a_grid, show_several
 from pe_swap.runs.command_line import free_options, run
 from pe_swap.schemes import SCHEMES
+from pe_swap.schemes.base import on_a_grid
 
 EVERY = "all"
 """Stands for every scheme that can be drawn."""
@@ -34,6 +36,12 @@ def main(arguments: Sequence[str]) -> None:
     shown.add_argument("--heads", type=int, default=12, help="attention heads (default: 12)")
     shown.add_argument("--length", type=int, default=256, help="positions drawn (default: 256)")
     shown.add_argument("--encoder", action="store_true", help="draw the two-sided form")
+    shown.add_argument(
+        "--axes",
+        type=int,
+        default=1,
+        help="2: draw the attention of one patch of an image of about --length patches (default: 1)",
+    )
     shown.add_argument("--out", help="file to write (default: <scheme>.png, or gallery.png for several)")
     known, unknown = parser.parse_known_args(list(arguments))
     if known.command == "schemes":
@@ -49,15 +57,21 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("heads", "length"):
         if not 1 <= getattr(known, name) <= 4096:
             parser.error(f"--{name} is {getattr(known, name)}; it must be from 1 to 4,096")
+    if known.axes not in (1, 2):
+        parser.error(f"--axes is {known.axes}; it must be 1 or 2")
     is_causal = not known.encoder
     names = drawable(is_causal=is_causal) if known.schemes == [EVERY] else known.schemes
-    if len(names) == 1:
+    if unknown and len(names) > 1:
+        parser.error(
+            f"unexpected {' '.join(unknown)}: several schemes are drawn with their defaults; draw one to set its options"
+        )
+    if known.axes == 2:
+        names = [name for name in on_a_grid() if name != "none"] if known.schemes == [EVERY] else names
+        options = free_options(unknown) if len(names) == 1 else {}
+        figure = show_on_a_grid(names, options, heads=known.heads, side=max(2, math.isqrt(known.length)))
+    elif len(names) == 1:
         figure = show(names[0], free_options(unknown), heads=known.heads, length=known.length, is_causal=is_causal)
     else:
-        if unknown:
-            parser.error(
-                f"unexpected {' '.join(unknown)}: several schemes are drawn with their defaults; draw one to set its options"
-            )
         figure = show_several(names, heads=known.heads, length=known.length, is_causal=is_causal)
     out = known.out or f"{names[0] if len(names) == 1 else 'gallery'}.png"
     figure.savefig(out, dpi=150)

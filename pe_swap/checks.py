@@ -16,6 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from pe_swap.attention.names import library_name
 from pe_swap.attention.shared_in_call import ARGUMENT, SharedInCall
 from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError
+from pe_swap.families import base_model_of
+from pe_swap.families.native import PatchLayout
 from pe_swap.patching.holder import SchemeHolder
 from pe_swap.patching.install import layer_hooks
 from pe_swap.patching.layer_cache import cache_argument
@@ -111,7 +113,7 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
     model.eval()
     try:
         with torch.no_grad():
-            return _Checker(model, holder).report()
+            return (_Checker if holder.patches is None else _ImageChecker)(model, holder).report()
     finally:
         model.train(was_training)
 
@@ -119,10 +121,12 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
 class _Checker:
     """The checks of one model. Hidden states of the base model are compared: every head shares them."""
 
+    reordered = "last state, tokens before it reversed"
+
     def __init__(self, model: PreTrainedModel, holder: SchemeHolder) -> None:
         self.model = model
-        self.base_model: Any = model.base_model
-        self.cache_argument = cache_argument(model.base_model) if holder.stack.has_cache else ""
+        self.base_model: Any = base_model_of(model)
+        self.cache_argument = cache_argument(self.base_model) if holder.stack.has_cache else ""
         self.holder = holder
         self.schemes = list(holder)
         self.stack = holder.stack
@@ -136,6 +140,12 @@ class _Checker:
     def report(self) -> PositionalReport:
         """Run everything."""
         names = "+".join(dict.fromkeys(scheme.name for scheme in self.schemes)) or "no scheme"
+        title = f"{type(self.model).__name__} with {names}, {library_name(self.model.config._attn_implementation)}"
+        checks = tuple(self.run(name, check) for name, check in self.checks().items())
+        return PositionalReport(title, self.tolerance, checks)
+
+    def checks(self) -> dict[str, Callable[[], Check]]:
+        """Return the checks by name, in the order of the report."""
         checks: dict[str, Callable[[], Check]] = {
             "every layer bound": self.bound,
             "own scheme = unswapped": self.identity,
@@ -148,9 +158,7 @@ class _Checker:
             checks["causal"] = self.future
             if self.stack.has_cache:
                 checks["cached = uncached"] = self.cached
-        checks |= {"shift invariant": self.shifted, "beyond trained length": self.longer}
-        title = f"{type(self.model).__name__} with {names}, {library_name(self.model.config._attn_implementation)}"
-        return PositionalReport(title, self.tolerance, tuple(self.run(name, check) for name, check in checks.items()))
+        return checks | {"shift invariant": self.shifted, "beyond trained length": self.longer}
 
     def run(self, name: str, check: Callable[[], Check]) -> Check:
         """Run one check; an error of ours is a failure that says so, and the other checks still run."""
@@ -174,7 +182,7 @@ class _Checker:
             kwargs.pop("position_ids", None)  # such a model takes none, and counts what the mask lets through
         if "position_ids" in kwargs:
             kwargs["position_ids"] = kwargs["position_ids"] + self.first_id
-        base_model: Any = self.base_model if model is None else model.base_model
+        base_model: Any = self.base_model if model is None else base_model_of(model)
         hidden: Tensor = base_model(input_ids, **kwargs).last_hidden_state
         return hidden.float()
 
@@ -196,7 +204,7 @@ class _Checker:
             hooks = self.schemes[acting_on_input].hooks & {"encode", "embed"}
             wanted.update((acting_on_input, hook, None) for hook in hooks)
         with _calls(self.schemes) as seen:
-            self.states(self.tokens(1, self.length), **{ARGUMENT: SharedInCall(self.ids(self.length), shares=False)})
+            self.states(self.tokens(1, self.length), **{ARGUMENT: self.unshared()})
         missing = [f"{self.schemes[index].name}.{hook} in layer {layer}" for index, hook, layer in wanted - seen]
         detail = f"not called: {', '.join(missing)}" if missing else f"{len(wanted)} hooks called in one forward pass"
         without = [str(layer) for layer, index in enumerate(layers) if index is None]
@@ -204,6 +212,10 @@ class _Checker:
             what = "keep the model's own positions" if self.stack.native.keeps_layers else "have no positions of their own"
             detail += f"; layers {', '.join(without)} {what}"
         return Check("every layer bound", not missing, None, detail)
+
+    def unshared(self) -> SharedInCall:
+        """Return what the layers of a call on `tokens` share, if each computes everything itself."""
+        return SharedInCall(self.ids(self.length), shares=False)
 
     def ids(self, length: int, first: int = 0) -> Tensor:
         """Return position ids from `first` on, counted from 0, `[1, length]`."""
@@ -216,7 +228,10 @@ class _Checker:
             return Check(name, None, None, "not measured: the model was loaded already swapped, without what was replaced")
         if self.base_model.get_submodule(self.stack.native.holder_path) is not self.holder:
             return Check(name, None, None, "not measured: the module of the schemes is wrapped (PEFT's modules_to_save)")
-        other, scheme = restore_positional(copy.deepcopy(self.model)), self.stack.native.own_scheme
+        scheme = self.stack.native.own_scheme
+        if scheme is None:
+            return Check(name, None, None, "not measured: no scheme is the model's own positions")
+        other = restore_positional(copy.deepcopy(self.model))
         ids = self.tokens(2, min(self.length, self.holder.trained_length))
         expected = self.states(ids, model=other)
         with torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]):
@@ -234,7 +249,7 @@ class _Checker:
                 starts_neutral = self.order_difference() > ABOVE_ROUNDING * rounding
             if starts_neutral:
                 return Check("order matters", None, difference, "not yet: the scheme starts from adding nothing, train it")
-        detail = f"last state, tokens before it reversed; rounding is {rounding:.1e}"
+        detail = f"{self.reordered}; rounding is {rounding:.1e}"
         return Check("order matters", difference > ABOVE_ROUNDING * rounding, difference, detail)
 
     def order_difference(self) -> float:
@@ -341,6 +356,73 @@ class _Checker:
         return Check("beyond trained length", finite, None, detail)
 
 
+class _ImageChecker(_Checker):
+    """The checks of a model of images, on random images of the size that it was trained with."""
+
+    reordered = "mean state, patches in another order"
+
+    @property
+    def patches(self) -> PatchLayout:
+        """How the model makes its tokens."""
+        assert self.holder.patches is not None
+        return self.holder.patches
+
+    def checks(self) -> dict[str, Callable[[], Check]]:
+        """Return the checks by name, in the order of the report."""
+        return {
+            "every layer bound": self.bound,
+            "own scheme = unswapped": self.identity,
+            "order matters": self.order,
+            "backend = eager": self.eager,
+            "batch = alone": self.batched,
+            "another size": self.resized,
+        }
+
+    def images(self, batch: int, sides: tuple[int, int], seed: int = 0) -> Tensor:
+        """Return random images of so many rows and columns of patches, `[batch, colours, height, width]`."""
+        height, width = (side * pixels for side, pixels in zip(sides, self.patches.patch, strict=True))
+        weight, generator = self.holder.tokens.weight, torch.Generator().manual_seed(seed)
+        return torch.randn(batch, weight.shape[1], height, width, generator=generator).to(weight.device, weight.dtype)
+
+    def tokens(self, batch: int, length: int, seed: int = 0) -> Tensor:
+        """Return random images of the trained size, whatever the length."""
+        return self.images(batch, self.patches.trained_sides, seed)
+
+    def states(self, input_ids: Tensor, model: PreTrainedModel | None = None, **kwargs: Any) -> Tensor:
+        """Return the base model's last hidden states of images, `[batch, tokens, hidden_size]`, float32."""
+        base_model: Any = self.base_model if model is None else base_model_of(model)
+        output = base_model(pixel_values=input_ids, **kwargs)
+        if "last_hidden_state" in output:
+            return output.last_hidden_state.float()  # type: ignore[no-any-return]
+        return output.feature_maps[-1].float().flatten(2).transpose(1, 2)  # type: ignore[no-any-return]  # a backbone
+
+    def unshared(self) -> SharedInCall:
+        """Return what the layers of a call on `tokens` share, if each computes everything itself."""
+        sides = self.patches.trained_sides
+        return SharedInCall(self.patches.position_ids(sides, self.device), shares=False, sides=sides)
+
+    def order_difference(self) -> float:
+        """Return how much the mean state changes when the patches of an image change places."""
+        image, (rows, columns), (height, width) = self.tokens(1, 0), self.patches.trained_sides, self.patches.patch
+        cut = image.reshape(-1, rows, height, columns, width).permute(1, 3, 0, 2, 4).flatten(0, 1)
+        order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(1)).to(cut.device)
+        other = cut[order].reshape(rows, columns, -1, height, width).permute(2, 0, 3, 1, 4).reshape(image.shape)
+        first, second = (self.states(x).mean(1) for x in (image, other))
+        return float((first - second).norm() / first.norm())
+
+    def batched(self) -> Check:
+        """Check that an image among others equals the image alone."""
+        images = self.tokens(3, 0)
+        return self.compare("batch = alone", self.states(images)[1:2], self.states(images[1:2]), "one of three images")
+
+    def resized(self) -> Check:
+        """Check that an image of another size and shape gives finite states."""
+        rows, columns = self.patches.trained_sides
+        sides = (rows + 3, columns + 1)
+        finite = bool(self.states(self.images(1, sides)).isfinite().all())
+        return Check("another size", finite, None, f"{sides[0]} x {sides[1]} patches, trained with {rows} x {columns}")
+
+
 @contextmanager
 def _disturbed(holder: SchemeHolder) -> Iterator[None]:
     """Add noise to every positional parameter, and put the very same numbers back."""
@@ -379,7 +461,8 @@ def _calls(schemes: list[Scheme]) -> Iterator[Counter[tuple[int, str, int | None
     try:
         for index, scheme in enumerate(schemes):
             for hook in (*scheme.hooks, "fold_bias_into_query_key"):
-                vars(scheme)[hook] = counted(index, hook, getattr(scheme, hook))
+                method = "encode_grid" if hook == "encode" and scheme.geometry.sides else hook
+                vars(scheme)[method] = counted(index, hook, getattr(scheme, method))
         yield seen
     finally:
         for scheme, attributes in zip(schemes, before, strict=True):

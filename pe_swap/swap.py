@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from transformers import PreTrainedModel
 
 from pe_swap.assignment import Assignment, extend, options_from, saved_stacks, starting_from_table
 from pe_swap.attention.names import require_honoured
-from pe_swap.errors import OptionError, SwapStateError, UnsupportedModelError
-from pe_swap.families import Family, Stack, family_for, known_loss_type
+from pe_swap.errors import FamilyError, OptionError, SwapStateError, UnsupportedModelError
+from pe_swap.families import Family, Stack, base_model_of, family_for, known_loss_type
 from pe_swap.patching.devices import bring_back_offloaded
 from pe_swap.patching.holder import Original, SchemeHolder
 from pe_swap.patching.install import (
@@ -26,6 +27,7 @@ from pe_swap.patching.install import (
     detach,
     holder_in,
     require_own_forward,
+    require_place_for_vectors,
     token_table,
 )
 from pe_swap.plans import layers_from, parts_of
@@ -33,7 +35,7 @@ from pe_swap.saving.class_names import swapped_config_class
 from pe_swap.saving.relative_key_bert import require_absolute_positions
 from pe_swap.saving.swapped_config import entry_of
 from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions
-from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, two_sided
+from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, on_a_grid, two_sided
 from pe_swap.schemes.geometry import Geometry, Native
 from pe_swap.schemes.options import LARGEST_LENGTH
 from pe_swap.schemes.parameters import root_mean_square
@@ -87,6 +89,12 @@ def swap_positional(
     """
     family = family_for(model)
     require_absolute_positions(model.config, type(model).__name__)
+    if "axes" in options:
+        axes = 2 if family.takes_images else 1
+        raise OptionError(
+            f"axes is {options['axes']!r}, but the positions of this {type(model).__name__} have {axes}, and a scheme takes them as they "
+            "are. Leave axes out."
+        )
     wanted = wanted_parts(scheme, plan, layers, options)
 
     # Resolve: what is where, and what will be. Nothing is changed yet.
@@ -94,7 +102,7 @@ def swap_positional(
 
     # Build: everything new, beside the model.
     holders = {change.stack.name: build(model, change) for change in changes}
-    for stack in family.stacks_in(model.base_model, model.config):
+    for stack in family.stacks_in(family.base_model(model), model.config):
         untouched = holder_in(model, stack)
         if stack.name not in holders and untouched is not None:
             holders[stack.name] = untouched
@@ -107,10 +115,10 @@ def swap_positional(
     # Commit: nothing below can fail.
     for change in changes:
         if change.current is not None:
-            detach(change.stack, model.base_model, model.config, change.current)
+            detach(change.stack, base_model_of(model), model.config, change.current)
     set_configs(model, configs)
     for change in changes:
-        attach(change.stack, model.base_model, model.config, holders[change.stack.name])
+        attach(change.stack, base_model_of(model), model.config, holders[change.stack.name])
     model.loss_type = known_loss_type(model)
     forget_dequantized_gguf(model)
     # The folder it was loaded from holds another model now. PEFT writes this name into an adapter, as the model to load it on.
@@ -164,6 +172,7 @@ class Change:
         original: the module that is replaced, or None where it is not at hand.
         config: the unswapped configuration.
         mean: the mean row of the table, `[input_size]`, where it stays; else None.
+        prefix: vectors of the tokens before the patches that the table has too; else None.
     """
 
     stack: Stack
@@ -175,6 +184,7 @@ class Change:
     original: Original | None
     config: Any
     mean: Tensor | None
+    prefix: Tensor | None
 
 
 def chosen_stacks(family: Family, model: PreTrainedModel, part: str | None) -> list[Stack]:
@@ -183,7 +193,7 @@ def chosen_stacks(family: Family, model: PreTrainedModel, part: str | None) -> l
     Raises:
         UnsupportedModelError: the family has no such part.
     """
-    stacks = family.stacks_in(model.base_model, model.config)
+    stacks = family.stacks_in(family.base_model(model), model.config)
     chosen = [stack for stack in stacks if part is None or stack.name == part]
     if not stacks:
         raise UnsupportedModelError(
@@ -200,7 +210,7 @@ def chosen_stacks(family: Family, model: PreTrainedModel, part: str | None) -> l
 
 def resolve(model: PreTrainedModel, stack: Stack, parts: list[Part], trained_length: int | None, keep_mean: bool) -> Change:
     """Return what a swap to the schemes of `parts` will do to a stack."""
-    base_model = model.base_model
+    base_model = base_model_of(model)
     current = holder_in(model, stack)
     config = model.config if current is None else model.config.unswapped()
     kind = stack.native
@@ -216,6 +226,13 @@ def resolve(model: PreTrainedModel, stack: Stack, parts: list[Part], trained_len
             model.config.require_same_layers()
     found = None if original is None else original.module
     table = kind.table(config, found)
+    if stack.patches is not None:
+        if trained_length is not None:
+            raise OptionError(
+                f"trained_length is {trained_length!r}, but the positions of this {type(model).__name__} are the rows and columns of "
+                "patches, whose trained number is said by image_size and patch_size of its configuration. Leave it out."
+            )
+        trained_length = stack.patches.layout(config).trained_tokens
     if trained_length is None:
         trained_length = kind.trained_length(config, found) if current is None else current.trained_length
     if not isinstance(trained_length, int) or isinstance(trained_length, bool) or not 1 <= trained_length <= LARGEST_LENGTH:
@@ -224,10 +241,15 @@ def resolve(model: PreTrainedModel, stack: Stack, parts: list[Part], trained_len
             "trained at: swap_positional(model, ..., trained_length=512)."
         )
     geometry = stack.geometry(base_model, config, trained_length)
+    if geometry.sides and table is not None and len(table) != math.prod(geometry.sides):
+        raise FamilyError(
+            f"This {type(model).__name__} has positions for {len(table)} patches, and image_size and patch_size of its configuration say "
+            f"{' x '.join(map(str, geometry.sides))}. Set them to those that the model was trained with."
+        )
     paths = stack.paths(config)
     native = Native(
         table=table,
-        token_rms=None if kind.kind == "table" else token_size(stack, base_model, parts[0][0]),
+        token_rms=None if kind.kind in ("table", "grid") else token_size(stack, base_model, parts[0][0]),
         options=kind.options(config, 0, found),
         bias_table=kind.bias_table(found),
     )
@@ -235,6 +257,7 @@ def resolve(model: PreTrainedModel, stack: Stack, parts: list[Part], trained_len
     before = None if current is None else current.assignment
     kept: tuple[int | None, ...] = tuple(range(len(before.options))) if before is not None else ()
     for options, layers in parts:
+        require_place_for_vectors(stack, base_model, options.scheme)
         chosen = None if layers is None else layers_from(layers, len(paths))
         if chosen is None and options.scheme == kind.own_scheme:
             has_own = [layer for layer in range(len(paths)) if kind.acts_in(config, layer)]
@@ -250,7 +273,8 @@ def resolve(model: PreTrainedModel, stack: Stack, parts: list[Part], trained_len
         mean = mean_row(model, table, current)
     elif current is not None and any(layers is not None for _, layers in parts):
         mean = current.mean
-    return Change(stack, current, assignment, tuple(kept[at] for at in origins), geometry, native, original, config, mean)
+    prefix = kind.prefix(found) if current is None else current.prefix
+    return Change(stack, current, assignment, tuple(kept[at] for at in origins), geometry, native, original, config, mean, prefix)
 
 
 def require_keep_mean(keep_mean: object, model: PreTrainedModel, stack: Stack, assignment: Assignment) -> None:
@@ -261,7 +285,7 @@ def require_keep_mean(keep_mean: object, model: PreTrainedModel, stack: Stack, a
     """
     if keep_mean is not True:
         raise OptionError(f"keep_mean is {keep_mean!r}; it must be True or False. Give one of them.")
-    if stack.native.kind != "table":
+    if stack.native.kind not in ("table", "grid"):
         of_stack = f" in its {stack.name}" if stack.name else ""
         raise OptionError(
             f"keep_mean is True, but the positions of this {type(model).__name__}{of_stack} are no table, so they have no mean row. Leave "
@@ -297,7 +321,7 @@ def token_size(stack: Stack, base_model: nn.Module, options: SchemeOptions) -> f
     if not INPUT_HOOKS & hooks_of(SCHEMES[options.scheme]):
         return None
     tokens = token_table(stack, base_model)
-    if tokens.weight.is_meta:
+    if tokens.weight.is_meta or stack.patches is not None:
         return None
     with torch.no_grad():
         return root_mean_square(tokens.module(torch.arange(min(len(tokens.weight), 4096), device=tokens.weight.device)))
@@ -312,14 +336,23 @@ def build(model: PreTrainedModel, change: Change) -> SchemeHolder:
             state = change.current.scheme_at(old).state_dict()
             new.load_state_dict({name: value for name, value in state.items() if name in new.state_dict()})
         else:
-            if new.starts_from_table and change.native.table is None and change.stack.native.kind == "table":
+            if new.starts_from_table and change.native.table is None and change.stack.native.kind in ("table", "grid"):
                 raise SwapStateError(
                     f"The scheme '{new.name}' starts from the model's own position table, but this model was loaded already swapped and "
                     "has none left. Swap the model it was made from, or choose a scheme that needs no table."
                 )
             new.start_from(change.native)
             new.keeps_function = new.keeps_function and new.options.sliding_window is None
-    holder = assemble(change.stack, model.base_model, change.config, change.assignment, schemes, change.original, change.mean)
+    holder = assemble(
+        change.stack,
+        base_model_of(model),
+        change.config,
+        change.assignment,
+        schemes,
+        change.original,
+        change.mean,
+        change.prefix,
+    )
     like = holder.tokens.weight
     kept, holder.kept = holder.kept, nn.ModuleDict()
     holder.to(device=like.device, dtype=like.dtype)
@@ -392,9 +425,12 @@ def warn_of_no_order(changes: list[Change]) -> None:
     """Warn where an encoder is left without the order of its tokens."""
     for change in changes:
         if not change.geometry.is_causal:
+            name, sides = change.assignment.options[0].scheme, change.geometry.sides
+            lost = "places of patches" if sides else "order of tokens"
+            others = [other for other in on_a_grid() if other != name] if sides else two_sided()
             warnings.warn(
-                f"The scheme '{change.assignment.options[0].scheme}' on an encoder leaves no order of tokens: there is no causal mask, so "
-                f"the output does not depend on it. Use it as a baseline only; schemes that tell order are {', '.join(two_sided())}.",
+                f"The scheme '{name}' on an encoder leaves no {lost}: there is no causal mask, so the output does not depend on it. Use "
+                f"it as a baseline only; schemes that tell order are {', '.join(others)}.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -416,14 +452,14 @@ def restore_positional(model: Model, *, part: str | None = None) -> Model:
     family = family_for(model)
     swapped = {
         stack.name: holder
-        for stack in family.stacks_in(model.base_model, model.config)
+        for stack in family.stacks_in(family.base_model(model), model.config)
         if (holder := holder_in(model, stack)) is not None
     }
     leaving = [stack for stack in chosen_stacks(family, model, part) if stack.name in swapped]
     if not leaving:
         return model
     for stack in leaving:
-        require_own_forward(stack, model.base_model, model.config)
+        require_own_forward(stack, base_model_of(model), model.config)
         if swapped[stack.name].original is None:
             raise SwapStateError(
                 f"This {type(model).__name__} was loaded already swapped, and its own position table is not in the checkpoint. Load the "
@@ -436,7 +472,7 @@ def restore_positional(model: Model, *, part: str | None = None) -> Model:
     for stack in leaving:
         original = swapped[stack.name].original
         assert original is not None
-        detach(stack, model.base_model, model.config, swapped[stack.name])
+        detach(stack, base_model_of(model), model.config, swapped[stack.name])
         original.module.train(model.training)
         model.loss_type = original.loss_type
     set_configs(model, configs)

@@ -15,10 +15,15 @@ def attention_of(stack: Stack) -> str:
     return "both sides" if stack.is_causal is encoder else "causal"
 
 
+def counted(stack: Stack) -> str:
+    """Return in words what a stack's position ids count."""
+    return COUNTED[stack.counts] if stack.patches is None else "rows and columns of patches"
+
+
 def rows() -> list[tuple[str, str, str, str, str, str]]:
     """Return a row per stack of every family: name, part, kind, place, what position ids count, attention."""
     return [
-        (name, stack.name, stack.native.kind, stack.native.holder_path, COUNTED[stack.counts], attention_of(stack))
+        (name, stack.name, stack.native.kind, stack.native.holder_path, counted(stack), attention_of(stack))
         for name in FAMILIES.names()
         for stack in FAMILIES[name].stacks
     ]

@@ -15,7 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pe_swap.errors import OptionError
+from pe_swap.families.native import PatchLayout
 from pe_swap.schemes import SCHEMES, Geometry, Native, Scheme, build_options
+from pe_swap.schemes.base import on_a_grid
+from pe_swap.schemes.per_axis import built, resolved
 from pe_swap.schemes.positions import Positions, slots_from
 
 HEAD_DIM = 64
@@ -71,20 +74,30 @@ def claims(scheme: Scheme) -> list[str]:
     return found
 
 
-def build(name: str, options: dict[str, Any], *, heads: int, length: int, is_causal: bool) -> Scheme:
+def build(name: str, options: dict[str, Any], *, heads: int, length: int, is_causal: bool, sides: tuple[int, ...] = ()) -> Scheme:
     """Return a scheme for pictures: of one layer, and with random parameters where they would start at zero.
+
+    Args:
+        name: the scheme.
+        options: its options.
+        heads: attention heads.
+        length: trained length, in positions.
+        is_causal: a decoder's form, or an encoder's.
+        sides: rows and columns of a grid; empty for a row of positions.
 
     Raises:
         UnknownNameError: no scheme has that name.
-        OptionError: an option that does not exist, or breaks its rule; or an encoder's form of a scheme that has none.
+        OptionError: an option that does not exist, or breaks its rule; or an encoder's form, or a grid's, of a scheme that has none.
     """
+    if sides and SCHEMES[name].on_a_grid is None:
+        raise OptionError(f"{name} is defined along one axis, so it has no grid to draw. Choose one of {', '.join(on_a_grid())}.")
     if SCHEMES[name].causal_only and not is_causal:
         raise OptionError(f"{name} is defined for decoders only, so it has no two-sided form to draw. Leave --encoder out.")
     torch.manual_seed(0)
-    geometry = Geometry(heads * HEAD_DIM, heads, HEAD_DIM, 1, is_causal, length)
+    geometry = Geometry(heads * HEAD_DIM, heads, HEAD_DIM, 1, is_causal, length, sides=sides)
     table = torch.randn(length, geometry.hidden_size).cumsum(0) * 0.02  # stands for a trained table: near positions are alike
-    resolved = build_options(SCHEMES[name].Options, options).resolve(geometry, Native(table=table))
-    scheme = SCHEMES[name](resolved, geometry, (0,))
+    given = build_options(SCHEMES[name].Options, options)
+    scheme = built(SCHEMES[name], resolved(given, SCHEMES[name].on_a_grid, geometry, Native(table=table)), geometry, (0,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scheme.start_from(Native(table=table))
@@ -164,6 +177,79 @@ def show_several(names: Sequence[str], *, heads: int = 12, length: int = 256, is
         )
         figure.suptitle(textwrap.fill(title, 40 * columns), fontsize=8.5)  # fewer characters than the panels are wide
     return figure
+
+
+@torch.no_grad()
+def show_on_a_grid(names: Sequence[str], options: dict[str, Any], *, heads: int = 12, side: int = 16) -> Figure:
+    """Return a picture of the attention that positions alone give one patch of an image, over all its patches.
+
+    Args:
+        names: one scheme, of which the first, the middle and the last head are drawn; or several, of which the middle head is.
+        options: the options of one scheme; of several, none.
+        heads: attention heads.
+        side: rows, and columns, of the grid.
+
+    Raises:
+        UnknownNameError: no scheme has one of the names.
+        OptionError: an option that does not exist, or breaks its rule; or a scheme that is not defined on a grid.
+    """
+    sides, place = (side, side), (side // 3, side // 2)
+    drawn: list[tuple[str, Tensor]] = []
+    for name in names:
+        scheme = build(name, options, heads=heads, length=side * side, is_causal=False, sides=sides)
+        attention = attention_of_patch(scheme, sides, place)
+        shown = [0, heads // 2, heads - 1] if len(names) == 1 else [heads // 2]
+        if torch.equal(attention, attention[:1].expand_as(attention)):
+            shown = shown[:1]
+        drawn += [
+            (name if len(names) > 1 else f"head {head}" if len(shown) > 1 else "every head", attention[head])
+            for head in dict.fromkeys(shown)
+        ]
+    columns = min(COLUMNS, len(drawn))
+    rows = math.ceil(len(drawn) / columns)
+    with mpl.rc_context({**STYLE, "font.size": 8}):
+        figure = Figure(figsize=(3.1 * columns, 2.7 * rows + 0.5), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flat
+        for panel, (title, attention) in zip(axes, drawn, strict=False):
+            image = panel.imshow(attention.numpy(), cmap="viridis", interpolation="nearest", vmin=0.0)
+            panel.plot(place[1], place[0], marker="x", color="#d55e00")
+            panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
+            panel.set_xlabel("column")
+            panel.set_ylabel("row")
+            figure.colorbar(image, ax=panel)
+        for panel in list(axes)[len(drawn) :]:
+            panel.set_axis_off()
+        chosen = ", ".join(f"{option}={value}" for option, value in options.items())
+        head = f"{names[0]}{f' ({chosen})' if chosen else ''}: " if len(names) == 1 else ""
+        text = f"{head}the attention of one patch (the cross) to each of {side} x {side}, all with equal queries and keys"
+        figure.suptitle(textwrap.fill(text, 40 * columns), fontsize=8.5)
+    return figure
+
+
+def attention_of_patch(scheme: Scheme, sides: tuple[int, int], place: tuple[int, int]) -> Tensor:
+    """Return the attention of a patch to all, `[heads, rows, columns]`, where tokens differ in their positions alone.
+
+    Queries and keys are ones. Vectors that a scheme adds to tokens are both, head by head, of the size of ones.
+    """
+    heads, head_dim, scaling = scheme.geometry.num_heads, scheme.geometry.head_dim, scheme.geometry.head_dim**-0.5
+    cpu = torch.device("cpu")
+    ids = PatchLayout(0, (1, 1), sides).position_ids(sides, cpu)
+    at, length = place[0] * sides[1] + place[1], ids.shape[1]
+    query = key = torch.ones(1, heads, length, head_dim)
+    if "encode" in scheme.hooks:
+        vectors = scheme.encode_grid(sides, cpu).float()
+        query = key = (vectors / vectors.square().mean().sqrt()).reshape(1, length, heads, head_dim).transpose(1, 2)
+    if "transform_query_key" in scheme.hooks:
+        prepared = scheme.prepare_grid(ids, sides)
+        query = scheme.transform_query_key(query, prepared, role="query", layer=0)
+        key = scheme.transform_query_key(key, prepared, role="key", layer=0)
+    scores = scaling * query @ key.transpose(-1, -2)
+    if "score_bias" in scheme.hooks:
+        slots = slots_from(0, length, cpu)
+        positions = Positions(slots, slots, ids, ids, sides=sides)
+        scores = scores + scheme.score_bias(query, key, positions, scaling=scaling, layer=0)
+    attention: Tensor = scores.softmax(-1)[0, :, at].reshape(heads, *sides)
+    return attention
 
 
 def drawable(*, is_causal: bool = True) -> list[str]:

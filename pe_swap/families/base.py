@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from pe_swap.errors import FamilyError, UnsupportedModelError
 from pe_swap.families.classes import config_class_of, head_classes_of
-from pe_swap.families.native import NativePositions
+from pe_swap.families.native import NativePositions, Patches
 from pe_swap.families.native.base import find
 from pe_swap.families.native.table import zero
 from pe_swap.registry import Registry
@@ -88,6 +88,7 @@ class Stack:
         attention_class: `file:class` in `attention_modules`, where the family's own attention module calls no attention function of
             transformers; empty where it does.
         ids_from_mask: the model takes no position ids and hands none on; layers read them from their mask.
+        patches: how tokens are made where the input is an image; None where it is a text.
     """
 
     native: NativePositions
@@ -112,6 +113,7 @@ class Stack:
     applies: Callable[[Any], bool] = always
     attention_class: str = ""
     ids_from_mask: bool = False
+    patches: Patches | None = None
 
     def paths(self, config: Any) -> list[str]:
         """Return the paths of the self-attention modules, in order."""
@@ -149,7 +151,26 @@ class Stack:
             is_causal=self.is_causal(config),
             trained_length=trained_length,
             input_size=getattr(config, self.input_size),
+            sides=() if self.patches is None else self.patches.layout(config).trained_sides,
         )
+
+
+def image_encoder(native: NativePositions, attention: str, tokens: str, patches: Patches, **settings: Any) -> Stack:
+    """Return the stack of a model of images: attention both ways, no cache, no longest input; further fields as in `Stack`.
+
+    `image_size` and `patch_size` may be one number or two, so the sentence of the guard is written into the number of colours.
+    """
+    return Stack(
+        native,
+        attention,
+        tokens,
+        is_causal=encoder,
+        has_cache=False,
+        length_field=None,
+        guard_field="num_channels",
+        patches=patches,
+        **settings,
+    )
 
 
 @dataclass(frozen=True)
@@ -159,15 +180,26 @@ class Family:
     Attributes:
         model_type: the family's `config.model_type`.
         stacks: its stacks; one, but for encoder-decoders.
+        is_own_base: every class of the family has all modules of the stacks itself, whatever its `base_model_prefix` says.
     """
 
     model_type: str
     stacks: tuple[Stack, ...]
+    is_own_base: bool = False
 
     @property
     def config_class(self) -> type[PreTrainedConfig]:
         """The family's configuration class."""
         return config_class_of(self.model_type)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the input is an image."""
+        return any(stack.patches is not None for stack in self.stacks)
+
+    def base_model(self, model: PreTrainedModel) -> Any:
+        """Return the part of a model that its heads share, which has all modules of the stacks."""
+        return model if self.is_own_base else model.base_model
 
     def head_classes(self) -> list[type[PreTrainedModel]]:
         """Return every model class of the family that can be built, base model and heads. Imports the family's modeling file."""
@@ -187,17 +219,18 @@ class Family:
         return self.stacks_of(config)[-1].is_causal(config)
 
 
-def register(model_type: str, *stacks: Stack, since: str = "5.16") -> None:
+def register(model_type: str, *stacks: Stack, since: str = "5.16", is_own_base: bool = False) -> None:
     """File a family under its `model_type`, where the installed transformers has it.
 
     Args:
         model_type: the family's `config.model_type`.
         stacks: its stacks.
         since: the first version of transformers whose file of the family is as the stacks say.
+        is_own_base: see `Family`.
     """
     if model_type not in CONFIG_MAPPING_NAMES or Version(transformers.__version__) < Version(since):
         return
-    FAMILIES.register(model_type)(Family(model_type, stacks))
+    FAMILIES.register(model_type)(Family(model_type, stacks, is_own_base))
 
 
 def family_for(model: object) -> Family:
@@ -221,6 +254,11 @@ def family_for(model: object) -> Family:
         )
         raise UnsupportedModelError(f"No family '{name}' ({type(model).__name__}) is described in pe_swap/families. {way_out}")
     return FAMILIES[name]
+
+
+def base_model_of(model: PreTrainedModel) -> Any:
+    """Return the part of a model of a known family that its heads share; see `Family.base_model`."""
+    return family_for(model).base_model(model)
 
 
 def family_name(model_type: str) -> str:

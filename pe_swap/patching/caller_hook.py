@@ -15,7 +15,9 @@ from pe_swap.attention.shared_in_call import ARGUMENT, SharedInCall
 from pe_swap.errors import UnsupportedModelError
 from pe_swap.families import Stack
 from pe_swap.families.attention_modules.interface import CACHE_ARGUMENTS
+from pe_swap.families.native import GridBias
 from pe_swap.families.native.base import as_rows, count
+from pe_swap.families.native.grid import METHOD, PatchLayout
 from pe_swap.patching.devices import bring_back_offloaded, gather_own_shards, on_device
 from pe_swap.patching.holder import HolderRef, SchemeHolder
 from pe_swap.patching.layer_cache import self_attention_cache
@@ -51,6 +53,8 @@ def prepare_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     bring_back_offloaded(holder)
     gather_own_shards(holder)
     kwargs = {**dict(zip(binding.parameters, args, strict=False)), **kwargs}
+    if holder.patches is not None:
+        return (), with_patches(binding, holder.patches, kwargs)
     tokens: Tensor | None = kwargs.get("input_ids")
     embeddings: Tensor | None = kwargs.get("inputs_embeds")
     if (tokens is None) == (embeddings is None):
@@ -65,6 +69,23 @@ def prepare_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     add_to_input(binding, holder, position_ids, kwargs)
     kwargs.setdefault(ARGUMENT, SharedInCall(position_ids))
     return (), kwargs
+
+
+def with_patches(binding: CallerBinding, patches: PatchLayout, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call on images, with row and column of every token for the layers to share."""
+    pixels: Tensor | None = kwargs.get("pixel_values")
+    if pixels is None:
+        return kwargs  # the module raises the error its users know
+    if isinstance(binding.stack.native, GridBias) and kwargs.get("attention_mask") is not None:
+        raise UnsupportedModelError(
+            "attention_mask is given, but this family hands its own positions to its layers in the mask, and layers with a scheme are "
+            "handed none. Leave attention_mask out."
+        )
+    if binding.stack.native.kind == "grid" and METHOD in binding.parameters:
+        kwargs[METHOD] = True  # that method is the holder's, and takes images of any size
+    sides = patches.sides(*pixels.shape[-2:])
+    kwargs.setdefault(ARGUMENT, SharedInCall(patches.position_ids(sides, pixels.device), sides=sides))
+    return kwargs
 
 
 def zero_based_ids(binding: CallerBinding, holder: SchemeHolder, kwargs: dict[str, Any]) -> Tensor:

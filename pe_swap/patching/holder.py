@@ -15,7 +15,9 @@ from pe_swap.errors import SwapStateError
 from pe_swap.families import Stack
 from pe_swap.families.base import NO_LIMIT
 from pe_swap.families.native.base import Holder
+from pe_swap.families.native.grid import PatchLayout
 from pe_swap.schemes.base import Scheme
+from pe_swap.schemes.geometry import Geometry
 
 Ref = TypeVar("Ref", bound="ModuleRef")
 
@@ -144,6 +146,8 @@ class SchemeHolder(Holder):
         original: what was replaced, or None where it is not at hand: a table, in a model that was loaded already swapped.
         handed: for each layer, the name in `kept` of the rotation it is handed, or None where layers are handed none.
         weight: see `stand_in_weight`; None where no table was replaced.
+        patches: how the model makes its tokens from an image; None where its input is a text.
+        prefix: vectors of the tokens before the patches that the table had too, `[rows, input_size]`; None where there are none. A buffer.
         mean: the mean row of the table that was replaced, `[input_size]`, added to every token embedding; None where it was not kept. A
             buffer: saved, never trained, whole in every process.
     """
@@ -157,8 +161,11 @@ class SchemeHolder(Holder):
         first_id: int,
         original: Original | None,
         mean: Tensor | None = None,
+        prefix: Tensor | None = None,
+        patches: PatchLayout | None = None,
     ) -> None:
         super().__init__()
+        self._is_hf_initialized = True  # transformers' loading draws no numbers for what the schemes start themselves
         self.schemes = nn.ModuleList(schemes)
         self.kept = nn.ModuleDict()
         self.assignment = assignment
@@ -169,8 +176,10 @@ class SchemeHolder(Holder):
         self.handed: tuple[str | None, ...] = (None,) * len(assignment.layers)
         self.handed_to_all = ""
         self.weight: Tensor | None
-        is_table = stack.native.kind == "table"
-        self.register_buffer("weight", stand_in_weight(self.max_length) if is_table else None)
+        self.register_buffer("weight", stand_in_weight(self.max_length) if stack.native.is_embedding else None)
+        self.patches = patches
+        self.prefix: Tensor | None
+        self.register_buffer("prefix", prefix)
         self.mean: Tensor | None
         self.register_buffer("mean", mean)
 
@@ -201,7 +210,12 @@ class SchemeHolder(Holder):
     @property
     def trained_length(self) -> int:
         """The length that the model was trained at, in positions."""
-        return next(iter(self)).geometry.trained_length
+        return self.geometry.trained_length
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes of the model."""
+        return next(iter(self)).geometry
 
     @property
     def device(self) -> torch.device:
@@ -253,6 +267,26 @@ class SchemeHolder(Holder):
             return (vectors if mean is None else vectors + mean).to(weight.dtype)
         # A zero without dimensions: it broadcasts, and takes part in no type promotion.
         return torch.zeros((), dtype=weight.dtype, device=position_ids.device) if mean is None else mean.to(weight.dtype)
+
+    def grid_vectors(self, height: int, width: int) -> Tensor:
+        """Return what is added to the tokens of an image, `[1, tokens, input_size]`, in the dtype of its patch embeddings.
+
+        Args:
+            height: of the image, in pixels.
+            width: of the image, in pixels.
+        """
+        assert self.patches is not None
+        weight, sides = self.tokens.weight, self.patches.sides(height, width)
+        scheme = self.input_hook("encode")
+        if scheme is not None:
+            vectors = scheme.encode_grid(sides, weight.device)
+        else:
+            vectors = weight.new_zeros(1, sides[0] * sides[1], self.geometry.input_size)
+        if self.mean is not None:
+            vectors = vectors + self.mean
+        if self.prefix is None:
+            return vectors.to(weight.dtype)
+        return torch.cat((self.prefix[None].to(weight.dtype), vectors.to(weight.dtype)), dim=1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model gets where it called its own positions."""

@@ -20,11 +20,12 @@ from pe_swap.attention.call import AttentionCall, CallShared
 from pe_swap.attention.kept_with_cache import kept_for
 from pe_swap.attention.names import BINDING_ATTRIBUTE, is_ours
 from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED, SharedInCall, as_rows
-from pe_swap.errors import UnsupportedBackendError
+from pe_swap.errors import UnsupportedBackendError, UnsupportedModelError
 from pe_swap.families.attention_modules.interface import CACHE_ARGUMENTS
 from pe_swap.patching.binding import LayerBinding
 from pe_swap.patching.devices import on_device
 from pe_swap.patching.layer_cache import LayerCache, self_attention_cache
+from pe_swap.schemes.base import Scheme
 from pe_swap.schemes.positions import slots_from
 
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -143,17 +144,42 @@ def shared_call(
         query_slots = slots_from(slots.first_query, q_len, device)
         ids = query_slots[None, :] if position_ids is None else as_rows(position_ids.to(device))
         scheme = on_device(binding.scheme, device)
+        if shared.sides or scheme.geometry.sides:
+            require_grid(scheme, ids, shared.sides, q_len)
         with torch.autocast(device.type, enabled=False) if autocasts(hidden_states) else nullcontext():
-            rotation = scheme.prepare_positions(ids) if "transform_query_key" in binding.hooks else None
+            rotation = prepared_for(scheme, ids, shared.sides) if "transform_query_key" in binding.hooks else None
         first_query = slots.first_query - slots.first_key if isinstance(slots.first_query, int) else None
         kept = kept_for(cache, slots.first_query)
-        return CallShared(scheme, query_slots, ids, slots.first_key, first_query, rotation, shared, kept)
+        return CallShared(scheme, query_slots, ids, slots.first_key, first_query, rotation, shared, kept, shared.sides)
 
     if not isinstance(slots.first_query, int):  # a static cache counts in place, and will have counted these queries in attention
         return compute()
     inputs = () if position_ids is None else (position_ids,)
     key = (binding.index, slots.first_query, slots.first_key, cache is None, q_len, device, id(config))
     return shared.get(key, inputs, compute)
+
+
+def prepared_for(scheme: Scheme, position_ids: Tensor, sides: tuple[int, ...]) -> Any:
+    """Return what the scheme's `transform_query_key` needs of positions, in a row or on a grid."""
+    return scheme.prepare_grid(position_ids, sides) if sides else scheme.prepare_positions(position_ids)
+
+
+def require_grid(scheme: Scheme, position_ids: Tensor, sides: tuple[int, ...], q_len: int) -> None:
+    """Refuse positions that are not those of the patches that a layer is called with.
+
+    Raises:
+        UnsupportedModelError: a layer is called by itself, or tokens were taken out or added on the way to it.
+    """
+    if len(sides) != len(scheme.geometry.sides):
+        raise UnsupportedModelError(
+            f"A layer with the scheme '{scheme.name}' was called without the rows and columns of its patches, which the whole model "
+            "works out from the image. Call the whole model, not a layer of it."
+        )
+    if position_ids.shape[1] != q_len:
+        raise UnsupportedModelError(
+            f"A layer with the scheme '{scheme.name}' was called with {q_len} tokens, but the image has {position_ids.shape[1]}, those "
+            "that stand nowhere included, so it is unknown where they stand. Undo what takes tokens out of this model or adds some."
+        )
 
 
 def require_our_backend(binding: LayerBinding, implementation: str) -> None:

@@ -13,19 +13,21 @@ from transformers import PreTrainedModel
 from pe_swap.assignment import Assignment, saved_stacks
 from pe_swap.attention.names import BINDING_ATTRIBUTE
 from pe_swap.errors import FamilyError, SwapStateError, UnsupportedModelError
-from pe_swap.families import Stack, family_for
+from pe_swap.families import Stack, base_model_of, family_for
 from pe_swap.families.attention_modules.interface import attention_class
-from pe_swap.families.native import AddedBias, Rotary
+from pe_swap.families.native import AddedBias, Grid, Rotary
 from pe_swap.families.native.base import find
+from pe_swap.families.native.grid import METHOD
 from pe_swap.families.native.rotary import NATIVE, UNTURNED
 from pe_swap.patching.binding import LayerBinding
 from pe_swap.patching.caller_hook import CALLER_ATTRIBUTE, CallerBinding, prepare_call
+from pe_swap.patching.grid_vectors import GridVectors
 from pe_swap.patching.holder import HolderRef, Original, SchemeHolder, TokenTable
 from pe_swap.patching.hooks import add_pre_hook, hand_on_positions, remove_pre_hook
 from pe_swap.patching.layer_cache import cache_argument, parameters_of
 from pe_swap.patching.native_hook import HANDED_ATTRIBUTE, Handed, hand_in
-from pe_swap.schemes import Scheme
-from pe_swap.schemes.base import ATTENTION_HOOKS
+from pe_swap.schemes import SCHEMES, Scheme
+from pe_swap.schemes.base import ATTENTION_HOOKS, INPUT_HOOKS, hooks_of
 
 
 def assemble(
@@ -36,6 +38,7 @@ def assemble(
     schemes: list[Scheme],
     original: Original | None,
     mean: Tensor | None = None,
+    prefix: Tensor | None = None,
 ) -> SchemeHolder:
     """Return the module that will hold a stack's schemes, not yet attached.
 
@@ -47,6 +50,7 @@ def assemble(
         schemes: the built schemes.
         original: what they replace, or None where it is not at hand.
         mean: the table's mean row, `[input_size]`, where it stays.
+        prefix: vectors of the tokens before the patches, `[rows, input_size]`, where the table has such.
 
     Raises:
         FamilyError: a module is not where the family says, or takes its cache by a name that pe_swap does not know.
@@ -61,7 +65,8 @@ def assemble(
         cache_argument(find(base_model, stack.caller))
     if assignment.input is not None:
         require_input(stack, base_model, tokens, schemes[assignment.input])
-    holder = SchemeHolder(schemes, assignment, stack, tokens, stack.first_id(config), original, mean)
+    patches = None if stack.patches is None else stack.patches.layout(config)
+    holder = SchemeHolder(schemes, assignment, stack, tokens, stack.first_id(config), original, mean, prefix, patches)
     if isinstance(stack.native, Rotary):
         assert original is not None
         _hand_in_rotations(holder, stack.native, original.module, config)
@@ -112,9 +117,10 @@ def require_input(stack: Stack, base_model: nn.Module, tokens: TokenTable, schem
     Raises:
         UnsupportedModelError: it cannot.
     """
-    replaces = "embed" in scheme.hooks or ("encode" in scheme.hooks and stack.native.kind != "table")
+    replaces = "embed" in scheme.hooks or ("encode" in scheme.hooks and stack.native.kind not in ("table", "grid"))
     if not replaces:
         return
+    require_place_for_vectors(stack, base_model, scheme.name)
     name = type(base_model).__name__
     if "inputs_embeds" not in parameters_of(find(base_model, stack.caller)):
         raise UnsupportedModelError(
@@ -125,6 +131,19 @@ def require_input(stack: Stack, base_model: nn.Module, tokens: TokenTable, schem
         raise UnsupportedModelError(
             f"The scheme '{scheme.name}' replaces token embeddings, and those of this {name} are {tokens.weight.shape[-1]} wide where its "
             f"positions are {scheme.geometry.input_size} wide. Choose a scheme that adds a vector, or one inside attention."
+        )
+
+
+def require_place_for_vectors(stack: Stack, base_model: nn.Module, name: str) -> None:
+    """Refuse a scheme that adds vectors to the patches of a model which has no place for them.
+
+    Raises:
+        UnsupportedModelError: its own positions are inside attention.
+    """
+    if stack.patches is not None and stack.native.kind != "grid" and hooks_of(SCHEMES[name]) & INPUT_HOOKS:
+        raise UnsupportedModelError(
+            f"The scheme '{name}' adds vectors to the patches, and {type(base_model).__name__} has no place where it adds any. Choose a "
+            "scheme inside attention (rope, t5, shaw)."
         )
 
 
@@ -199,8 +218,11 @@ def attention_hooks(holder: SchemeHolder) -> frozenset[str]:
 def attach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolder) -> None:
     """Put `holder` in its place and bind every layer that has a scheme."""
     owner, _, attribute = stack.native.holder_path.rpartition(".")
-    base_model.get_submodule(owner).add_module(attribute, holder)
     holder_ref = HolderRef(base_model, stack.native.holder_path)
+    if isinstance(stack.native, Grid):
+        stack.native.take_out(base_model)
+        vars(base_model.get_submodule(owner))[METHOD] = GridVectors(holder_ref)
+    base_model.get_submodule(owner).add_module(attribute, holder)
     caller = find(base_model, stack.caller)
     pad_token_id = getattr(config, "pad_token_id", None)
     token_scale = float(getattr(caller, stack.token_scale)) if stack.token_scale else 1.0
@@ -273,7 +295,11 @@ def detach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolde
                 delattr(module, attribute)
         if stack.attention_class and isinstance(module, attention_class(stack.attention_class)):
             set_class(module, type(module).__mro__[1])
-    if isinstance(stack.native, AddedBias):
+    if isinstance(stack.native, Grid):
+        vars(find(base_model, stack.native.owner_path)).pop(METHOD, None)
+    if isinstance(stack.native, Grid) and holder.original is not None:
+        stack.native.put_back(base_model, holder.original.current(holder.tokens.weight))
+    elif isinstance(stack.native, AddedBias):
         owner, _, attribute = stack.native.holder_path.rpartition(".")
         delattr(base_model.get_submodule(owner), attribute)
     elif holder.original is not None:
@@ -287,7 +313,9 @@ def holder_of(model: PreTrainedModel, part: str = "") -> SchemeHolder | None:
         model: the model.
         part: the stack's name, where the family has several.
     """
-    stack = next(stack for stack in family_for(model).stacks_in(model.base_model, model.config) if stack.name == part or not part)
+    stack = next(
+        stack for stack in family_for(model).stacks_in(base_model_of(model), model.config) if stack.name == part or not part
+    )
     return holder_in(model, stack)
 
 
@@ -297,7 +325,7 @@ def holder_in(model: PreTrainedModel, stack: Stack) -> SchemeHolder | None:
     Raises:
         SwapStateError: the model's configuration and its modules say different things.
     """
-    base_model = model.base_model
+    base_model = base_model_of(model)
     path = stack.native.holder_path
     try:
         found: Any = base_model.get_submodule(path)
@@ -322,7 +350,7 @@ def holder_in(model: PreTrainedModel, stack: Stack) -> SchemeHolder | None:
 
 def holders_of(model: PreTrainedModel) -> list[SchemeHolder]:
     """Return the holders of every swapped stack of a model."""
-    found = (holder_in(model, stack) for stack in family_for(model).stacks_in(model.base_model, model.config))
+    found = (holder_in(model, stack) for stack in family_for(model).stacks_in(base_model_of(model), model.config))
     return [holder for holder in found if holder is not None]
 
 

@@ -51,7 +51,8 @@ def hand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     position_ids: Tensor = given
 
     def compute() -> Any:
-        return native.handed(handed.holder_ref.holder, handed.name, hidden_states, position_ids, handed.layer_type)
+        holder = handed.holder_ref.holder
+        return native.handed(holder, handed.name, hidden_states, position_ids, handed.layer_type, shared.sides)
 
     rotation = shared.constant(("rotation", handed.name, handed.layer_type, hidden_states.device), compute)
     return args, {**kwargs, native.argument: rotation}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from pe_swap.families import family_for
+from pe_swap.families import base_model_of, family_for
 from pe_swap.patching.holder import SchemeHolder
 from pe_swap.patching.install import holder_of
 
@@ -35,7 +35,7 @@ def acting_holder(model: PreTrainedModel) -> SchemeHolder | None:
     Raises:
         SwapStateError: see `holder_of`.
     """
-    stack = family_for(model).stacks_in(model.base_model, model.config)[0]
-    place: Any = dict(model.base_model.named_modules()).get(stack.native.holder_path)
+    stack = family_for(model).stacks_in(base_model_of(model), model.config)[0]
+    place: Any = dict(base_model_of(model).named_modules()).get(stack.native.holder_path)
     acting = getattr(getattr(place, "scheme_at", None), "__self__", None)  # a wrapper passes on the methods of what acts in it
     return acting if isinstance(acting, SchemeHolder) and acting is not place else holder_of(model)

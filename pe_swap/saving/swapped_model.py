@@ -49,7 +49,7 @@ class SwappedModel:
         config._attn_implementation_internal = (
             config._attn_implementation_internal
         )  # ours again, where it was the library's to build
-        base_model = self.base_model
+        base_model = family.base_model(self)
         for stack in stacks:
             if _is_swapped(base_model, stack):  # a head that built its base model from the same configuration
                 continue
@@ -66,7 +66,8 @@ class SwappedModel:
             assignment, _ = assignments[stack.name].resolve(geometry, natives)
             schemes = assignment.build(geometry)
             mean = _empty_mean(entries[stack.name], stack, geometry)
-            holder = assemble(stack, base_model, unswapped, assignment, schemes, original, mean)
+            prefix = stack.native.empty_prefix(geometry.input_size)
+            holder = assemble(stack, base_model, unswapped, assignment, schemes, original, mean, prefix)
             if beside_old_table:
                 holder.weight = None
             kept, holder.kept = holder.kept, nn.ModuleDict()
@@ -131,7 +132,7 @@ def _empty_mean(entry: Mapping[str, Any], stack: Stack, geometry: Geometry) -> T
     """
     if "keep_mean" not in entry:
         return None
-    if stack.native.kind != "table":
+    if stack.native.kind not in ("table", "grid"):
         raise CheckpointError(
             "config.json: 'pe_swap.keep_mean' is true, and a model of this family has no position table. Save the model again with "
             "save_pretrained, or fix the file."

@@ -40,6 +40,10 @@ class Holder(nn.Module):
         """Return what the input scheme adds at these ids, or a zero without dimensions where none adds anything."""
         raise NotImplementedError
 
+    def grid_vectors(self, height: int, width: int) -> Tensor:
+        """Return what is added to the tokens of an image of this size in pixels."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class NativePositions(ABC):
@@ -47,15 +51,20 @@ class NativePositions(ABC):
 
     Attributes:
         kind: the kind's name, in errors and lists.
-        own_scheme: the scheme of ours that these positions are.
+        own_scheme: the scheme of ours that these positions are; None where no scheme is.
         keeps_layers: layers that get no scheme keep the model's own positions. False where all layers share them through the input.
         argument: name under which an attention module is handed the model's own positions, or None where it is handed none.
     """
 
     kind: ClassVar[str]
-    own_scheme: ClassVar[str]
+    own_scheme: ClassVar[str | None]
     keeps_layers: ClassVar[bool]
     argument: ClassVar[str | None] = None
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the positions are an `nn.Embedding`, for whose weight the holder saves a stand-in under its name."""
+        return False
 
     @property
     @abstractmethod
@@ -94,6 +103,14 @@ class NativePositions(ABC):
             config: the unswapped configuration.
         """
         return getattr(config, "max_position_embeddings", None)
+
+    def prefix(self, native: nn.Module | None) -> Tensor | None:
+        """Return the vectors of tokens that stand nowhere, `[rows, width]`, float32, where a table has such rows before the others."""
+        return None
+
+    def empty_prefix(self, width: int) -> Tensor | None:
+        """Return room for what `prefix` returns, or None."""
+        return None
 
     def bias_table(self, native: nn.Module | None) -> Tensor | None:
         """Return the biases per bucket and head, `[buckets, heads]`, float32, where the model has such."""

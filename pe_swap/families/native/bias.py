@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,8 +34,8 @@ class AddedBias(NativePositions):
         """A place of its own in the stack."""
         return f"{self.stack}.{NAME}" if self.stack else NAME
 
-    def neutral(self, hidden_states: Tensor) -> Tensor:
-        """Return a bias of zero for every pair, of as few elements as the family's own addition takes."""
+    def neutral(self, hidden_states: Tensor) -> Tensor | None:
+        """Return a bias of zero for every pair, of as few elements as the family's own addition takes; None where it takes that."""
         raise NotImplementedError
 
 
@@ -132,3 +132,41 @@ class Alibi(AddedBias):
     def neutral(self, hidden_states: Tensor) -> Tensor:
         """Return a bias of zero for every pair, `[1, 1, 1]`."""
         return hidden_states.new_zeros(1, 1, 1)
+
+
+@dataclass(frozen=True)
+class GridBias(AddedBias):
+    """A bias for every pair of rows and columns, one table per layer or one for all, which layers are handed in their mask (BEiT).
+
+    A layer with a scheme is handed no mask, so a swapped model takes none from its caller.
+
+    Attributes:
+        stack: see `AddedBias`.
+        place: from the configuration to the path of the first module that works the bias out.
+    """
+
+    place: Callable[[Any], str]
+
+    own_scheme = None
+    argument = "attention_mask"
+    each_layer = True
+
+    def trained_length(self, config: Any, native: nn.Module | None) -> int | None:
+        """Return None: the stack's patches say it."""
+        return None
+
+    def require_native(self, base_model: nn.Module) -> nn.Module:
+        """Return the first module that works the bias out; all stay where they are.
+
+        Raises:
+            FamilyError: it is not there.
+        """
+        return find(base_model, self.place(base_model.config))
+
+    def length_to_build(self, config: Any) -> None:
+        """Return None: nothing is as long as the input."""
+        return None
+
+    def neutral(self, hidden_states: Tensor) -> None:
+        """Return None: no mask."""
+        return None

@@ -179,8 +179,10 @@ class Rotary(NativePositions):
         name = holder.handed_to_all
         return self._rotation(holder, name, x, position_ids, *args, **kwargs)
 
-    def handed(self, holder: Holder, name: str, x: Tensor, position_ids: Tensor, layer_type: str | None) -> Any:
-        """Return what one layer is handed instead: `name` is an entry of `Holder.kept`."""
+    def handed(
+        self, holder: Holder, name: str, x: Tensor, position_ids: Tensor, layer_type: str | None, sides: tuple[int, ...]
+    ) -> Any:
+        """Return what one layer is handed instead: `name` is an entry of `Holder.kept`, `sides` those of a grid of patches."""
         return self._rotation(holder, name, x, position_ids, *(() if layer_type is None else (layer_type,)))
 
     def _rotation(self, holder: Holder, name: str, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

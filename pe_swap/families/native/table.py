@@ -47,6 +47,11 @@ class Table(NativePositions):
     keeps_layers = False
 
     @property
+    def is_embedding(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def holder_path(self) -> str:
         """The table's own place."""
         return self.path
