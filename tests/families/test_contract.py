@@ -16,14 +16,27 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
 import pe_swap
-from pe_swap.families import FAMILIES
+from pe_swap.families import FAMILIES, base_model_of
 from pe_swap.families.classes import modeling_of
 from pe_swap.patching.install import holders_of, positional_parameters
 from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, parameters_of
-from tests.support.families import ROUNDING, TINY, auto_class, config_of, difference, outputs, takes_sdpa, tiny, token_ids
+from tests.support.families import (
+    IMAGES,
+    ROUNDING,
+    TINY,
+    auto_class,
+    config_of,
+    difference,
+    outputs,
+    takes_on_a_grid,
+    takes_sdpa,
+    tiny,
+    token_ids,
+)
 
 NAMES = FAMILIES.names()
-ALONE = [name for name in NAMES if len(FAMILIES[name].stacks_of(config_of(name))) == 1 and name != "whisper"]
+TEXTS = [name for name in NAMES if not FAMILIES[name].takes_images]
+ALONE = [name for name in TEXTS if len(FAMILIES[name].stacks_of(config_of(name))) == 1 and name != "whisper"]
 CAUSAL = [name for name in ALONE if FAMILIES[name].is_causal(config_of(name))]
 CACHED = [name for name in CAUSAL if FAMILIES[name].stacks[-1].has_cache]
 
@@ -41,6 +54,7 @@ def cases(names: list[str]) -> list[tuple[str, str]]:
         (name, scheme)
         for name in names
         for scheme in EVERY_HOOK
+        if not FAMILIES[name].takes_images or takes_on_a_grid(name, scheme)
         if scheme != "fox" or all(stack.is_causal(config_of(name)) for stack in FAMILIES[name].stacks_of(config_of(name)))
     ]
 
@@ -93,19 +107,26 @@ def silenced(family: str, model: PreTrainedModel) -> Any:
         return silent_alibi(family)
     with torch.no_grad():
         for stack in FAMILIES[family].stacks_of(model.config):
-            stack.native.require_native(model.base_model).weight.zero_()
+            if stack.native.own_scheme is None:  # a table of biases in every layer
+                for name, parameter in model.named_parameters():
+                    parameter.mul_(0.0 if name.endswith("relative_position_bias_table") else 1.0)
+                continue
+            weight = stack.native.require_native(base_model_of(model)).weight
+            rows = weight.view(-1, weight.shape[-1])
+            rows[stack.native.prefix_rows if stack.native.kind == "grid" else 0 :].zero_()  # what stands nowhere has no position
     return silent_rotation("llama")  # nothing of these models is in it
 
 
 def test_every_family_has_a_tiny_configuration() -> None:
-    known = TINY.keys() & configuration_auto.CONFIG_MAPPING_NAMES.keys()
+    known = (TINY.keys() | IMAGES.keys()) & configuration_auto.CONFIG_MAPPING_NAMES.keys()
     if Version(transformers.__version__) < Version("5.24"):
+        known -= IMAGES.keys()
         known -= {"gptj", "codegen", "clip_text_model", "nomic_bert"}
     assert sorted(known) == NAMES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", [name for name in NAMES if FAMILIES[name].stacks_of(config_of(name))[-1].native.own_scheme])
 def test_its_own_scheme_changes_nothing(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, ids = tiny(family), token_ids(2, 20)
     if dtype != torch.float32:  # as users have it: from a folder, which keeps frequencies in float32

@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
@@ -19,9 +20,11 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 import pe_swap
-from pe_swap.families import FAMILIES
+from pe_swap.families import FAMILIES, family_name
 from pe_swap.families.classes import config_class_of, modeling_of
 from pe_swap.patching.layer_cache import parameters_of
+from pe_swap.schemes import SCHEMES
+from pe_swap.schemes.base import INPUT_HOOKS, hooks_of
 
 ROUNDING = 5e-6
 """Largest difference of logits over the largest logit that counts as rounding."""
@@ -158,7 +161,20 @@ TINY: dict[str, dict[str, Any]] = {
     "solar_open": {**LLAMA_LIKE, **EXPERTS, "head_dim": 8},
     "vaultgemma": {**LLAMA_LIKE, **WINDOW, "head_dim": 8},
 }  # fmt: skip
-"""What differs from `AutoConfig.for_model(name)`; every registered family has an entry, and a test says so."""
+"""What differs from `AutoConfig.for_model(name)`; every registered family has an entry here or in `IMAGES`, and a test says so."""
+
+PATCHES = {"image_size": 24, "patch_size": 4}
+IMAGES: dict[str, dict[str, Any]] = {
+    "beit": {**SIZES, **PATCHES, "use_relative_position_bias": True, "out_indices": [0, 1, 2, 3]},
+    "clip_vision_model": {**SIZES, **PATCHES},
+    "deit": {**SIZES, **PATCHES, "architectures": ["DeiTForImageClassification"]},  # of two with one head
+    "dinov2": {**SIZES, **PATCHES, "mlp_ratio": 1},
+    "dinov2_with_registers": {**SIZES, **PATCHES, "mlp_ratio": 1, "num_register_tokens": 3},
+    "dinov3_vit": {**SIZES, **PATCHES, "num_register_tokens": 3},
+    "siglip_vision_model": {**SIZES, **PATCHES},
+    "vit": {**SIZES, **PATCHES},
+}
+"""The same for the families whose input is an image."""
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"bert-decoder": ("bert", {"is_decoder": True})}
@@ -178,11 +194,12 @@ def is_causal(family: str) -> bool:
 def config_of(family: str, **overrides: Any) -> Any:
     """Return the tiny configuration of a family in `TINY`, or of one of its `VARIANTS`; fields by their standard names or the family's."""
     model_type, changes = VARIANTS.get(family, (family, {}))
-    assert model_type in TINY, f"give '{model_type}' a line in TINY of tests/support/families.py"
+    assert model_type in {**TINY, **IMAGES}, f"give '{model_type}' a line in TINY or IMAGES of tests/support/families.py"
     plain = AutoConfig.for_model(model_type)
     known = plain.to_dict()
     overrides = {plain.attribute_map.get(name, name): value for name, value in overrides.items()}
-    settings = {**TOKENS, **{name: value for name, value in NO_DROPOUT.items() if name in known}, **TINY[model_type]}
+    own = IMAGES[model_type] if model_type in IMAGES else {**TOKENS, **TINY[model_type]}
+    settings = {**{name: value for name, value in NO_DROPOUT.items() if name in known}, **own}
     settings |= {**changes, **overrides}
     settings = {name: value for name, value in settings.items() if name not in EXPERTS or name in known}
     return AutoConfig.for_model(model_type, **settings)
@@ -197,6 +214,9 @@ def has_language_model_head(family: str) -> bool:
 
 def auto_class(family: str) -> Any:
     """Return the Auto class of the family's language model."""
+    if FAMILIES[model_type_of(family)].takes_images:
+        has_head = config_class_of(family) in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        return AutoModelForImageClassification if has_head else AutoModel
     if family == "whisper":
         return AutoModelForSpeechSeq2Seq
     if not has_language_model_head(family):
@@ -216,9 +236,14 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> P
 
 def let_positions_show(model: PreTrainedModel) -> None:
     """Enlarge every matrix inside the layers: scores of a fresh model are all but equal, and positions would hardly show."""
+    takes_images = FAMILIES[family_name(model.config.model_type)].takes_images
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and not any(
+            if takes_images and "position" in name:  # zeros, in some
+                parameter.normal_()
+            elif takes_images and parameter.dim() == 2:  # as small as in texts, where some families draw larger ones
+                parameter.normal_(std=0.08)
+            elif parameter.dim() == 2 and not any(
                 part in name for part in ("embed", "wte", "lm_head", "relative", "decoder.weight")
             ):
                 parameter.mul_(4.0)
@@ -229,11 +254,21 @@ def token_ids(batch: int, length: int, seed: int = 3) -> Tensor:
     return torch.randint(5, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def images(batch: int, height: int = 24, width: int = 24, seed: int = 3) -> Tensor:
+    """Return random images, `[batch, 3, height, width]`."""
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
 def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return the arguments of a call on rows of tokens; an encoder-decoder decodes them from the same rows, or from sound."""
+    """Return the arguments of a call on rows of tokens; an encoder-decoder decodes them from the same rows, or from sound.
+
+    A model of images gets one per row, which differ as the rows do.
+    """
     known = parameters_of(model)
     sound = torch.linspace(-1, 1, 64).reshape(1, 4, 16).expand(len(ids), -1, -1)
     given = {"input_ids": ids, "input_features": sound.to(model.dtype)}
+    if "pixel_values" in known:
+        given["pixel_values"] = images(1).to(model.dtype) * (ids.to(model.dtype).mean(-1) / VOCABULARY + 0.5)[:, None, None, None]
     if "decoder_input_ids" in known:
         given["decoder_input_ids"] = ids if "input_features" in known else ids.flip(1)
     return {name: value for name, value in given.items() if name in known}
@@ -245,6 +280,12 @@ def outputs(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
         found = model(**inputs_of(model, ids), **kwargs)
     result: Tensor = found.logits if "logits" in found else found.last_hidden_state
     return result
+
+
+def takes_on_a_grid(family: str, scheme: str) -> bool:
+    """Tell whether a family of images takes a scheme: one that is defined on a grid, and on the input only where its own positions are."""
+    is_at_input = FAMILIES[family].stacks_of(config_of(family))[0].native.kind == "grid"
+    return SCHEMES[scheme].on_a_grid is not None and (is_at_input or not hooks_of(SCHEMES[scheme]) & INPUT_HOOKS)
 
 
 def takes_sdpa(model: PreTrainedModel) -> bool:
