@@ -23,7 +23,15 @@ from pe_swap.evaluation.recovery import recovery
 from pe_swap.evaluation.report import REPORTED, write_report
 from pe_swap.plans import parts_of
 from pe_swap.runs import data
-from pe_swap.runs.config import CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, build, resolved
+from pe_swap.runs.config import (
+    CompareConfig,
+    ComparedScheme,
+    EvalConfig,
+    FinetuneConfig,
+    TransitionSection,
+    build,
+    resolved,
+)
 from pe_swap.runs.models import is_configuration
 from pe_swap.runs.output import require_kind, require_output_folder
 from pe_swap.runs.records import Stopwatch, environment, read_record, write_record
@@ -59,7 +67,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         folder, suffix = seed_folder(config, seed), "" if len(config.seeds) == 1 else f", seed {seed}"
         base = _base(config, seed, text, suffix)
         for label, scheme in config.schemes.items():
-            section = _finetune_config(config, base, scheme, seed, folder / SCHEME_FOLDERS / label)
+            section = finetune_config(config, base, scheme, seed, folder / SCHEME_FOLDERS / label)
             try:
                 _finetune_once(section, f"{label}{suffix}", text, overwrite=config.overwrite)
             except DivergedError as error:
@@ -124,6 +132,8 @@ def require_comparison(config: CompareConfig, out: Path) -> None:
         if section is not None:
             require_training_settings(section)
             require_measurable(section, config.data)
+    for label, scheme in config.schemes.items():
+        require_training_settings(finetune_config(config, config.model, scheme, config.seeds[0], out / label).train)
 
 
 def require_labels(labels: Iterable[str]) -> None:
@@ -169,10 +179,11 @@ def _base(config: CompareConfig, seed: int, text: data.Text, suffix: str) -> str
     return section.out
 
 
-def _finetune_config(
-    config: CompareConfig, base: str | dict[str, Any], scheme: SchemeSection, seed: int, folder: Path
+def finetune_config(
+    config: CompareConfig, base: str | dict[str, Any], scheme: ComparedScheme, seed: int, folder: Path
 ) -> FinetuneConfig:
-    """Return one scheme's run; runs differ in the scheme alone."""
+    """Return one scheme's run; runs differ in the scheme, and in the transition to it, alone. The control has none."""
+    transition = TransitionSection() if scheme.is_control else scheme.transition or config.train.transition
     starts_anew = is_configuration(base)
     tokenizer = config.tokenizer if starts_anew or not is_configuration(config.model) else None
     vocab_size = config.vocab_size if starts_anew else None
@@ -180,9 +191,9 @@ def _finetune_config(
         model=base,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        scheme=scheme,
+        scheme=scheme.section,
         data=config.data,
-        train=config.train,
+        train=config.train.model_copy(update={"transition": transition}),
         seed=seed,
         out=str(folder),
     )

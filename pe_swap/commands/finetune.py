@@ -19,7 +19,9 @@ from pe_swap.runs.config import DataSection, FinetuneConfig, MeasureSection, Tra
 from pe_swap.runs.models import (
     apply_scheme,
     content_hashes,
+    described,
     is_causal,
+    is_causal_configuration,
     is_configuration,
     load_model,
     require_vocabulary,
@@ -37,6 +39,7 @@ from pe_swap.training.resume import (
     settings_that_matter,
 )
 from pe_swap.training.trainer import require_training_settings, train
+from pe_swap.training.transition import faded, needs_teacher, require_fading, require_transition, teacher_of
 
 
 def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str, Any]:
@@ -85,8 +88,21 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
             "repeated_documents": text.repeated,
         },
     }
+    transition = config.train.transition
+    require_transition(
+        transition,
+        model,
+        str(config.model),
+        is_control=config.scheme.is_control,
+        is_trained=not is_configuration(config.model),
+        positions=config.train.positions,
+        block_size=config.data.block_size,
+    )
     before = None if evaluator is None else _before_swap(config, text, model, evaluator)
+    teacher = teacher_of(model, transition) if needs_teacher(transition) else None
     apply_scheme(model, config.scheme)
+    if transition.fade_steps:
+        require_fading(model)
     record["scheme"] = scheme_name(model)
     if evaluator is not None:
         after = before if config.scheme.is_control else perplexity(model, evaluator)
@@ -111,6 +127,7 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
         output=output,
         asked=asked_places(config.data.recall, config.data.block_size) if config.data.recall else None,
         resume=config.resume,
+        teacher=teacher,
         measure=None if evaluator is None else lambda: perplexity(model, evaluator),
         on_start=start,
         on_checkpoint=write,
@@ -134,7 +151,10 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
 
 
 def _by_step(config: FinetuneConfig, record: dict[str, Any], measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the perplexity by step and by tokens trained on: after the swap, after the steps that were asked for, at the end."""
+    """Return the perplexity by step and by tokens trained on: after the swap, after the steps that were asked for, at the end.
+
+    `faded` is the factor that the old positions still had in a measurement.
+    """
     section, found = config.train, record["perplexity"]
     tokens = section.batch_size * section.gradient_accumulation_steps * record["processes"] * config.data.block_size
     points = {
@@ -142,7 +162,11 @@ def _by_step(config: FinetuneConfig, record: dict[str, Any], measured: Sequence[
         **{row["step"]: row["perplexity"] for row in measured},
         section.max_steps: found["after_training"],
     }
-    return [{"step": step, "tokens": step * tokens, "perplexity": points[step]} for step in sorted(points)]
+    fade = section.transition.fade_steps
+    return [
+        {"step": step, "tokens": step * tokens, "perplexity": points[step], "faded": faded(step, fade) if step else 0.0}
+        for step in sorted(points)
+    ]
 
 
 def require_measurable(section: TrainSection, source: DataSection) -> None:
@@ -256,7 +280,8 @@ def _tokenizer(config: FinetuneConfig, documents: Sequence[str]) -> PreTrainedTo
             raise ConfigError("data.recall has a token per word, so it takes no tokenizer and no vocab_size. Drop them.")
         return words_tokenizer(config.data.recall.words)
     if config.vocab_size is not None:
-        return data.train_tokenizer(documents, config.vocab_size)
+        masked = is_configuration(config.model) and not is_causal_configuration(described(config.model))
+        return data.train_tokenizer(documents, config.vocab_size, masked=masked)
     if config.tokenizer is not None:
         return data.load_tokenizer(config.tokenizer)
     if is_configuration(config.model):

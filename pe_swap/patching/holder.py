@@ -150,6 +150,7 @@ class SchemeHolder(Holder):
         prefix: vectors of the tokens before the patches that the table had too, `[rows, input_size]`; None where there are none. A buffer.
         mean: the mean row of the table that was replaced, `[input_size]`, added to every token embedding; None where it was not kept. A
             buffer: saved, never trained, whole in every process.
+        fade: factor on the model's own positions where they act beside the schemes: in training, while they go gradually. Not saved.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class SchemeHolder(Holder):
         self.register_buffer("prefix", prefix)
         self.mean: Tensor | None
         self.register_buffer("mean", mean)
+        self.fade = 0.0
 
     def __iter__(self) -> Iterator[Scheme]:
         """Iterate over the schemes."""
@@ -259,6 +261,22 @@ class SchemeHolder(Holder):
 
     def vectors(self, position_ids: Tensor) -> Tensor:
         """Return what is added at 0-based ids, `[batch or 1, length or 1, input_size]`, in the token embeddings' dtype."""
+        vectors = self._vectors_of_schemes(position_ids)
+        if not self.fade:
+            return vectors
+        table = self.stack.native.table(self.original.config, self.replaced)  # type: ignore[union-attr]  # there, where it fades
+        assert table is not None
+        rows = table[position_ids] if self.mean is None else table[position_ids] - self.mean  # the mean stays: they fade to it
+        return vectors + (self.fade * rows).to(vectors.dtype)
+
+    @property
+    def replaced(self) -> nn.Module:
+        """The model's own positions, that a swap in this process has replaced."""
+        assert self.original is not None
+        return self.original.current(self.tokens.weight)
+
+    def _vectors_of_schemes(self, position_ids: Tensor) -> Tensor:
+        """Return what the scheme on the input adds, and the mean that was kept; see `vectors`."""
         weight = self.tokens.weight
         scheme = self.input_hook("encode")
         mean = None if self.mean is None else self.mean.to(position_ids.device)[None, None]

@@ -39,7 +39,9 @@ def hand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     native = handed.native
     if isinstance(native, AddedBias):
         assert native.argument is not None
-        return args, {**kwargs, native.argument: native.neutral(hidden_states)}
+        fade = handed.holder_ref.holder.fade
+        bias = fade * kwargs[native.argument] if fade else native.neutral(hidden_states)
+        return args, {**kwargs, native.argument: bias}
     shared: SharedInCall = kwargs.get(ARGUMENT, NOTHING_SHARED)
     given = (
         kwargs.get("position_ids") if shared.position_ids is None else shared.position_ids

@@ -17,6 +17,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -85,6 +86,54 @@ class SchemeSection(BaseModel):
     def is_control(self) -> bool:
         """Whether the model is left as it is."""
         return self.name == ORIGINAL and self.plan is None
+
+
+class TransitionSection(Section):
+    """How a model gets from its own positions to the new ones: pe_swap/training/transition.py."""
+
+    match: Literal["none", "attention", "hidden", "logits"] = Field(
+        default="none", description="what the first steps learn from the unswapped model in place of text"
+    )
+    match_share: float = Field(default=0.2, gt=0, le=1, description="share of max_steps that match")
+    match_learning_rate: PositiveFloat | None = Field(
+        default=None, description="peak learning rate of those steps, of all but what the swap adds; else learning_rate"
+    )
+    match_trains: Literal["all", "attention"] = Field(
+        default="all", description="what they train: everything, or attention and what the swap adds"
+    )
+    match_input: Literal["own", "teacher"] = Field(
+        default="own", description="hidden states that attention is fed with in those steps; teacher: for models without a table"
+    )
+    then: Literal["cross_entropy", "logits"] = Field(
+        default="cross_entropy", description="what the other steps learn: text, or the unswapped model's distributions"
+    )
+    fade_steps: Integer = Field(default=0, ge=0, description="steps in which the old positions go gradually; 0 at once")
+
+    @model_validator(mode="after")
+    def _require_use(self) -> TransitionSection:
+        """Refuse settings of a matching that does not take place."""
+        fields = type(self).model_fields  # by value: a record writes defaults out
+        given = [name for name in fields if name.startswith("match_") and getattr(self, name) != fields[name].default]
+        if self.match == "none" and given:
+            raise PydanticCustomError(
+                "unused", "{names} is given and match is none; name what to match", {"names": ", ".join(given)}
+            )
+        if self.match_input == "teacher" and self.match != "attention":
+            raise PydanticCustomError("unused", "match_input is teacher, which is for match: attention; leave it out", {})
+        return self
+
+
+class ComparedScheme(SchemeSection):
+    """A scheme of a comparison, which may come by a transition of its own."""
+
+    transition: TransitionSection | None = Field(
+        default=None, description="in place of train.transition; the control is trained without one"
+    )
+
+    @property
+    def section(self) -> SchemeSection:
+        """The scheme without its transition."""
+        return SchemeSection(**self.model_dump(exclude={"transition"}, exclude_unset=True))
 
 
 RecallTask = Literal["pairs", "noisy", "selective_copy"]
@@ -164,6 +213,7 @@ class TrainSection(Section):
         default=[], description="steps after which the held-out text is measured, beside the start and the end"
     )
     report_to: list[str] = Field(default=["none"], description="trackers, such as tensorboard")
+    transition: TransitionSection = TransitionSection()
 
     @field_validator("eval_steps")
     @classmethod
@@ -269,7 +319,7 @@ class CompareConfig(Section):
         description="how to train the base, with its own positions; none for a ready model, or to start each scheme anew",
     )
     train: TrainSection = TrainSection()
-    schemes: dict[str, SchemeSection] = Field(min_length=1, description="label to scheme; include an 'original' control")
+    schemes: dict[str, ComparedScheme] = Field(min_length=1, description="label to scheme; include an 'original' control")
     data: DataSection = DataSection()
     eval: MeasureSection = MeasureSection()
     seeds: list[Seed] = Field(

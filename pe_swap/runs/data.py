@@ -252,13 +252,21 @@ def sotu_texts(years: tuple[int, int]) -> list[str]:
     ]
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE tokenizer, GPT-2's kind; the same text gives the same tokenizer."""
+def train_tokenizer(documents: Iterable[str], vocab_size: int, *, masked: bool = False) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer, GPT-2's kind; the same text gives the same tokenizer.
+
+    Args:
+        documents: the text.
+        vocab_size: tokens, special ones included.
+        masked: also the tokens that an encoder's training needs: mask, padding, and those around a sequence.
+    """
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    if masked:
+        special |= {"mask_token": "<|mask|>", "pad_token": "<|pad|>", "cls_token": END_OF_TEXT, "sep_token": END_OF_TEXT}
     trainer = ByteLevelBPETokenizer()
-    trainer.train_from_iterator(documents, vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trainer._tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
-    )
+    tokens = list(dict.fromkeys(special.values()))
+    trainer.train_from_iterator(documents, vocab_size=vocab_size, special_tokens=tokens, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer, **special)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -128,18 +128,34 @@ def start_model(model: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase)
     Raises:
         ConfigError: no `model_type`, or fields that transformers refuses.
     """
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = described(model, vocab_size=len(tokenizer), **special)
+    try:
+        built: PreTrainedModel = language_model_class(config).from_config(config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"transformers refuses the model configuration {model}: {error}") from error
+    return built
+
+
+def described(model: str | dict[str, Any], **defaults: Any) -> Any:
+    """Return the configuration that a model to start is described by.
+
+    Args:
+        model: as `start_model`.
+        defaults: fields that the description may leave out.
+
+    Raises:
+        ConfigError: as `start_model`.
+    """
     settings = read_yaml(model) if isinstance(model, str) else dict(model)
     model_type = settings.pop("model_type", None)
     if not isinstance(model_type, str):
         raise ConfigError(f"A model configuration needs a model_type ({', '.join(FAMILIES.names())}, ...), got {model_type!r}.")
     _require_known_fields(model_type, settings, model)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
-        config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **special, **settings})
-        built: PreTrainedModel = language_model_class(config).from_config(config)
+        return AutoConfig.for_model(model_type, **{**defaults, **settings})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"transformers refuses the model configuration {settings}: {error}") from error
-    return built
 
 
 LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling", "torch_dtype", "num_labels", "attn_implementation"})

@@ -54,6 +54,8 @@ class Scheme(nn.Module):
         cached_equals_uncached: False only where the paper's own definition makes a cached pass differ.
         bias_is_shared: `relative_bias` is the same in every layer the scheme serves, so that one layer's serves all.
         starts_from_table: starts from the model's own position table, where there is one.
+        carries_tokens: names of parameters that token embeddings pass through. They are weights like the model's own, and are trained at
+            its learning rate, where the scheme's others may have a higher one.
         keeps_function: as built, the scheme leaves the function of the model unchanged, as it replaces the model's own positions by the
             same ones; `start_from` finds out.
         on_a_grid: how the scheme acts where a position is a row and a column (images): by methods of its own, `"itself"`; by one copy per
@@ -73,6 +75,7 @@ class Scheme(nn.Module):
     cached_equals_uncached: bool = True
     bias_is_shared: bool = False
     starts_from_table: ClassVar[bool] = False
+    carries_tokens: ClassVar[frozenset[str]] = frozenset()
     keeps_function: bool = False
     on_a_grid: ClassVar[Literal["itself", "summed", "joined"] | None] = None
 

@@ -95,6 +95,7 @@ class Concat(Scheme):
 
     Options = ConcatOptions
     starts_from_table = True
+    carries_tokens = frozenset({"token_weight"})
     summary = "position vectors beside the tokens, projected back to the hidden size"
 
     options: ResolvedConcatOptions

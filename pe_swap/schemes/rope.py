@@ -24,6 +24,9 @@ Its spellings are taken too (`rope_theta` is `base`, `partial_rotary_factor` is 
 * `proportional`: only the `fraction` of planes that turn fastest do, with theta of the whole head (p-RoPE; Barbero et al.,
   arXiv:2410.06205, section 6).
 
+`planes` lets only some planes turn, and leaves the others as they are without positions: a first step from a rotary model to one without
+(Ji et al., "MHA2MLA", ACL 2025, arXiv:2502.14837, section 3.1). Differs from the paper: the same planes in every layer and head.
+
 Differs from transformers: the length of `dynamic` and `longrope` is that of each token's own sequence, not of the longest in the
 batch, so that a sequence whose position ids are given does not depend on its neighbours; and their keys are cached before they are
 turned, so that a step turns its query and all its keys by the same frequencies, where transformers mixes those of every step so far.
@@ -36,6 +39,7 @@ apart; transformers does not either.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -49,7 +53,7 @@ from pe_swap.errors import OptionError
 from pe_swap.schemes.base import SCHEMES
 from pe_swap.schemes.geometry import Geometry, Native
 from pe_swap.schemes.hf_rope import RotaryConfig, transformers_frequencies
-from pe_swap.schemes.options import LARGEST_LENGTH, is_number, native_or, none_is
+from pe_swap.schemes.options import LARGEST_LENGTH, is_integer, is_number, native_or, none_is
 from pe_swap.schemes.rotary import ResolvedRotaryOptions, RotaryOptions, RotaryScheme, turning_dimensions
 from pe_swap.schemes.sinusoids import inverse_frequencies
 
@@ -90,6 +94,9 @@ ON_A_GRID = ("default", "linear", "ntk")
 
 BASE_ON_A_GRID = 100.0
 """Base in images, whose sides are short: that of Heo et al. (2024), section 3.2, and of DINOv3."""
+
+PLANES = ("high", "low", "uniform")
+"""Rules for the planes that turn, by how fast they do."""
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rope types whose frequencies depend on how long a sequence is so far."""
@@ -171,6 +178,9 @@ class RopeOptions(RotaryOptions):
         long_factor: `longrope`: divisors beyond it.
         coordinates: on a grid, `"index"`, row and column counted from 0, or `"centered"`, those of the patch's centre from -1 to 1, times
             2 pi (DINOv3; Simeoni et al., arXiv:2508.10104); None takes the model's, else `"index"`.
+        planes: which planes turn: None is all; `"high"` the share `planes_share` that turns fastest, `"low"` the slowest, `"uniform"` every
+            n-th; or indices, 0 being the fastest (on a grid, of each axis), as `pe_swap.training.planes.strongest_planes` finds them on text.
+        planes_share: see `planes`.
     """
 
     scheme: ClassVar[str] = "rope"
@@ -190,6 +200,8 @@ class RopeOptions(RotaryOptions):
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
     coordinates: str | None = field(default=None, metadata=none_is("on a grid, the model's own or 'index'"))
+    planes: str | tuple[int, ...] | None = None
+    planes_share: float | None = None
 
     def __post_init__(self) -> None:
         """Check the values; which of them the rope type reads, only where it is given."""
@@ -210,6 +222,7 @@ class RopeOptions(RotaryOptions):
         for option in given.keys() & {"short_factor", "long_factor"}:
             object.__setattr__(self, option, self._divisors(option))
         self._require_order()
+        self._require_planes()
 
     def _require_what_is_read(self, rope_type: str) -> None:
         """Refuse what is missing, and what the rope type does not read."""
@@ -242,6 +255,38 @@ class RopeOptions(RotaryOptions):
                 f"rope: options '{unread}' = {getattr(self, unread)!r} and 'attention_factor' = {self.attention_factor!r} are both "
                 f"given, but rope_type '{rope_type}' reads '{unread}' only to work out 'attention_factor'. Leave one of them out."
             )
+
+    def _require_planes(self) -> None:
+        """Refuse what names no planes, and a share without a rule that takes one."""
+        if isinstance(self.planes, str) or self.planes is None:
+            self.require_choice("planes", (None, *PLANES))
+        else:
+            given = list(self.planes) if isinstance(self.planes, (list, tuple)) else []
+            if not given or any(not is_integer(plane) or plane < 0 for plane in given) or len(set(given)) < len(given):
+                raise self.refuse("planes", f"None, one of {', '.join(PLANES)}, or different indices of planes, from 0")
+            object.__setattr__(self, "planes", tuple(sorted(given)))
+        if isinstance(self.planes, str) == (self.planes_share is None):
+            raise self.refuse(
+                "planes_share", f"a number beside planes = {', '.join(map(repr, PLANES))}, and None beside anything else"
+            )
+        if self.planes_share is not None:
+            self.require_number("planes_share", 0.0, 1.0)
+
+    def turning_planes(self, number: int) -> tuple[int, ...] | None:
+        """Return the indices of the planes that turn, of `number` planes, or None for all.
+
+        Raises:
+            OptionError: an index that is no plane of the model.
+        """
+        if self.planes is None:
+            return None
+        if isinstance(self.planes, str):
+            kept = max(1, round(number * (self.planes_share or 0.0)))
+            every = [index * number // kept for index in range(kept)]
+            return tuple({"high": range(kept), "low": range(number - kept, number), "uniform": every}[self.planes])
+        if self.planes[-1] >= number:
+            raise self.refuse("planes", f"indices below {number}, the planes of each head of this model")
+        return self.planes
 
     def _divisors(self, option: str) -> tuple[float, ...]:
         """Return a list of divisors as a tuple, checked."""
@@ -276,7 +321,10 @@ class RopeOptions(RotaryOptions):
         rope_type = self.rope_type or native.options.get("rope_type", "default")
         if "original_max_position_embeddings" in OPTIONAL.get(rope_type, ()):
             values.setdefault("original_max_position_embeddings", geometry.trained_length)
-        return self.written_out(ResolvedRopeOptions, native, **values)
+        written = self.written_out(ResolvedRopeOptions, native, **values)
+        turning = turning_dimensions("rope", geometry.head_dim, written.fraction, geometry.axes)
+        planes = self.turning_planes(turning // (2 * geometry.axes))
+        return dataclasses.replace(written, planes=planes, planes_share=None)
 
     def scaling(self) -> dict[str, Any]:
         """Return the scaling options that are given, by their names in transformers' `rope_parameters`."""
@@ -323,12 +371,13 @@ class Rope(RotaryScheme):
         require_planes(options, geometry.head_dim, geometry.axes)
         original_length = options.original_max_position_embeddings or geometry.trained_length
         inv_freq, attention_factor = frequencies(options, geometry.head_dim, original_length, axes=geometry.axes)
-        super().__init__(options, geometry, layers, inv_freq, attention_factor)
+        self._turns = [float(options.planes is None or plane in options.planes) for plane in range(len(inv_freq))]
+        super().__init__(options, geometry, layers, self._of_turning(inv_freq), attention_factor)
         if options.rope_type in LENGTH_DEPENDENT:
             self.shift_invariant = self.caches_rotated_keys = self.cached_equals_uncached = False
         if options.rope_type == "longrope":
             long, _ = frequencies(options, geometry.head_dim, original_length, original_length + 1)
-            self._long_inv_freq: list[float] = long.tolist()
+            self._long_inv_freq: list[float] = self._of_turning(long).tolist()
 
     @property
     def original_length(self) -> int:
@@ -348,7 +397,7 @@ class Rope(RotaryScheme):
             return super().inv_freq(position_ids)
         length, device = sequence_lengths(position_ids)[:, None, :, None], position_ids.device
         if self.options.rope_type == "dynamic":
-            return frequencies(self.options, self.geometry.head_dim, self.original_length, length, device)[0]
+            return self._of_turning(frequencies(self.options, self.geometry.head_dim, self.original_length, length, device)[0])
         long = torch.tensor(self._long_inv_freq, dtype=torch.float32, device=device)
         return torch.where(length > self.original_length, long, super().inv_freq(position_ids))
 
@@ -358,6 +407,10 @@ class Rope(RotaryScheme):
             return super().coordinates(position_ids, sides)
         centers = (position_ids.float() + 0.5) / torch.tensor(sides, dtype=torch.float32, device=position_ids.device)
         return 2 * math.pi * (2.0 * centers - 1.0)
+
+    def _of_turning(self, inv_freq: Tensor) -> Tensor:
+        """Return frequencies, `[..., planes]`, with 0 for the planes that do not turn."""
+        return inv_freq if all(self._turns) else inv_freq * torch.tensor(self._turns, device=inv_freq.device)
 
     def start_from(self, native: Native) -> None:
         """Note whether this is the model's own rotation; see `Scheme.start_from`."""

@@ -7,7 +7,7 @@ its gradients are taken at once, and only they are kept (Hsu et al., "Liger Kern
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,31 +23,41 @@ from pe_swap.evaluation.losses import LOGITS_IN_A_CHUNK, check_head, vocabulary_
 from pe_swap.families import known_loss_type
 from pe_swap.runs.data import IGNORED
 
+LossOfChunk = Callable[[Tensor, slice], Tensor]
+"""From logits, `[rows, vocabulary]`, and the rows they are of, to the sum of their losses."""
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of `-log p(target)` over rows, with every gradient computed while the logits are there."""
+States = Callable[[], Tensor]
+"""Runs the model, and returns its last hidden states, `[batch, length, hidden_size]`."""
+
+Objective = Callable[[States, Tensor, Tensor, Mapping[str, Any]], Tensor]
+"""From what runs the model, token ids, targets and the call's other arguments to a loss, summed over the targets but the ignored."""
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of a loss over rows, with every gradient computed while the logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, head: Any, rows: int, hidden: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, head: Any, rows: int, loss_of: LossOfChunk, hidden: Tensor, *weights: Tensor) -> Tensor:
         """Return the summed loss, nats, float32.
 
         Args:
             ctx: autograd's.
             head: the module from hidden states to logits.
             rows: hidden states in a chunk.
+            loss_of: the loss of a chunk.
             hidden: `[tokens, hidden_size]`.
-            targets: `[tokens]`.
             weights: the head's parameters that train.
         """
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
         gradients = [torch.zeros_like(weight) for weight in weights]
-        for start in range(0, len(targets), rows):
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
             with torch.enable_grad():
-                part = hidden[start : start + rows].detach().requires_grad_()
-                loss = F.cross_entropy(head(part).float(), targets[start : start + rows], reduction="sum")
+                part = hidden[chunk].detach().requires_grad_()
+                loss = loss_of(head(part).float(), chunk)
             found = torch.autograd.grad(loss, (part, *weights))
-            hidden_gradient[start : start + rows] = found[0]
+            hidden_gradient[chunk] = found[0]
             for gradient, added in zip(gradients, found[1:], strict=True):
                 gradient += added
             total += loss.detach()
@@ -60,7 +70,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Scale the gradients found before."""
         hidden_gradient, *gradients = ctx.saved_tensors
         (factor,) = grad_outputs
-        return None, None, hidden_gradient * factor, None, *(gradient * factor for gradient in gradients)
+        return None, None, None, hidden_gradient * factor, *(gradient * factor for gradient in gradients)
+
+
+def summed_in_chunks(model: PreTrainedModel, hidden: Tensor, loss_of: LossOfChunk) -> Tensor:
+    """Return the sum of a loss on a model's logits, float32, without holding the logits of all rows.
+
+    Args:
+        model: the language model whose head is used.
+        hidden: `[rows, hidden_size]`, last hidden states.
+        loss_of: the loss of some rows' logits.
+    """
+    head = vocabulary_head(model)
+    weights = [weight for weight in head.parameters() if weight.requires_grad]
+    rows = max(1, LOGITS_IN_A_CHUNK // model.config.vocab_size)
+    total: Tensor = _ChunkedLoss.apply(head, rows, loss_of, hidden, *weights)  # type: ignore[no-untyped-call]  # torch's own
+    return total
 
 
 def summed_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -71,20 +96,40 @@ def summed_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tens
         hidden: `[batch, length, hidden_size]`, last hidden states.
         targets: `[batch, length]`, the token each state is to predict, or -100.
     """
-    head = vocabulary_head(model)
     wanted = targets != IGNORED
-    weights = [weight for weight in head.parameters() if weight.requires_grad]
-    rows = max(1, LOGITS_IN_A_CHUNK // model.config.vocab_size)
-    total: Tensor = _ChunkedCrossEntropy.apply(head, rows, hidden[wanted], targets[wanted], *weights)  # type: ignore[no-untyped-call]  # torch's own
-    return total
+    labels = targets[wanted]
+    return summed_in_chunks(model, hidden[wanted], lambda logits, chunk: F.cross_entropy(logits, labels[chunk], reduction="sum"))
+
+
+def summed_divergence(model: PreTrainedModel, hidden: Tensor, teacher: PreTrainedModel, teacher_hidden: Tensor) -> Tensor:
+    """Return the sum of `sum_v p(v) (log p(v) - log q(v))`, nats, float32, with `p` a teacher's distribution and `q` a model's.
+
+    Args:
+        model: the language model that learns.
+        hidden: `[rows, hidden_size]`, its last hidden states.
+        teacher: the one that it learns from.
+        teacher_hidden: `[rows, hidden_size]`, the teacher's.
+    """
+    teacher_head = vocabulary_head(teacher)
+
+    def loss_of(logits: Tensor, chunk: slice) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher_head(teacher_hidden[chunk]).float().log_softmax(-1)
+        return F.kl_div(logits.log_softmax(-1), wanted, reduction="sum", log_target=True)
+
+    return summed_in_chunks(model, hidden, loss_of)
 
 
 @contextmanager
-def loss_in_chunks(model: PreTrainedModel) -> Iterator[None]:
+def loss_in_chunks(model: PreTrainedModel, objective: Objective | None = None) -> Iterator[None]:
     """Let a model's training calls (with `labels`) return a loss and no logits, for as long as the context lasts.
 
     Calls without labels, or without gradients, go the model's own way. Divides by `num_items_in_batch` where it is given, also in
     masked models: transformers' own BERT takes it and does not, which makes the loss wrong under gradient accumulation.
+
+    Args:
+        model: the language model.
+        objective: the summed loss; cross-entropy by default.
 
     Raises:
         UnsupportedModelError: the model's loss is neither the causal nor the masked one, or not that of its head's output.
@@ -108,8 +153,12 @@ def loss_in_chunks(model: PreTrainedModel) -> Iterator[None]:
         targets = kwargs.pop("shift_labels", None)
         if targets is None:
             targets = labels if loss_type == "ForMaskedLM" else F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        hidden = model.base_model(input_ids, **kwargs).last_hidden_state
-        loss = summed_loss(model, hidden, targets)
+
+        def states() -> Tensor:
+            hidden: Tensor = model.base_model(input_ids, **kwargs).last_hidden_state
+            return hidden
+
+        loss = summed_loss(model, states(), targets) if objective is None else objective(states, input_ids, targets, kwargs)
         return MaskedLMOutput(loss=loss / ((targets != IGNORED).sum() if items is None else items))
 
     model.forward = forward

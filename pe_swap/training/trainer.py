@@ -25,10 +25,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from pe_swap.errors import CheckpointError, ConfigError, DataError
-from pe_swap.patching.install import positional_parameters
+from pe_swap.patching.install import holders_of, positional_parameters
 from pe_swap.registry import did_you_mean
 from pe_swap.runs import data
-from pe_swap.runs.config import PositionSampling, TrainSection
+from pe_swap.runs.config import PositionSampling, TrainSection, TransitionSection
 from pe_swap.runs.models import is_causal, longest_input, require_vocabulary
 from pe_swap.runs.output import OutputFolder, whole_folder
 from pe_swap.runs.progress import EveryMinute, on_terminal
@@ -37,6 +37,7 @@ from pe_swap.saving.model_card import record_fine_tuning
 from pe_swap.training.chunked_loss import loss_in_chunks
 from pe_swap.training.position_sampling import require_positions, with_sampled_positions
 from pe_swap.training.resume import CHECKPOINTS, delete_old_checkpoints, last_checkpoint
+from pe_swap.training.transition import MEASURED_BLOCKS, Fading, Transition
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_probs_dropout_prob", "attention_dropout")
 """Configuration fields of the share of attention weights that training drops, by family."""
@@ -127,7 +128,7 @@ class AfterCheckpoint(TrainerCallback):  # type: ignore[misc]  # transformers is
 
 
 class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
-    """A Trainer with a learning rate of its own for the parameters that a swap adds, and position ids drawn at random if wanted."""
+    """A Trainer with a learning rate of its own for the parameters that a swap adds, a transition, and position ids drawn at random."""
 
     def __init__(
         self,
@@ -135,9 +136,11 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
         positional_learning_rate: float | None = None,
         positions: PositionSampling | None = None,
         measured: PerplexityAtSteps | None = None,
+        transition: Transition | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.transition = Transition(TransitionSection(), None, 1) if transition is None else transition
         self.measured = PerplexityAtSteps((), lambda: None) if measured is None else measured
         self.add_callback(self.measured)
         self.positional_learning_rate = positional_learning_rate
@@ -149,10 +152,18 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
             self.add_callback(ProgressLines)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Draw positions, take the Trainer's step, and add its loss, the mean over processes, to the total."""
+        """Draw positions, take the Trainer's step, and add its loss, the mean over processes, to the total.
+
+        The total is of the losses after matching, which alone are of one kind.
+        """
         if self.positions is not None:
             inputs = with_sampled_positions(inputs, self.positions)
+        self.transition.begin(self.state.global_step)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        for parameter in self.transition.untrained(self.accelerator.unwrap_model(model)):
+            parameter.grad = None
+        if self.transition.is_matching and self.transition.steps < self.args.max_steps:
+            return loss
         several = self.accelerator.num_processes > 1
         self.losses.add(self.accelerator.gather(loss.detach().reshape(1)).mean() if several else loss.detach())
         return loss
@@ -161,7 +172,8 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
         """Build the Trainer's optimizer, then split its groups."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.positional_learning_rate is not None:
-            added = {id(parameter) for _, parameter in positional_parameters(self.accelerator.unwrap_model(self.model))}
+            model = self.accelerator.unwrap_model(self.model)
+            added = {id(parameter) for _, parameter in positional_parameters(model)} - token_weights(model)
             groups = list(optimizer.param_groups)
             optimizer.param_groups.clear()
             for group in groups:
@@ -169,8 +181,22 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
                     members = [parameter for parameter in group["params"] if (id(parameter) in added) is is_added]
                     if members:
                         learning_rate = self.positional_learning_rate if is_added else group["lr"]
-                        optimizer.add_param_group({**group, "params": members, "lr": learning_rate})
+                        optimizer.add_param_group({**group, "params": members, "lr": learning_rate, "is_added": is_added})
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the Trainer's schedule; while the training matches, all but what the swap added has its own peak rate."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        rate, steps = self.transition.section.match_learning_rate, self.transition.steps
+        if rate is not None:
+            factor = rate / self.args.learning_rate
+            scheduler.lr_lambdas = [
+                shape if group.get("is_added") else in_first_steps(shape, factor, steps)
+                for group, shape in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, shape in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * shape(scheduler.last_epoch)
+        return scheduler
 
     def train_from(self, checkpoint: str | None) -> None:
         """Train to the last step, from the first one or from a checkpoint; of the last step's checkpoint nothing is trained.
@@ -187,7 +213,10 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
                     self.losses.restore(state)
                     self.measured.restore(state)
                     return
-            with loss_in_chunks(self.model):
+            first = self.data_collator(
+                [self.train_dataset[index] for index in range(min(MEASURED_BLOCKS, len(self.train_dataset)))]
+            )
+            with self.transition.of(self.model, first), loss_in_chunks(self.model, self.transition.objective):
                 self.train(resume_from_checkpoint=checkpoint)
         except OSError:
             raise
@@ -198,6 +227,22 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
                     "another --out."
                 ) from error
             raise
+
+
+def token_weights(model: PreTrainedModel) -> set[int]:
+    """Return the identities of parameters that a swap brought and token embeddings pass through; see `Scheme.carries_tokens`."""
+    return {
+        id(parameter)
+        for holder in holders_of(model)
+        for scheme in holder
+        for name, parameter in scheme.named_parameters()
+        if name in scheme.carries_tokens
+    }
+
+
+def in_first_steps(shape: Callable[[int], float], factor: float, steps: int) -> Callable[[int], float]:
+    """Return a schedule's shape times a factor in its first steps."""
+    return lambda step: shape(step) * (factor if step < steps else 1.0)
 
 
 def _nothing() -> None:
@@ -215,6 +260,7 @@ def train(
     output: OutputFolder,
     asked: Sequence[int] | None = None,
     resume: bool = False,
+    teacher: PreTrainedModel | None = None,
     measure: Callable[[], float | None] | None = None,
     on_start: Callable[[], None] = _nothing,
     on_checkpoint: Callable[[], None] = _nothing,
@@ -232,6 +278,7 @@ def train(
         asked: index in each document of the tokens that are learned; a document is then one block. Every token of blocks packed from
             all documents by default.
         resume: continue from the last checkpoint there. On the same machine the numbers are those of a run never interrupted.
+        teacher: the unswapped model, where `section.transition` needs it; see `teacher_of`.
         measure: returns the perplexity of the model as it is now, for the steps `section.eval_steps`.
         on_start: called after all checks of the input, before the first step and before anything is written.
         on_checkpoint: called after each checkpoint is written.
@@ -252,13 +299,16 @@ def train(
             with whole_folder(output) as folder:
                 model.save_pretrained(folder)
                 _save_tokenizer(tokenizer, model, folder)
-        return {"steps": 0, "train_loss": None, "blocks": 0, "dropped_tokens": 0, "log": [], "measured": []}
+        return {"steps": 0, "train_loss": None, "blocks": 0, "dropped_tokens": 0, "matched_steps": 0, "log": [], "measured": []}
     _require_positions_for(model, section, block_size)
     if asked is None:
         packed, dropped = data.blocks(documents, tokenizer, block_size, causal=is_causal(model))
     else:
         _require_causal(model)
         packed, dropped = data.question_blocks(documents, tokenizer, asked)
+    transition = Transition(section.transition, teacher, section.max_steps)
+    fade = section.transition.fade_steps
+    callbacks: list[TrainerCallback] = [Fading(holders_of(model), fade)] if fade else []
     trainer = PositionalTrainer(
         model=model,
         args=_arguments(section, seed, output.path),
@@ -267,7 +317,8 @@ def train(
         positional_learning_rate=section.positional_learning_rate,
         positions=section.positions,
         measured=None if measure is None else PerplexityAtSteps(section.eval_steps, measure),
-        callbacks=[AfterCheckpoint(output, on_checkpoint)],
+        transition=transition,
+        callbacks=[*callbacks, AfterCheckpoint(output, on_checkpoint)],
     )
     checkpoint = last_checkpoint(output.path) if resume else None
     if section.gradient_checkpointing:  # on the model, as the Trainer's argument changes its name within v5
@@ -279,11 +330,15 @@ def train(
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": trainer.state.global_step,
-        "train_loss": float(trainer.losses.total) / trainer.state.global_step,
+        "train_loss": float(trainer.losses.total) / (trainer.state.global_step - transition.steps or trainer.state.global_step),
+        "matched_steps": transition.steps,
         "bf16": bool(trainer.args.bf16),
         "blocks": len(packed),
         "dropped_tokens": dropped,
-        "log": [{"step": entry["step"], "loss": entry["loss"]} for entry in log],
+        "log": [
+            {"step": entry["step"], "loss": entry["loss"], "objective": transition.objective_at(entry["step"] - 1)}
+            for entry in log
+        ],
         "measured": trainer.measured.rows,
     }
 
@@ -427,6 +482,11 @@ def require_training_settings(section: TrainSection) -> None:
             f"train.eval_steps names step {late:,}, and training ends at step {section.max_steps:,} (train.max_steps). Name steps up to "
             "that."
         )
+    if section.transition.fade_steps > section.max_steps:
+        raise ConfigError(
+            f"train.transition.fade_steps is {section.transition.fade_steps:,}, and training ends at step {section.max_steps:,} "
+            "(train.max_steps), with old positions left. Let them go in fewer steps."
+        )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=section.learning_rate)
     try:
         schedule = get_scheduler(
@@ -495,6 +555,9 @@ def _arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments
             dataloader_pin_memory=False,
             disable_tqdm=not on_terminal(),
             use_cpu=not torch.cuda.is_available(),
+            ddp_find_unused_parameters=True
+            if section.transition.match != "none"
+            else None,  # an error on attention reaches no head
         )
     except ValueError as error:
         raise ConfigError(

@@ -9,7 +9,9 @@ from transformers.models.roformer.modeling_roformer import RoFormerSelfAttention
 from pe_swap.errors import OptionError
 from pe_swap.schemes.rotary import LARGE, rotation_by, turn
 from pe_swap.schemes.sinusoids import inverse_frequencies
+from pe_swap.training.planes import strongest_planes
 from tests.references import rope as reference
+from tests.support import models
 from tests.support.schemes import at_positions, build, geometry
 
 IDS = torch.tensor([[0, 1, 2, 9, 30], [4, 5, 6, 7, 8]])
@@ -111,3 +113,54 @@ def test_wrong_options() -> None:
         build("rope", base=-1)
     with pytest.raises(OptionError, match=r"'fraction' is 1.5"):
         build("rope", fraction=1.5)
+
+
+# --- Some planes alone ---
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize(
+    ("planes", "share", "kept"),
+    [
+        ("high", 0.25, [0, 1]),
+        ("low", 0.5, [4, 5, 6, 7]),
+        ("uniform", 0.5, [0, 2, 4, 6]),
+        ((3, 1), None, [1, 3]),
+        ("high", 0.01, [0]),
+    ],
+)
+def test_some_planes_turn_and_the_others_stay(planes: object, share: float | None, kept: list[int], layout: str) -> None:
+    x = torch.randn(2, 12, 5, 16)
+    whole = rotate(x, IDS, layout=layout)
+    found = rotate(x, IDS, layout=layout, planes=planes, planes_share=share)
+    dimensions = [[k, k + 8] if layout == "half" else [2 * k, 2 * k + 1] for k in range(8)]
+    for plane, both in enumerate(dimensions):
+        assert torch.equal(found[..., both], whole[..., both] if plane in kept else x[..., both])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"planes": "fast", "planes_share": 0.5}, "one of"),
+        ({"planes": "high"}, "planes_share"),
+        ({"planes": (0, 1), "planes_share": 0.5}, "planes_share"),
+        ({"planes": (0, 0)}, "different indices"),
+        ({"planes": ()}, "different indices"),
+        ({"planes": (0, 8)}, "indices below 8"),
+    ],
+    ids=str,
+)
+def test_planes_that_are_none(options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        rotate(torch.randn(1, 12, 5, 16), IDS[:1], **options)
+
+
+def test_the_strongest_planes_are_those_of_the_longest_queries_and_keys() -> None:
+    model = models.build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.weight.unflatten(0, (-1, 2, 4))[:, :, [1, 2]] *= 10  # planes 1 and 2 of 4, in every head
+    before = models.logits(model, models.token_ids(1, 9))
+    assert strongest_planes(model, models.token_ids(2, 20), 0.5) == (1, 2)
+    assert torch.equal(models.logits(model, models.token_ids(1, 9)), before)

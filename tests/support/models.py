@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rope-longrope": ("rope", LONGROPE),
     "rope-proportional": ("rope", {"rope_type": "proportional", "fraction": 0.5}),
     "rope-yarn": ("rope", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "base": 100.0}),
+    "rope-planes": ("rope", {"planes": "low", "planes_share": 0.5}),
     "rope-interleaved": ("rope", {"base": 500.0, "layout": "interleaved", "fraction": 0.5}),
     "sandwich": ("sandwich", {}),
     "sandwich-gym": ("sandwich", {"convention": "attention_gym", "width": 16}),

@@ -22,14 +22,21 @@ class Holder(nn.Module):
     Attributes:
         kept: modules of the model's own that the holder calls, under names that the kind chooses.
         handed_to_all: name in `kept` of what every layer is handed where nothing else is said.
+        fade: factor on the model's own positions where they act beside the schemes, in a transition; else 0.
     """
 
     kept: nn.ModuleDict
     handed_to_all: str
+    fade: float
 
     @property
     def device(self) -> torch.device:
         """The device of the token embeddings."""
+        raise NotImplementedError
+
+    @property
+    def replaced(self) -> nn.Module:
+        """The model's own positions, that a swap in this process has replaced."""
         raise NotImplementedError
 
     def zero_based(self, position_ids: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class Rotary(NativePositions):
             `NATIVE` where every number is the model's own, `"rope"` where the family's class can be built with the scheme's numbers, or
             None.
         """
-        if options.scheme != "rope" or options.logit_scale is not None or not self.turns(config, layer):
+        if not _is_whole_rope(options) or not self.turns(config, layer):
             return None
         said = {name: value for name, value in options.to_dict().items() if value is not None}
         if said == {name: value for name, value in native_options.items() if name in said} and set(native_options) <= set(said):
@@ -186,7 +186,12 @@ class Rotary(NativePositions):
         return self._rotation(holder, name, x, position_ids, *(() if layer_type is None else (layer_type,)))
 
     def _rotation(self, holder: Holder, name: str, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call one of the kept modules; the one that turns nothing is called at position 0, for one row that serves all."""
+        """Call one of the kept modules; the one that turns nothing is called at position 0, for one row that serves all.
+
+        While the model's own rotation fades, it turns in place of that one, by its angles times the factor.
+        """
+        if name == UNTURNED and holder.fade:
+            return holder.replaced(x, position_ids * holder.fade, *args, **kwargs)
         if name == UNTURNED:
             position_ids = torch.zeros_like(position_ids[:1, :1])
         return holder.kept[name](x, position_ids, *args, **kwargs)
@@ -234,7 +239,7 @@ class SineTable(Rotary):
         self, options: Any, native_options: Mapping[str, Any], native: nn.Module | None, config: Any, layer: int
     ) -> str | None:
         """Return `"rope"` where the layout and the width are the family's, or None: the table itself is used by layers without a scheme."""
-        if options.scheme != "rope" or options.logit_scale is not None or options.rope_type not in ("default", "linear"):
+        if not _is_whole_rope(options) or options.rope_type not in ("default", "linear"):
             return None
         same_form = all(getattr(options, name) == native_options[name] for name in ("layout", "fraction"))
         return "rope" if same_form else None
@@ -248,6 +253,11 @@ class SineTable(Rotary):
     def unturned(self, native: nn.Module, config: Any) -> nn.Module:
         """Return a rotation by no angle in the family's form."""
         return Sines([0.0] * (_width(native) // 2), config.model_type == "codegen")
+
+
+def _is_whole_rope(options: Any) -> bool:
+    """Tell whether a scheme is `rope` and nothing beside it, in every plane: what a family's own class can be built for."""
+    return options.scheme == "rope" and options.logit_scale is None and options.planes is None
 
 
 def _width(native: Any) -> int:
