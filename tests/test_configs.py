@@ -10,6 +10,7 @@ import pytest
 from pe_swap.runs.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, Section, build
 from pe_swap.runs.yaml_reader import read_yaml
 from pe_swap.schemes import SCHEMES, build_options
+from pe_swap.training.transition import needs_no_head
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -31,7 +32,8 @@ def test_a_file_says_how_to_run_it_and_builds(path: Path) -> None:
         schemes = [config.scheme]
     elif isinstance(config, CompareConfig):
         schemes = list(config.schemes.values())
-        assert ORIGINAL in {scheme.name for scheme in schemes}
+        reads_words = not needs_no_head(config.train.transition, config.train.max_steps)
+        assert reads_words == (ORIGINAL in {scheme.name for scheme in schemes}), "a comparison has a control, if it trains on words"
     for scheme in schemes:
         if scheme.name != ORIGINAL:
             build_options(SCHEMES[scheme.name].Options, scheme.options)

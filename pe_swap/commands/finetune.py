@@ -23,6 +23,7 @@ from pe_swap.runs.models import (
     is_causal,
     is_causal_configuration,
     is_configuration,
+    is_headless,
     load_model,
     require_vocabulary,
     scheme_name,
@@ -39,7 +40,7 @@ from pe_swap.training.resume import (
     settings_that_matter,
 )
 from pe_swap.training.trainer import require_training_settings, train
-from pe_swap.training.transition import faded, needs_teacher, require_fading, require_transition, teacher_of
+from pe_swap.training.transition import faded, needs_no_head, needs_teacher, require_fading, require_transition, teacher_of
 
 
 def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str, Any]:
@@ -70,9 +71,16 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
     train_documents, eval_documents = text.tokens(tokenizer)
     data.require_tokens(train_documents, "train")
     data.require_tokens(eval_documents, "eval")
-    evaluator = None if config.data.recall else _evaluator(config, eval_documents, tokenizer)
-    model = start_model(config.model, tokenizer) if is_configuration(config.model) else load_model(str(config.model))
+    if is_configuration(config.model):
+        model, with_head = start_model(config.model, tokenizer), True
+    else:
+        name = str(config.model)
+        with_head = not (needs_no_head(config.train.transition, config.train.max_steps) and is_headless(name))
+        model = load_model(name, with_head=with_head)
     require_vocabulary(model, tokenizer)
+    if not with_head and config.train.eval_steps:
+        raise ConfigError(f"train.eval_steps measures perplexity, and '{config.model}' has no head for words. Leave it out.")
+    evaluator = None if config.data.recall or not with_head else _evaluator(config, eval_documents, tokenizer)
     record: dict[str, Any] = {
         "kind": "finetune",
         "status": "running",

@@ -84,6 +84,15 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, *, with_head: bool
     return loaded
 
 
+def is_headless(name: str) -> bool:
+    """Tell whether a checkpoint says that it was saved without a head, as sentence encoders are."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return False  # loading it says what is wrong
+    return any(saved in modeling_auto.MODEL_MAPPING_NAMES.values() for saved in config.architectures or ())
+
+
 def language_model_class(config: Any) -> Any:
     """Return the Auto class of the language model that a configuration describes."""
     return AutoModelForCausalLM if is_causal_configuration(config) else AutoModelForMaskedLM

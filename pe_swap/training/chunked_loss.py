@@ -128,21 +128,23 @@ def loss_in_chunks(model: PreTrainedModel, objective: Objective | None = None) -
     masked models: transformers' own BERT takes it and does not, which makes the loss wrong under gradient accumulation.
 
     Args:
-        model: the language model.
+        model: the language model; or one without a head for words, for an objective that needs none.
         objective: the summed loss; cross-entropy by default.
 
     Raises:
         UnsupportedModelError: the model's loss is neither the causal nor the masked one, or not that of its head's output.
     """
-    loss_type = known_loss_type(model)
+    has_head = model.base_model is not model
+    loss_type = known_loss_type(model) if has_head else "ForMaskedLM"
     if loss_type not in ("ForCausalLM", "ForMaskedLM"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has the loss '{loss_type}'; a loss in chunks is the causal or the masked one. Load the checkpoint "
             "as a causal or masked language model."
         )
-    was_training = model.training
-    check_head(model.eval())
-    model.train(was_training)
+    if has_head:
+        was_training = model.training
+        check_head(model.eval())
+        model.train(was_training)
     own_forward = model.forward
 
     @functools.wraps(own_forward)

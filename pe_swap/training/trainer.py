@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -323,9 +324,10 @@ def train(
     checkpoint = last_checkpoint(output.path) if resume else None
     if section.gradient_checkpointing:  # on the model, as the Trainer's argument changes its name within v5
         _checkpoint_activations(model)
-    warn_of_slow_training(model, trainer.args)
+    warn_of_slow_training(model, trainer.args, drops=section.dropout)
     on_start()
-    trainer.train_from(checkpoint)
+    with nullcontext() if section.dropout else without_dropout(model):
+        trainer.train_from(checkpoint)
     _save(trainer, tokenizer, output, block_size)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -398,7 +400,23 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def warn_of_slow_training(model: PreTrainedModel, arguments: TrainingArguments) -> None:
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Drop nothing for as long as the context lasts: modules of dropout, and the shares that attention modules keep as numbers."""
+    kept: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        names = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "dropout" in name]
+        kept += [(module, name, value) for name in names if isinstance(value := getattr(module, name), float)]
+    try:
+        for module, name, _ in kept:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, value in kept:
+            setattr(module, name, value)
+
+
+def warn_of_slow_training(model: PreTrainedModel, arguments: TrainingArguments, *, drops: bool) -> None:
     """Print one line for each setting that makes a training on a CPU several times slower."""
     if torch.cuda.is_available() or not is_main_process():
         return
@@ -408,11 +426,11 @@ def warn_of_slow_training(model: PreTrainedModel, arguments: TrainingArguments) 
             "warning: train.bf16 is true, and this CPU has no bfloat16 instructions: about five times slower than false",
             file=sys.stderr,
         )
-    dropouts = [name for name in ATTENTION_DROPOUTS if getattr(model.config, name, 0.0)]
+    dropouts = [name for name in ATTENTION_DROPOUTS if getattr(model.config, name, 0.0)] if drops else []
     if dropouts:
         print(
             f"warning: {dropouts[0]} is {getattr(model.config, dropouts[0])}, and attention with dropout has no fused kernel on a CPU: up "
-            "to five times slower than 0.0",
+            "to five times slower than with train.dropout false",
             file=sys.stderr,
         )
 
@@ -425,6 +443,8 @@ def _collator(
     Raises:
         DataError: an encoder's tokenizer lacks a token that training needs.
     """
+    if model.base_model is model:
+        return whole_batch
     if is_causal(model):
         return causal_batch
     for name in ("mask", "pad"):
@@ -444,6 +464,12 @@ def causal_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
     tokens = torch.tensor([row["input_ids"] for row in rows])
     targets = torch.tensor([row.get("labels", row["input_ids"]) for row in rows])[:, 1:].contiguous()
     return {"input_ids": tokens[:, :-1].contiguous(), "labels": targets, "shift_labels": targets}
+
+
+def whole_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """Return blocks as a batch for a model without a head for words: no masks, and labels that say no more than which tokens count."""
+    tokens = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
 class MaskedBatch:

@@ -50,6 +50,11 @@ def matched_steps(section: TransitionSection, max_steps: int) -> int:
     return 0 if section.match == "none" else max(1, round(section.match_share * max_steps))
 
 
+def needs_no_head(section: TransitionSection, max_steps: int) -> bool:
+    """Tell whether a training reads no distribution over words: it has no steps, or all of them match attention or hidden states."""
+    return max_steps == 0 or (section.match in ("attention", "hidden") and max_steps == matched_steps(section, max_steps))
+
+
 # --- Refusals ---
 
 

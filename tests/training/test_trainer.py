@@ -24,7 +24,7 @@ from pe_swap.training import trainer as training
 from pe_swap.training.resume import CHECKPOINTS, complete_checkpoints, last_checkpoint
 from pe_swap.training.trainer import PositionalTrainer, causal_batch, train
 from tests.support.finetuning import GPT2, WORDS, KilledError, config, killed_after, weights
-from tests.support.models import TRAINED_LENGTH, build, swapped
+from tests.support.models import TRAINED_LENGTH, build, swapped, token_ids
 from tests.support.words import numbered_tokenizer, word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
@@ -230,12 +230,12 @@ def test_bf16_is_for_gpus_and_costs_a_line_on_other_cpus(
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     arguments = SimpleNamespace(bf16=True)
-    training.warn_of_slow_training(build("gpt2", attn_pdrop=0.1), arguments)  # type: ignore[arg-type]
+    training.warn_of_slow_training(build("gpt2", attn_pdrop=0.1), arguments, drops=True)  # type: ignore[arg-type]
     assert [line.split(" is ")[0] for line in capsys.readouterr().err.splitlines()] == [
         "warning: train.bf16",
         "warning: attn_pdrop",
     ]
-    training.warn_of_slow_training(build("gpt2"), SimpleNamespace(bf16=False))  # type: ignore[arg-type]
+    training.warn_of_slow_training(build("gpt2", attn_pdrop=0.1), SimpleNamespace(bf16=False), drops=False)  # type: ignore[arg-type]
     assert capsys.readouterr().err == ""
 
 
@@ -277,6 +277,18 @@ def test_an_encoder_is_trained_on_masked_tokens(tmp_path: Path) -> None:
     )
     assert result["log"][-1]["loss"] < result["log"][0]["loss"]
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "b").config.model_type == "pe_swap_bert"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama", "distilbert"])
+def test_dropout_can_be_left_out_of_a_training(family: str) -> None:
+    names = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "dropout", "hidden_dropout_prob")
+    model = build(family, **dict.fromkeys((*names, "attention_probs_dropout_prob"), 0.5)).train()
+    tokens = token_ids(1, 9)
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+    with training.without_dropout(model):
+        torch.testing.assert_close(model(tokens).logits, model.eval()(tokens).logits, rtol=1e-4, atol=2e-5)
+        model.train()
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
 
 
 def test_masks_follow_from_the_batch_and_the_seed() -> None:

@@ -9,34 +9,30 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import AutoModel, PreTrainedModel
 
 import pe_swap
 from pe_swap.commands.compare import finetune_config
 from pe_swap.commands.finetune import finetune
-from pe_swap.errors import ConfigError
+from pe_swap.errors import CheckpointError, ConfigError
 from pe_swap.patching.install import holders_of
 from pe_swap.runs.config import CompareConfig, FinetuneConfig, TransitionSection
 from pe_swap.runs.config import build as build_config
 from pe_swap.training.chunked_loss import loss_in_chunks
 from pe_swap.training.trainer import causal_batch
-from pe_swap.training.transition import Transition, attention_modules, teacher_of
+from pe_swap.training.transition import Transition, attention_modules, require_fading, teacher_of
 from tests.support.families import TRAINED_LENGTH, tiny, token_ids
+from tests.support.finetuning import WORDS, KilledError, killed_after, weights
 from tests.support.models import build, checkpoint_activations, logits
+from tests.support.words import word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
 
-WORDS = "we the people of the united states in order to form a more perfect union establish justice "
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16}
 GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 TRAIN = {"max_steps": 6, "batch_size": 4, "save_steps": 3, "logging_steps": 1, "warmup_steps": 1, "learning_rate": 1e-2}
 ATTENTION = {"match": "attention", "match_share": 0.5}
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
 
 
 @pytest.fixture(scope="module")
@@ -174,27 +170,20 @@ def test_a_killed_run_with_matching_resumes_bit_for_bit(
     recipe = {"match": "attention", "match_share": 0.8, "match_trains": match_trains, "match_learning_rate": 3e-3}
     train = {**transition(**recipe), "gradient_checkpointing": True, "save_steps": 2, "positional_learning_rate": 0.03}
     whole = finetune(run(base, train=train, out=str(tmp_path / "whole")))
-    original = Trainer.training_step
-
-    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step >= 3:
-            raise KilledError
-        return original(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", training_step)
+        killed_after(patch, 3)
         with pytest.raises(KilledError):
             finetune(run(base, train=train, out=str(tmp_path / "run")))
     resumed = finetune(run(base, train=train, out=str(tmp_path / "run"), resume=True))
     assert resumed["training"] == whole["training"]
-    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    expected, found = (weights(tmp_path / name) for name in ("whole", "run"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_only_attention_trains_where_that_is_asked_for(base: Path, tmp_path: Path) -> None:
     recipe = {"match": "attention", "match_share": 1.0, "match_trains": "attention"}
     finetune(run(base, train=transition(**recipe), out=str(tmp_path / "run")))
-    before, after = load_file(base / "base" / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    before, after = weights(base / "base"), weights(tmp_path / "run")
     same = {name for name in before if name in after and torch.equal(before[name], after[name])}
     moved = {name for name in before if name in after and name not in same}
     assert {"attn" if ".attn." in name else name for name in moved} == {"attn", "transformer.wpe.weight"}, moved
@@ -208,6 +197,33 @@ def test_matching_is_the_same_in_small_batches(base: Path, tmp_path: Path) -> No
         log = finetune(run(base, train=train, out=str(tmp_path / label)))["training"]["log"]
         found.append([row["loss"] for row in log])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_sentence_encoder_is_matched_without_a_head_for_words(base: Path, tmp_path: Path) -> None:
+    encoder = AutoModel.from_config(build("bert").config)
+    encoder.save_pretrained(tmp_path / "encoder")
+    word_tokenizer("bert").save_pretrained(tmp_path / "encoder")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"w{5 + index * index % 80}" for index in range(300)) + name)
+    data = {"text_files": [str(tmp_path / f"{name}.txt") for name in "ab"], "block_size": 16}
+    recipe = {"match": "hidden", "match_share": 1.0, "match_learning_rate": 1e-3}
+    settings = {"model": str(tmp_path / "encoder"), "data": data}
+    record = finetune(run(base, **settings, train=transition(**recipe), out=str(tmp_path / "run")))
+    errors = [row["loss"] for row in record["training"]["log"]]
+    assert errors[-1] < errors[0]
+    assert "perplexity" not in record
+    tokens = token_ids(2, 16)
+    cosines = []
+    for one in (
+        pe_swap.swap_positional(copy.deepcopy(encoder), "t5", num_buckets=8),
+        AutoModel.from_pretrained(tmp_path / "run"),
+    ):
+        with torch.no_grad():
+            states, wanted = one.eval()(tokens).last_hidden_state, encoder.eval()(tokens).last_hidden_state
+        cosines.append(float(torch.cosine_similarity(states.mean(1), wanted.mean(1)).mean()))
+    assert cosines[1] > cosines[0]
+    with pytest.raises(CheckpointError, match="has no weights for cls"):
+        finetune(run(base, **settings, train=transition(match="hidden"), out=str(tmp_path / "with_text")))
 
 
 # --- Fading ---
@@ -280,8 +296,6 @@ def test_a_model_that_was_loaded_already_swapped_has_no_teacher(section: dict[st
 
 
 def test_old_rotations_do_not_fade_beside_new_ones() -> None:
-    from pe_swap.training.transition import require_fading
-
     require_fading(pe_swap.swap_positional(build("llama"), "alibi"))
     for scheme, options in (("rope", {"base": 500.0}), ("xpos", {})):
         with pytest.raises(ConfigError, match="and so does the old rotation"):

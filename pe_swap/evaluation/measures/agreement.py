@@ -1,7 +1,8 @@
 """How near the embeddings of a swapped encoder are to those of the encoder it was made from.
 
 `cosine(mean states of the model, mean states of the reference)` of the same tokens. It says what a swap changed, and what training
-brought back; where the reference itself ends, there is nothing to agree with.
+brought back. Beside it the share of texts whose nearest other text is the same for both: what a search notices. Where the reference
+itself ends, there is no cosine; its neighbours are then those of the first tokens that it takes, as such encoders are used.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
+import torch
 from pydantic import Field
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from pe_swap.errors import ConfigError, PositionRangeError
+from pe_swap.errors import ConfigError
 from pe_swap.evaluation.embeddings import embeddings
 from pe_swap.evaluation.measures.base import MEASURES, MeasureOptions, Probe, Reading, first_windows
 from pe_swap.evaluation.text import Text
@@ -39,6 +42,7 @@ class Agreement(Probe):
     quantities: ClassVar[dict[str, str]] = {
         "cosine": "Mean cosine to the reference's embedding",
         "lowest_cosine": "Lowest cosine of a document",
+        "same_neighbour": "Share of texts whose nearest other text is the reference's",
     }
 
     def __init__(self, options: MeasureOptions) -> None:
@@ -48,16 +52,18 @@ class Agreement(Probe):
         self._reference: PreTrainedModel | None = None
 
     def readings(self, model: PreTrainedModel, text: Text, length: int) -> Iterator[Reading]:
-        """Yield the mean and the lowest cosine over documents."""
+        """Yield the mean and the lowest cosine over documents, and the share of same neighbours."""
         reference = self.reference()
-        limit = longest_input(reference)
-        if limit is not None and length > limit:
-            raise PositionRangeError(f"{length:,} tokens are more than the {limit:,} positions of the reference")
+        limit = longest_input(reference) or length
         rows = first_windows(text, length)[: self.options.documents]
-        ours, theirs = (embeddings(one, rows, text.settings) for one in (model, reference.to(model.device)))
-        cosines = (ours * theirs).sum(-1)
-        yield Reading("cosine", float(cosines.mean()), len(cosines))
-        yield Reading("lowest_cosine", float(cosines.min()), len(cosines))
+        ours = embeddings(model, rows, text.settings)
+        theirs = embeddings(reference.to(model.device), [row[:limit] for row in rows], text.settings)
+        if length <= limit:
+            cosines = (ours * theirs).sum(-1)
+            yield Reading("cosine", float(cosines.mean()), len(cosines))
+            yield Reading("lowest_cosine", float(cosines.min()), len(cosines))
+        if len(rows) > 2:  # with two texts, the other one is the nearest
+            yield Reading("same_neighbour", float((neighbours(ours) == neighbours(theirs)).float().mean()), len(rows))
 
     def reference(self) -> PreTrainedModel:
         """Return the unswapped encoder, loaded once.
@@ -68,3 +74,9 @@ class Agreement(Probe):
         if self._reference is None:
             self._reference = load_model(self.options.reference, with_head=False).eval()
         return self._reference
+
+
+def neighbours(vectors: Tensor) -> Tensor:
+    """Return the index of the nearest other vector of each, `[texts]`, by the cosine of `[texts, hidden_size]` of length 1."""
+    cosines = vectors @ vectors.T
+    return cosines.fill_diagonal_(-torch.inf).argmax(-1)

@@ -15,9 +15,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pe_swap.errors import ConfigError, DataError, PositionRangeError
+from pe_swap.errors import ConfigError, DataError
 from pe_swap.evaluation.evaluator import Evaluator
 from pe_swap.evaluation.measures import MEASURES, Probe, measure
+from pe_swap.evaluation.measures.agreement import neighbours
 from pe_swap.evaluation.measures.copy import sequences
 from pe_swap.evaluation.measures.diagnose import head_statistics
 from pe_swap.evaluation.measures.passkey import FILLER
@@ -312,6 +313,11 @@ def test_ranks_by_hand() -> None:
 # agreement
 
 
+def test_neighbours_by_hand() -> None:
+    vectors = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.3, 0.7]]), dim=-1)
+    assert neighbours(vectors).tolist() == [1, 0, 3, 2]
+
+
 def test_agreement_is_the_cosine_of_mean_states(tmp_path: Path) -> None:
     model, given = swapped("bert", "rope"), text(lengths=[16], causal=False)
     build("bert").save_pretrained(tmp_path)
@@ -322,7 +328,7 @@ def test_agreement_is_the_cosine_of_mean_states(tmp_path: Path) -> None:
     assert found["cosine",] == found["lowest_cosine",] == pytest.approx(float(F.cosine_similarity(ours, theirs)), abs=1e-5)
     assert found["cosine",] < 0.999
     assert read("agreement", build("bert"), given, 16, reference=str(tmp_path))["lowest_cosine",] == pytest.approx(1, abs=1e-5)
-    with pytest.raises(PositionRangeError, match="33 tokens are more than the 32 positions of the reference"):
-        read("agreement", model, given, TRAINED_LENGTH + 1, reference=str(tmp_path))
+    beyond = read("agreement", swapped("bert", "alibi"), given, TRAINED_LENGTH + 1, reference=str(tmp_path))
+    assert {name for (name, *_) in beyond} <= {"same_neighbour"}, "there is no cosine beyond the reference's positions"
     with pytest.raises(ConfigError, match=r"'agreement': it needs the encoder to agree with\. Name it with"):
         measure("agreement")
