@@ -179,7 +179,7 @@ class RopeOptions(RotaryOptions):
         coordinates: on a grid, `"index"`, row and column counted from 0, or `"centered"`, those of the patch's centre from -1 to 1, times
             2 pi (DINOv3; Simeoni et al., arXiv:2508.10104); None takes the model's, else `"index"`.
         planes: which planes turn: None is all; `"high"` the share `planes_share` that turns fastest, `"low"` the slowest, `"uniform"` every
-            n-th; or indices, 0 being the fastest (on a grid, of each axis), as `pe_swap.training.planes.strongest_planes` finds them on text.
+            n-th; or indices, 0 being the fastest (on a grid, of each axis); `strongest_planes` of pe_swap/training/planes.py finds them.
         planes_share: see `planes`.
     """
 
