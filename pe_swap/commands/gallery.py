@@ -96,6 +96,9 @@ def build(name: str, options: dict[str, Any], *, heads: int, length: int, is_cau
     torch.manual_seed(0)
     geometry = Geometry(heads * HEAD_DIM, heads, HEAD_DIM, 1, is_causal, length, sides=sides)
     table = torch.randn(length, geometry.hidden_size).cumsum(0) * 0.02  # stands for a trained table: near positions are alike
+    if sides:
+        rows, columns = (table[:side] for side in sides)
+        table = (rows[:, None] + columns.flip(-1)[None, :]).flatten(0, 1)
     given = build_options(SCHEMES[name].Options, options)
     scheme = built(SCHEMES[name], resolved(given, SCHEMES[name].on_a_grid, geometry, Native(table=table)), geometry, (0,))
     with warnings.catch_warnings():
@@ -164,11 +167,11 @@ def show_several(names: Sequence[str], *, heads: int = 12, length: int = 256, is
     rows = math.ceil(len(drawn) / columns)
     with mpl.rc_context({**STYLE, "font.size": 8}):
         figure = Figure(figsize=(3.1 * columns, 2.4 * rows + 0.5), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flat
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for panel, (scheme, hook) in zip(axes, drawn, strict=False):
             PANELS[hook](panel, figure, scheme, length)
             panel.set_title(scheme.name, loc="left", fontsize=10, fontweight="bold")
-        for panel in list(axes)[len(drawn) :]:
+        for panel in axes[len(drawn) :]:
             panel.set_axis_off()
         title = (
             f"{length:,} positions, {heads:,} heads: where a panel has many lines, the first head is dark, the last bright. Squares of "
@@ -184,7 +187,7 @@ def show_on_a_grid(names: Sequence[str], options: dict[str, Any], *, heads: int 
     """Return a picture of the attention that positions alone give one patch of an image, over all its patches.
 
     Args:
-        names: one scheme, of which the first, the middle and the last head are drawn; or several, of which the middle head is.
+        names: one scheme, of which the first, the middle and the last head are drawn; or several, of which the first is.
         options: the options of one scheme; of several, none.
         heads: attention heads.
         side: rows, and columns, of the grid.
@@ -198,30 +201,30 @@ def show_on_a_grid(names: Sequence[str], options: dict[str, Any], *, heads: int 
     for name in names:
         scheme = build(name, options, heads=heads, length=side * side, is_causal=False, sides=sides)
         attention = attention_of_patch(scheme, sides, place)
-        shown = [0, heads // 2, heads - 1] if len(names) == 1 else [heads // 2]
-        if torch.equal(attention, attention[:1].expand_as(attention)):
-            shown = shown[:1]
-        drawn += [
-            (name if len(names) > 1 else f"head {head}" if len(shown) > 1 else "every head", attention[head])
-            for head in dict.fromkeys(shown)
-        ]
+        differ = not torch.equal(attention, attention[:1].expand_as(attention))
+        shown = dict.fromkeys([0, heads // 2, heads - 1] if differ and len(names) == 1 else [0])
+        drawn += [(name if len(names) > 1 else f"head {head}" if differ else "every head", attention[head]) for head in shown]
     columns = min(COLUMNS, len(drawn))
     rows = math.ceil(len(drawn) / columns)
     with mpl.rc_context({**STYLE, "font.size": 8}):
         figure = Figure(figsize=(3.1 * columns, 2.7 * rows + 0.5), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flat
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for panel, (title, attention) in zip(axes, drawn, strict=False):
             image = panel.imshow(attention.numpy(), cmap="viridis", interpolation="nearest", vmin=0.0)
             panel.plot(place[1], place[0], marker="x", color="#d55e00")
             panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
             panel.set_xlabel("column")
             panel.set_ylabel("row")
-            figure.colorbar(image, ax=panel)
-        for panel in list(axes)[len(drawn) :]:
+            figure.colorbar(image, ax=panel, shrink=0.8)
+        for panel in axes[len(drawn) :]:
             panel.set_axis_off()
         chosen = ", ".join(f"{option}={value}" for option, value in options.items())
         head = f"{names[0]}{f' ({chosen})' if chosen else ''}: " if len(names) == 1 else ""
-        text = f"{head}the attention of one patch (the cross) to each of {side} x {side}, all with equal queries and keys"
+        text = (
+            f"{head or 'Grid: '}the attention of one patch (the cross) to each of {side} x {side}, where queries and keys "
+            f"differ in nothing but "
+            "positions. Parameters that start at zero are drawn at random, as is the table that learned takes over."
+        )
         figure.suptitle(textwrap.fill(text, 40 * columns), fontsize=8.5)
     return figure
 
@@ -229,7 +232,7 @@ def show_on_a_grid(names: Sequence[str], options: dict[str, Any], *, heads: int 
 def attention_of_patch(scheme: Scheme, sides: tuple[int, int], place: tuple[int, int]) -> Tensor:
     """Return the attention of a patch to all, `[heads, rows, columns]`, where tokens differ in their positions alone.
 
-    Queries and keys are ones. Vectors that a scheme adds to tokens are both, head by head, of the size of ones.
+    Queries and keys are ones. Where a scheme adds vectors to tokens, each is the whole vector in every head, of the length of ones.
     """
     heads, head_dim, scaling = scheme.geometry.num_heads, scheme.geometry.head_dim, scheme.geometry.head_dim**-0.5
     cpu = torch.device("cpu")
@@ -237,8 +240,8 @@ def attention_of_patch(scheme: Scheme, sides: tuple[int, int], place: tuple[int,
     at, length = place[0] * sides[1] + place[1], ids.shape[1]
     query = key = torch.ones(1, heads, length, head_dim)
     if "encode" in scheme.hooks:
-        vectors = scheme.encode_grid(sides, cpu).float()
-        query = key = (vectors / vectors.square().mean().sqrt()).reshape(1, length, heads, head_dim).transpose(1, 2)
+        vectors = scheme.encode_grid(sides, cpu).float()[:, None].expand(-1, heads, -1, -1)
+        query = key = vectors * (head_dim / vectors.square().sum(-1).mean()).sqrt()
     if "transform_query_key" in scheme.hooks:
         prepared = scheme.prepare_grid(ids, sides)
         query = scheme.transform_query_key(query, prepared, role="query", layer=0)

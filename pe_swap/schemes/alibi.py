@@ -4,7 +4,7 @@ Press, Smith and Lewis, "Train Short, Test Long: Attention with Linear Biases En
 arXiv:2108.12409), section 3: `softmax(q_i K^T + m . [-(i-1), ..., -1, 0])`; slopes of the authors' `get_slopes`.
 
 Differs from the paper: encoders take the symmetric form `-m |j - i|`, which the paper does not define (MosaicBERT and others use
-it). It cannot tell a text from its mirror image. Slopes may be trained. The bias is added after the scores are scaled by
+it). It cannot tell a text, or an image, from its mirror image. Slopes may be trained. The bias is added after the scores are scaled by
 `head_dim ** -0.5`, as in the authors' code.
 
 `python -m pe_swap show alibi` draws it.

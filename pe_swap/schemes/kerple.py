@@ -6,7 +6,7 @@ with a > 0 and 0 < p <= 2; one a and one p per head, shared by all layers, as in
 
 Differs from the paper: a and p stay in their ranges by a softplus (a sigmoid for the power), where the authors' code clamps them
 between steps at 0.01; and the start, unless `start="random"`. The kernels are symmetric, so an encoder takes the same form; with it, it
-cannot tell a text from its mirror image.
+cannot tell a text, or an image, from its mirror image.
 
 `python -m pe_swap show kerple` draws it.
 """

@@ -10,7 +10,7 @@ takes `width / 2` from the sum), or from 0 to `width / 2 - 1` (attention-gym's `
 
 Differs from the paper: both forms have `width / 2` taken from the sum, so that the bias is 0 at distance 0. Softmax removes a constant,
 and narrow dtypes keep more digits of what remains. The sum is symmetric, so an encoder takes the same form; with it, it cannot tell a
-text from its mirror image.
+text, or an image, from its mirror image.
 
 `python -m pe_swap show sandwich` draws it.
 """

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pe_swap.__main__ import main
-from pe_swap.commands.gallery import HEAD_DIM, describe, drawable, show, show_several
+from pe_swap.commands.gallery import HEAD_DIM, describe, drawable, show, show_on_a_grid, show_several
 from pe_swap.errors import OptionError
 from pe_swap.runs.command_line import run
 from pe_swap.schemes import SCHEMES
@@ -27,6 +27,21 @@ def test_every_scheme_can_be_drawn(name: str, tmp_path: Path) -> None:
     if not SCHEMES[name].causal_only:
         assert run(main, ["show", name, "--heads", "2", "--length", "24", "--encoder", "--out", str(tmp_path / "y.png")]) == 0
         assert (tmp_path / "y.png").exists()
+
+
+def test_a_grid_s_picture_is_the_attention_that_positions_give_one_patch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(main, ["show", "all", "--axes", "2", "--length", "36", "--heads", "2", "--out", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    figure = show_on_a_grid(["alibi"], {"slopes": "geometric"}, heads=2, side=6)
+    rows, columns = torch.arange(6)[:, None], torch.arange(6)[None, :]
+    distance = ((rows - 2).abs() + (columns - 3).abs()).float()
+    for panel, slope in zip(figure.axes[:2], (2.0**-4, 2.0**-8), strict=True):
+        expected = (-slope * distance).flatten().softmax(0).view(6, 6)
+        torch.testing.assert_close(torch.as_tensor(panel.images[0].get_array().data), expected)
+    assert run(main, ["show", "xpos", "--axes", "2", "--out", str(tmp_path / "y.png")]) != 0
+    assert "xpos is defined along one axis" in capsys.readouterr().err
 
 
 def test_an_encoder_s_form_that_does_not_exist_is_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,8 +65,9 @@ def test_lines_are_the_scheme_s_bias() -> None:
 
 def pictures() -> list[Figure]:
     one = [show(name, {}, heads=2, length=8) for name in SCHEMES.names()]
+    grids = [show_on_a_grid(names, {}, heads=2, side=4) for names in (["rope"], ["t5"], ["rope", "t5", "shaw", "fire", "none"])]
     two = [show("alibi", {"slopes": "geometric", "logit_scale": "log_n"}, heads=2, length=8, is_causal=False)]
-    return [*one, *two, *(show_several(drawable()[:panels], heads=2, length=8) for panels in (1, 2, 3, 5))]
+    return [*one, *two, *grids, *(show_several(drawable()[:panels], heads=2, length=8) for panels in (1, 2, 3, 5))]
 
 
 def test_titles_stay_within_their_pictures() -> None:

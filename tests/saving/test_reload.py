@@ -100,23 +100,22 @@ import transformers
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-ids = torch.tensor(json.loads((folder / "ids.json").read_text()))
-found = {}
+inputs, found = torch.load(folder / "inputs.pt"), {}
 for name, auto_class in json.loads((folder / "names.json").read_text()).items():
     with torch.no_grad():
-        found[name] = getattr(transformers, auto_class).from_pretrained(folder / name)(ids).logits
+        found[name] = getattr(transformers, auto_class).from_pretrained(folder / name)(**inputs[name]).logits
 torch.save(found, folder / "found.pt")
 """
 
 
 def test_every_scheme_comes_back_in_a_new_process(tmp_path: Path) -> None:
-    ids, expected, names = token_ids(2, 20), {}, {}
-    for case, family in [*PAIRS, *((PER_LAYER, family) for family in MATRIX_FAMILIES)]:
+    ids, expected, names, inputs = token_ids(2, 20), {}, {}, {}
+    for case, family in [*PAIRS, *((PER_LAYER, family) for family in MATRIX_FAMILIES), ("t5", "vit"), ("shaw-all", "dinov2")]:
         model, name = model_of(family, case), f"{family},{case}"
         model.save_pretrained(tmp_path / name)
         names[name] = auto_class(family).__name__
-        expected[name] = tensors(model, ids)["logits"]
-    (tmp_path / "ids.json").write_text(json.dumps(ids.tolist()))
+        inputs[name], expected[name] = inputs_of(model, ids), tensors(model, ids)["logits"]
+    torch.save(inputs, tmp_path / "inputs.pt")
     (tmp_path / "names.json").write_text(json.dumps(names))
     python(LOAD_ALL, tmp_path)
     found = torch.load(tmp_path / "found.pt")
