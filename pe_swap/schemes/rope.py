@@ -34,6 +34,10 @@ Beyond the first layer a cached pass still differs from an uncached one, as earl
 `cached_equals_uncached` is False. Every step turns all keys again. The first tokens, which LongRoPE leaves unscaled, are not treated
 apart; transformers does not either.
 
+On a grid of rows and columns a plane turns by one axis (`RotaryScheme`), or, with `frequencies="mixed"`, by both: `angle = row * f_row +
+column * f_column`, with trained frequencies of each plane, head and layer (RoPE-Mixed; Heo et al., ECCV 2024, arXiv:2403.13298, section
+3.2). Differs from that paper: they start as the axial rotation, where the paper draws a direction at random for each head.
+
 `python -m pe_swap show rope` draws it.
 """
 
@@ -43,7 +47,7 @@ import dataclasses
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +58,15 @@ from pe_swap.schemes.base import SCHEMES
 from pe_swap.schemes.geometry import Geometry, Native
 from pe_swap.schemes.hf_rope import RotaryConfig, transformers_frequencies
 from pe_swap.schemes.options import LARGEST_LENGTH, is_integer, is_number, native_or, none_is
-from pe_swap.schemes.rotary import ResolvedRotaryOptions, RotaryOptions, RotaryScheme, turning_dimensions
+from pe_swap.schemes.parameters import layer_parameters, of_layer
+from pe_swap.schemes.rotary import (
+    ResolvedRotaryOptions,
+    RotaryOptions,
+    RotaryScheme,
+    rotation_by,
+    turn,
+    turning_dimensions,
+)
 from pe_swap.schemes.sinusoids import inverse_frequencies
 
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -181,6 +193,7 @@ class RopeOptions(RotaryOptions):
         planes: which planes turn: None is all; `"high"` the share `planes_share` that turns fastest, `"low"` the slowest, `"uniform"` every
             n-th; or indices, 0 being the fastest (on a grid, of each axis); `strongest_planes` of pe_swap/training/planes.py finds them.
         planes_share: see `planes`.
+        frequencies: on a grid, `"mixed"`, trained ones by which each plane turns with both axes; None for planes of one axis each.
     """
 
     scheme: ClassVar[str] = "rope"
@@ -202,6 +215,7 @@ class RopeOptions(RotaryOptions):
     coordinates: str | None = field(default=None, metadata=none_is("on a grid, the model's own or 'index'"))
     planes: str | tuple[int, ...] | None = None
     planes_share: float | None = None
+    frequencies: str | None = field(default=None, metadata=none_is("each plane turns by one axis"))
 
     def __post_init__(self) -> None:
         """Check the values; which of them the rope type reads, only where it is given."""
@@ -209,6 +223,9 @@ class RopeOptions(RotaryOptions):
         self.require_number("fraction", 0.0, 1.0)
         self.require_choice("rope_type", tuple(REQUIRED))
         self.require_choice("coordinates", ("index", "centered"))
+        self.require_choice("frequencies", ("mixed",))
+        if self.frequencies is not None and self.planes is not None:
+            raise self.refuse("planes", "None beside frequencies='mixed', which trains every plane. Leave one of them out")
         if self.rope_type is not None:
             self._require_what_is_read(self.rope_type)
         given = self.scaling()
@@ -311,11 +328,12 @@ class RopeOptions(RotaryOptions):
         values: dict[str, Any] = {}
         if geometry.sides:
             values = {"base": BASE_ON_A_GRID, "coordinates": native.options.get("coordinates", "index")}
-        if self.coordinates is not None and not geometry.sides:
-            raise OptionError(
-                f"rope: option 'coordinates' is {self.coordinates!r}, and this model's tokens stand in one row. Leave it out; it is for "
-                "images."
-            )
+        for option in () if geometry.sides else ("coordinates", "frequencies"):
+            if getattr(self, option) is not None:
+                raise OptionError(
+                    f"rope: option '{option}' is {getattr(self, option)!r}, and this model's tokens stand in one row. Leave it out; it "
+                    "is for images."
+                )
         if self.rope_type is None:
             values |= {name: value for name, value in native.options.items() if name in SCALING}
         rope_type = self.rope_type or native.options.get("rope_type", "default")
@@ -353,7 +371,7 @@ class Rope(RotaryScheme):
 
     Start on a pretrained model: in a rotary model, that model's own rotation. Elsewhere none preserves the function, as projections
     trained without rotation get one. The scalings are for a model already trained with `rope`: swap to the same base and layout with a
-    `rope_type`; there are no parameters.
+    `rope_type`. Only mixed frequencies are parameters.
     """
 
     Options = RopeOptions
@@ -373,6 +391,10 @@ class Rope(RotaryScheme):
         inv_freq, attention_factor = frequencies(options, geometry.head_dim, original_length, axes=geometry.axes)
         self._turns = [float(options.planes is None or plane in options.planes) for plane in range(len(inv_freq))]
         super().__init__(options, geometry, layers, self._of_turning(inv_freq), attention_factor)
+        self.is_mixed = options.frequencies == "mixed"
+        served = layers if self.is_mixed else ()
+        self.mixed_frequencies = layer_parameters(served, geometry.axes, geometry.num_heads, self.rotary_dim // 2)
+        self.reset_parameters()
         if options.rope_type in LENGTH_DEPENDENT:
             self.shift_invariant = self.caches_rotated_keys = self.cached_equals_uncached = False
         if options.rope_type == "longrope":
@@ -411,6 +433,29 @@ class Rope(RotaryScheme):
     def _of_turning(self, inv_freq: Tensor) -> Tensor:
         """Return frequencies, `[..., planes]`, with 0 for the planes that do not turn."""
         return inv_freq if all(self._turns) else inv_freq * torch.tensor(self._turns, device=inv_freq.device)
+
+    def prepare_grid(self, position_ids: Tensor, sides: tuple[int, ...]) -> Any:
+        """Return a rotation; or rows and columns, 0 for what stands nowhere, where layers have frequencies of their own."""
+        if not self.is_mixed:
+            return super().prepare_grid(position_ids, sides)
+        return self.coordinates(position_ids, sides).masked_fill(position_ids < 0, 0.0)
+
+    def transform_query_key(self, x: Tensor, prepared: Any, *, role: Literal["query", "key"], layer: int) -> Tensor:
+        """Return `x` turned by its positions; see `Scheme.transform_query_key`."""
+        if not self.is_mixed:
+            return super().transform_query_key(x, prepared, role=role, layer=layer)
+        # [batch or 1, 1, length, axes] by [heads, axes, planes]
+        angles = prepared[:, None] @ of_layer(self.mixed_frequencies, layer).float().transpose(0, 1)
+        return turn(x, rotation_by(angles, self.options.layout), self.options.layout)
+
+    def reset_parameters(self) -> None:
+        """Set mixed frequencies to those of the axial rotation: one axis has the first planes, the other the rest."""
+        planes = len(self._inv_freq)
+        with torch.no_grad():
+            for parameter in self.mixed_frequencies.values():
+                parameter.zero_()
+                for axis, of_axis in enumerate(parameter):
+                    of_axis[:, axis * planes : (axis + 1) * planes] = torch.tensor(self._inv_freq)
 
     def start_from(self, native: Native) -> None:
         """Note whether this is the model's own rotation; see `Scheme.start_from`."""

@@ -64,14 +64,24 @@ def on_a_grid(name: str, sides: tuple[int, int], head_dim: int = 8, **options: A
 # --- what every scheme keeps in every family -----------------------------------------------------------------------------------
 
 
+MORE: list[tuple[str, dict[str, Any]]] = [
+    ("alibi", {"trainable": True}),
+    ("learned", {"extend": "bicubic_antialiased"}),
+    ("none", {"qk_norm": True}),
+    ("rope", {"coordinates": "centered", "logit_scale": "log_n"}),
+    ("rope", {"frequencies": "mixed", "fraction": 0.5, "layout": "interleaved"}),
+    ("shaw", {"variant": "key_query", "value": True}),
+]
+"""Further forms, in one family."""
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_every_scheme_of_a_grid_keeps_its_claims(family: str) -> None:
     model, pixels, other = tiny(family), images(2), images(2, height=36, width=29)
     before = states(model, pixels)
-    for scheme in pe_swap.list_schemes(axes=2):
-        if not takes_on_a_grid(family, scheme):
-            continue
-        pe_swap.swap_positional(model, scheme)
+    forms = [(name, {}) for name in pe_swap.list_schemes(axes=2) if takes_on_a_grid(family, name)]
+    for scheme, options in forms + (MORE if family == "vit" else []):
+        pe_swap.swap_positional(model, scheme, **options)
         disturb(model)
         expected, larger = states(model, pixels), states(model, other)
         assert larger.shape[1] == holders_of(model)[0].patches.prefix + 9 * 7, scheme
@@ -117,6 +127,22 @@ def test_layers_that_are_not_named_keep_their_own_positions_or_none() -> None:
     rotation = other.rope_embeddings(pixels)
     assert torch.equal(found[1], own[1])
     assert torch.equal(found[2], other.model.layer[1](own[1], position_embeddings=rotation))
+
+
+@pytest.mark.parametrize(("scheme", "options"), [("t5", {}), ("shaw", {}), ("learned", {}), ("rope", {"frequencies": "mixed"})])
+def test_gradients_are_those_of_eager_attention_and_reach_every_parameter(scheme: str, options: dict[str, Any]) -> None:
+    model = pe_swap.swap_positional(tiny("vit"), scheme, **options)
+    disturb(model)
+    found = []
+    for implementation in ("sdpa", "eager"):
+        model.config._attn_implementation = implementation
+        model.zero_grad()
+        model.vit(images(2)).last_hidden_state.pow(3).sum().backward()  # of all tokens: the class token has no bias
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters() if ".schemes." in name})
+    assert found[0]
+    for name, gradient in found[0].items():
+        assert gradient.any(), name
+        assert difference(gradient, found[1][name]) <= 1e-4, name
 
 
 def test_the_check_holds_what_it_says() -> None:
@@ -182,6 +208,28 @@ def test_the_rotation_by_centered_coordinates_is_dinov3_s() -> None:
     cosine, sine = modeling_dinov3_vit.DINOv3ViTRopePositionEmbedding(config).eval()(torch.zeros(2, 3, 20, 28))
     expected, _ = modeling_dinov3_vit.apply_rotary_pos_emb(x, x, cosine, sine)
     torch.testing.assert_close(turned(scheme, x, prefix, sides), expected)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_mixed_frequencies_start_as_the_axial_rotation_and_turn_by_both_axes(layout: str) -> None:
+    """RoPE-Mixed (arXiv:2403.13298): the angle of plane p in head h is `row * f[0, h, p] + column * f[1, h, p]`."""
+    sides, prefix = (3, 4), 1
+    x = torch.randn(1, 2, prefix + 12, 8)
+    axial = turned(on_a_grid("rope", sides, layout=layout), x, prefix, sides)
+    scheme = on_a_grid("rope", sides, layout=layout, frequencies="mixed")
+    scheme.reset_parameters()
+    torch.testing.assert_close(turned(scheme, x, prefix, sides), axial)
+    frequencies = torch.randn(2, 2, 4)
+    with torch.no_grad():
+        scheme.mixed_frequencies["0"].copy_(frequencies)
+    found = turned(scheme, x, prefix, sides)
+    assert torch.equal(found[:, :, :prefix], x[:, :, :prefix])
+    planes = (lambda y: y.unflatten(-1, (4, 2))) if layout == "interleaved" else (lambda y: y.unflatten(-1, (2, 4)).mT)
+    numbers = torch.view_as_complex(planes(x)[:, :, prefix:].contiguous())
+    rows, columns = torch.arange(12) // 4, torch.arange(12) % 4
+    angles = rows[None, :, None] * frequencies[0][:, None] + columns[None, :, None] * frequencies[1][:, None]
+    expected = numbers * torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(torch.view_as_complex(planes(found)[:, :, prefix:].contiguous()), expected)
 
 
 def test_interleaved_axes_have_a_half_of_the_head_each() -> None:
@@ -275,6 +323,7 @@ def test_what_a_model_of_images_does_not_take(scheme: str, options: dict[str, An
     ("options", "text"),
     [
         ({"axes": 2}, "axes is 2, but the positions of this BertForMaskedLM have 1"),
+        ({"frequencies": "mixed"}, "'frequencies' is 'mixed', and this model's tokens stand in one row"),
         ({"coordinates": "centered"}, "'coordinates' is 'centered', and this model's tokens stand in one row"),
     ],
 )
