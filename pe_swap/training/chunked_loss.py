@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
@@ -83,8 +83,7 @@ def summed_in_chunks(model: PreTrainedModel, hidden: Tensor, loss_of: LossOfChun
     """
     head = vocabulary_head(model)
     weights = [weight for weight in head.parameters() if weight.requires_grad]
-    rows = max(1, LOGITS_IN_A_CHUNK // model.config.vocab_size)
-    total: Tensor = _ChunkedLoss.apply(head, rows, loss_of, hidden, *weights)  # type: ignore[no-untyped-call]  # torch's own
+    total: Tensor = _ChunkedLoss.apply(head, rows_of_a_chunk(model), loss_of, hidden, *weights)  # type: ignore[no-untyped-call]  # torch's own
     return total
 
 
@@ -97,8 +96,38 @@ def summed_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tens
         targets: `[batch, length]`, the token each state is to predict, or -100.
     """
     wanted = targets != IGNORED
-    labels = targets[wanted]
-    return summed_in_chunks(model, hidden[wanted], lambda logits, chunk: F.cross_entropy(logits, labels[chunk], reduction="sum"))
+    rows, labels = hidden[wanted], targets[wanted]
+    projection = plain_projection(model, rows)
+    if projection is None:
+        return summed_in_chunks(model, rows, lambda logits, chunk: F.cross_entropy(logits, labels[chunk], reduction="sum"))
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows_of_a_chunk(model))
+    total: Tensor = F.linear_cross_entropy(
+        rows, projection.weight, labels, linear_bias=projection.bias, reduction="sum", options=options
+    )
+    return total
+
+
+@torch.no_grad()
+def plain_projection(model: PreTrainedModel, hidden: Tensor) -> nn.Linear | None:
+    """Return a model's vocabulary head where PyTorch's own loss in chunks takes it (from 2.13 on; it is faster than ours), else None.
+
+    That is one linear layer in float32, outside autocast, with nothing before or after it: no norm, no cap, no adapter.
+
+    Args:
+        model: the language model.
+        hidden: `[rows, hidden_size]`, last hidden states.
+    """
+    linear = model.get_output_embeddings()
+    is_plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.weight.dtype == torch.float32
+    if not is_plain or not hasattr(F, "linear_cross_entropy") or torch.is_autocast_enabled(hidden.device.type) or not len(hidden):
+        return None
+    probe = 100.0 * hidden[:1].detach()  # large, so that a cap on logits shows
+    return linear if torch.allclose(vocabulary_head(model)(probe), linear(probe), rtol=1e-5, atol=1e-5) else None
+
+
+def rows_of_a_chunk(model: PreTrainedModel) -> int:
+    """Return how many rows of logits are held at a time."""
+    return max(1, LOGITS_IN_A_CHUNK // int(model.config.vocab_size))
 
 
 def summed_divergence(model: PreTrainedModel, hidden: Tensor, teacher: PreTrainedModel, teacher_hidden: Tensor) -> Tensor:

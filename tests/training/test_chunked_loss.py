@@ -13,7 +13,7 @@ from transformers import BertForNextSentencePrediction
 from pe_swap.errors import UnsupportedModelError
 from pe_swap.training import chunked_loss as training_loss
 from pe_swap.training.chunked_loss import loss_in_chunks
-from tests.support.families import is_causal
+from tests.support.families import is_causal, tiny
 from tests.support.memory import Largest
 from tests.support.models import MATRIX_FAMILIES, VOCABULARY, build, swapped, token_ids
 
@@ -54,7 +54,10 @@ def reference(model: Any, inputs: dict[str, Any], is_masked: bool) -> Tensor:
 
 @pytest.mark.parametrize("family", MATRIX_FAMILIES)
 @pytest.mark.parametrize("form", ["plain", "shifted", "counted"])
-def test_loss_and_gradients_are_the_models_own(family: str, form: str) -> None:
+@pytest.mark.parametrize("has_torchs", [True, False])
+def test_loss_and_gradients_are_the_models_own(family: str, form: str, has_torchs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_torchs:
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     if form == "shifted" and not is_causal(family):
         form = "plain"  # a masked loss has no shifted labels
     model = swapped(family, "t5").train()
@@ -74,7 +77,17 @@ def test_loss_and_gradients_are_the_models_own(family: str, form: str) -> None:
     assert model(**inputs).logits is not None
 
 
-def test_no_tensor_of_tokens_by_vocabulary() -> None:
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="PyTorch has its own loss in chunks from 2.13 on")
+@pytest.mark.parametrize(("family", "is_plain"), [("gpt2", True), ("llama", True), ("bert", False), ("gemma2", False)])
+def test_torchs_own_loss_takes_heads_of_one_linear_layer(family: str, is_plain: bool) -> None:
+    model = tiny(family)
+    hidden = torch.randn(3, model.config.hidden_size)
+    assert (training_loss.plain_projection(model, hidden) is not None) == is_plain
+    assert training_loss.plain_projection(model.to(torch.bfloat16), hidden.bfloat16()) is None
+
+
+def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
     model, ids = build("gpt2", n_positions=128).train(), token_ids(8, 100)
     sizes = []
     for chunked in (False, True):
