@@ -16,7 +16,7 @@ from pe_swap.patching.install import holder_of
 from pe_swap.runs.command_line import parse
 from pe_swap.runs.config import BenchmarkConfig
 
-TINY = {"layers": 1, "hidden_size": 24, "heads": 2, "vocab_size": 32, "pairs": 3, "seconds": 0.01, "threads": 1}
+TINY = {"layers": 1, "hidden_size": 24, "heads": 2, "vocab_size": 32, "pairs": 3, "seconds": 0.01, "threads": 1, "peer_length": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +74,12 @@ def test_contestants_are_one_model_with_and_without_the_swap() -> None:
 
 
 def test_options_of_a_scheme(tmp_path: Path) -> None:
-    given = {"lengths": [8], "tasks": ["forward", "memory"], "peers": False, "out": str(tmp_path)}
+    given = {"lengths": [8], "tasks": ["forward"], "peers": False, "out": str(tmp_path)}
     config = parse(BenchmarkConfig, ["--options.alibi.trainable", "true", "--schemes", "alibi", "t5"], description="x")
     config = config.model_copy(update={**TINY, **given})
     assert holder_of(build(config, "alibi", 8)).scheme_at(0).options.trainable is True
     rows = benchmark(config)["results"]
-    assert [row["model"] for row in rows] == ["alibi (trainable=True)", "t5"] * 2
+    assert [row["model"] for row in rows] == ["alibi (trainable=True)", "t5"]
     assert "| alibi (trainable=True) |" in (tmp_path / "report.md").read_text()
     with pytest.raises(ConfigError, match=r"options names alibi, but schemes does not; .* Add it\."):
         benchmark(config.model_copy(update={"schemes": ["t5"]}))
@@ -90,7 +90,8 @@ def test_options_of_a_scheme(tmp_path: Path) -> None:
 def test_a_peak_is_the_processs_own() -> None:
     """A process started by one that holds 1.6 GB has not held them."""
     held = torch.ones(400_000_000)
-    (row,) = memory_rows(BenchmarkConfig(**TINY, lengths=[8]), ["rope"])
+    (row,) = memory_rows(BenchmarkConfig(**TINY, lengths=[8], options={"alibi": {"trainable": True}}), ["alibi"])
+    assert (row["task"], row["model"]) == ("memory", "alibi (trainable=True)")
     assert held.nbytes / 2**20 > 1500
     assert 50 < row["reference_megabytes"] < 1200
     assert 50 < row["megabytes"] < 1200

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from pe_swap.commands import compare as comparing
 from pe_swap.commands import evaluate as evaluating
 from pe_swap.commands import finetune as finetuning
 from pe_swap.errors import PESwapError
+from pe_swap.evaluation import html_report, report
 from pe_swap.evaluation.evaluator import DIVERGED
 from pe_swap.evaluation.report import COLUMNS
+from pe_swap.runs import records
 from pe_swap.runs.command_line import run
+from tests.support.finetuning import WORDS, KilledError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-WORDS = "we the people of the united states in order to form a more perfect union establish justice "
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
 
@@ -35,34 +38,73 @@ def call(script: str, *arguments: str) -> int:
     return run(runpy.run_path(str(SCRIPTS / f"{script}.py"))["main"], arguments)
 
 
-@pytest.fixture
-def texts(tmp_path: Path) -> list[str]:
-    paths = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+def write_texts(folder: Path) -> list[str]:
+    paths = [folder / name for name in ("a.txt", "b.txt", "c.txt")]
     for index, path in enumerate(paths):
         path.write_text(WORDS * 30 + str(index), encoding="utf-8")
     return [str(path) for path in paths]
 
 
-@pytest.fixture
-def quick(tmp_path: Path, texts: list[str]) -> Path:
+def write_quick(folder: Path, texts: list[str]) -> Path:
+    """Write the configuration of a comparison of two schemes that takes a second."""
     train = {"max_steps": 2, "batch_size": 2, "save_steps": 1, "warmup_steps": 0}
     content: dict[str, Any] = {
         "model": {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 16},
         "vocab_size": 280,
-        "data": {"text_files": texts, "block_size": 16},
-        "base": train,
+        "data": {"text_files": texts, "block_size": 12},
+        "base": dict(train),
         "train": train,
         "schemes": {"control": {"name": "original"}, "alibi": {"name": "alibi"}},
         "eval": {"lengths": [16, 32], "protocols": ["nonoverlapping", "same_targets"], "bootstrap_samples": 20},
     }
-    path = tmp_path / "quick.yaml"
+    path = folder / "quick.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 
 
-def test_compare_then_evaluate_then_finetune(quick: Path, tmp_path: Path, texts: list[str]) -> None:
-    out = tmp_path / "compared"
-    assert call("compare", "--config", str(quick), "--train.eval_steps", "1", "--out", str(out)) == 0
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    return write_texts(tmp_path)
+
+
+@pytest.fixture
+def quick(tmp_path: Path, texts: list[str]) -> Path:
+    return write_quick(tmp_path, texts)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison that is done, with its pictures; tests read it, and copy what they change."""
+
+    out: Path
+    measured: list[float]
+    """Every perplexity that its trainings measured."""
+
+    def copied(self, label: str, folder: Path) -> Path:
+        """Return a copy of one of its models."""
+        return Path(shutil.copytree(self.out / "schemes" / label, folder / label))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    folder, measured, original = tmp_path_factory.mktemp("compared"), [], finetuning.perplexity
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning, "perplexity", lambda *args: measured.append(original(*args)) or measured[-1])
+        quick = write_quick(folder, write_texts(folder))
+        assert call("compare", "--config", str(quick), "--train.eval_steps", "1", "--out", str(folder / "out")) == 0
+    return Compared(folder / "out", measured)
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the pictures of all other reports empty: to draw them takes longer than all the rest."""
+    monkeypatch.setattr(report, "png", lambda figure: b"")
+    monkeypatch.setattr(html_report, "svg", lambda figure: b"")
+
+
+def test_compare_then_evaluate_then_finetune(compared: Compared, tmp_path: Path, texts: list[str]) -> None:
+    out = compared.out
+    assert (out / "perplexity.png").stat().st_size > 1000
     assert {"record.json", "report.md", "results.csv", "perplexity.png", "recovery.png"} <= {path.name for path in out.iterdir()}
     recovery = json.loads((out / "record.json").read_text())["recovery"]
     assert [(row["model"], row["bound"], row["control"], row["last_step"]) for row in recovery] == [
@@ -75,12 +117,12 @@ def test_compare_then_evaluate_then_finetune(quick: Path, tmp_path: Path, texts:
     assert [(row["model"], row["length"]) for row in rows if row["error"]] == [("control", 32)] * 2
     assert all(math.isfinite(row["perplexity"]) for row in rows if not row["error"])
 
-    folders = [str(out / "schemes" / "alibi"), str(out / "schemes" / "control")]
+    folders = [str(compared.copied(label, tmp_path)) for label in ("alibi", "control")]
     line = ["--models", *folders, "--lengths", "16", "32", "--protocols", "nonoverlapping", "sliding", "same_targets"]
     assert call("eval_long_context", *line, "--data.text_files", *texts[2:], "--out", str(tmp_path / "eval")) == 0
     record = json.loads((tmp_path / "eval" / "record.json").read_text())
     assert {(row["model"], row["scheme"]) for row in record["results"]} == {("alibi", "alibi"), ("control", "original")}
-    assert record["trained_length"] == {"alibi": 16, "control": 16}
+    assert record["trained_length"] == {"alibi": 12, "control": 12}
     assert record["data"]["repeated_documents"] == 0
     assert call("eval_long_context", *line, "--data.text_files", *texts[1:], "--out", str(tmp_path / "again")) == 0
     assert json.loads((tmp_path / "again" / "record.json").read_text())["data"]["repeated_documents"] == 1
@@ -95,11 +137,8 @@ def test_compare_then_evaluate_then_finetune(quick: Path, tmp_path: Path, texts:
     ]
 
 
-def test_a_comparison_measures_its_base_once(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, measured = finetuning.perplexity, []
-    monkeypatch.setattr(finetuning, "perplexity", lambda *args: measured.append(original(*args)) or measured[-1])
-    assert call("compare", "--config", str(quick), "--out", str(tmp_path / "out")) == 0
-    parts = json.loads((tmp_path / "out" / "record.json").read_text())["parts"]
+def test_a_comparison_measures_its_base_once(compared: Compared) -> None:
+    parts = json.loads((compared.out / "record.json").read_text())["parts"]
     before = {label: part["perplexity"]["before_swap"] for label, part in parts.items()}
     assert (
         before["alibi"]
@@ -107,7 +146,8 @@ def test_a_comparison_measures_its_base_once(quick: Path, tmp_path: Path, monkey
         == parts["control"]["perplexity"]["after_swap"]
         != parts["alibi"]["perplexity"]["after_swap"]
     )
-    assert len(measured) == 6  # base: before and after training; control: the same; alibi: after the swap and after training
+    # Base: before and after training. Control: before, after one step, after training. Alibi: after the swap, then as the control.
+    assert len(compared.measured) == 2 + 3 + 3
 
 
 def test_compare_does_not_redo_what_is_done(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +168,6 @@ def test_compare_does_not_redo_what_is_done(quick: Path, tmp_path: Path, monkeyp
     assert len(done) == 4
 
 
-class KilledError(BaseException):
-    """Stands for a kill."""
-
-
 def results(out: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((out / "record.json").read_text())["results"]
     return found
@@ -139,10 +175,9 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("where", ["in the first checkpoint", "between checkpoints"])
 def test_a_part_that_was_killed_is_done_to_the_same_numbers(
-    where: str, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, compared: Compared, quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert call("compare", "--config", str(quick), "--out", str(whole)) == 0
+    out = tmp_path / "out"
     step, save = Trainer.training_step, Trainer._save_checkpoint
 
     def killed_in_a_step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +204,7 @@ def test_a_part_that_was_killed_is_done_to_the_same_numbers(
     monkeypatch.setattr(comparing, "finetune", lambda config, text: resumed.append(config.resume) or original(config, text))
     assert call("compare", "--config", str(quick), "--out", str(out)) == 0
     assert resumed == [where == "between checkpoints"]
-    assert results(out) == results(whole)
+    assert results(out) == results(compared.out)
 
 
 def test_an_edited_text_or_model_is_not_taken_for_what_was_done(
@@ -179,6 +214,7 @@ def test_an_edited_text_or_model_is_not_taken_for_what_was_done(
     content = yaml.safe_load(quick.read_text())["model"]
     model.write_text(json.dumps(content))
     arguments = ["--config", str(quick), "--model", str(model), "--out", str(tmp_path / "out")]
+    arguments += ["--schemes", "{alibi: {name: alibi}}", "--eval.lengths", "16", "--eval.protocols", "nonoverlapping"]
     found = []
     for change in ("nothing", "text", "held-out text", "model"):
         if change == "model":
@@ -195,9 +231,9 @@ def test_an_edited_text_or_model_is_not_taken_for_what_was_done(
     assert call("compare", *arguments) == 0
     printed = capsys.readouterr()
     assert [line for line in printed.out.splitlines() if "kept" in line] == [
-        f"{label}: done before, kept" for label in ("base", "control", "alibi")
+        f"{label}: done before, kept" for label in ("base", "alibi")
     ]
-    assert all(f"{label}: measured before, kept" in printed.err for label in ("control", "alibi"))
+    assert "alibi: measured before, kept" in printed.err
 
 
 def test_a_part_that_was_stopped_is_not_mixed_with_another_text(
@@ -251,26 +287,16 @@ def test_a_base_that_diverges_ends_a_comparison(quick: Path, tmp_path: Path, cap
     )
 
 
-def test_a_comparison_is_evaluated_on_held_out_text_alone(quick: Path, texts: list[str], tmp_path: Path) -> None:
-    assert call("compare", "--config", str(quick), "--out", str(tmp_path / "out")) == 0
-    assert json.loads((tmp_path / "out" / "record.json").read_text())["data"]["documents"] == 1
+def test_a_comparison_is_evaluated_on_held_out_text_alone(compared: Compared) -> None:
+    assert json.loads((compared.out / "record.json").read_text())["data"]["documents"] == 1
 
 
 def test_an_evaluation_that_was_killed_keeps_the_models_it_measured(
-    quick: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compared: Compared, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    assert call("compare", "--config", str(quick), "--out", str(out)) == 0
-    line = [
-        "--models",
-        str(out / "schemes" / "control"),
-        str(out / "schemes" / "alibi"),
-        "--lengths",
-        "16",
-        "--data.text_files",
-        *texts,
-    ]
-    line += ["--out", str(tmp_path / "e")]
+    folders = [str(compared.copied(label, tmp_path)) for label in ("control", "alibi")]
+    line = ["--models", *folders, "--lengths", "16", "--protocols", "nonoverlapping", "--bootstrap_samples", "20"]
+    line += ["--data.text_files", *texts, "--out", str(tmp_path / "e")]
     loaded, original = [], evaluating.load_model
 
     def counted(name: str, *args: Any, **settings: Any) -> Any:
@@ -290,56 +316,46 @@ def test_an_evaluation_that_was_killed_keeps_the_models_it_measured(
     assert call("eval_long_context", *line, "--out", str(tmp_path / "anew")) == 0
     assert results(tmp_path / "anew") == kept
     for change in (["--lengths", "8"], ["--seed", "1"], ["--dtype", "bfloat16"], ["--data.text_files", texts[0]]):
-        assert call("eval_long_context", *line) == 0
         before = len(loaded)
-        assert call("eval_long_context", *line, *change) == 0
+        line += change  # one after the other: each run differs from the one before in this alone
+        assert call("eval_long_context", *line) == 0
         assert loaded[before:] == ["control", "alibi"], change
 
 
 def test_a_corrupt_model_among_several_is_rows_and_the_others_stand(
-    quick: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compared: Compared, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    assert call("compare", "--config", str(quick), "--out", str(out)) == 0
-    whole = (out / "schemes" / "alibi" / "model.safetensors").read_bytes()
-    (out / "schemes" / "alibi" / "model.safetensors").write_bytes(b"broken")
-    line = [
-        "--models",
-        str(out / "schemes" / "alibi"),
-        str(out / "schemes" / "control"),
-        "--lengths",
-        "16",
-        "--protocols",
-        "nonoverlapping",
-    ]
+    alibi, control = (compared.copied(label, tmp_path) for label in ("alibi", "control"))
+    whole = (alibi / "model.safetensors").read_bytes()
+    (alibi / "model.safetensors").write_bytes(b"broken")
+    line = ["--models", str(alibi), str(control), "--lengths", "16", "--protocols", "nonoverlapping"]
     line += ["--data.text_files", texts[0], "--out", str(tmp_path / "e")]
     assert call("eval_long_context", *line) == 0
-    broken, control = results(tmp_path / "e")
-    assert broken["error"].startswith(f"The weights in '{out / 'schemes' / 'alibi'}' cannot be read")
-    assert f"alibi: The weights in '{out / 'schemes' / 'alibi'}' cannot be read" in capsys.readouterr().err
-    assert control["perplexity"] > 0
-    (out / "schemes" / "alibi" / "model.safetensors").write_bytes(whole)
+    broken, sound = results(tmp_path / "e")
+    assert broken["error"].startswith(f"The weights in '{alibi}' cannot be read")
+    assert f"alibi: The weights in '{alibi}' cannot be read" in capsys.readouterr().err
+    assert sound["perplexity"] > 0
+    (alibi / "model.safetensors").write_bytes(whole)
     assert call("eval_long_context", *line) == 0
     assert [row["error"] for row in results(tmp_path / "e")] == [None, None]
 
 
 def test_an_evaluation_is_told_to_the_model_card(
-    quick: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    compared: Compared, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    assert call("compare", "--config", str(quick), "--data.block_size", "12", "--out", str(out)) == 0
+    alibi, control = (compared.copied(label, tmp_path) for label in ("alibi", "control"))
     line = ["--lengths", "16", "64", "--data.text_files", texts[0], "--out", str(tmp_path / "e"), "--models"]
-    assert call("eval_long_context", *line, str(out / "schemes" / "alibi"), str(out / "schemes" / "control")) == 0
-    card = (out / "schemes" / "alibi" / "README.md").read_text()
+    assert call("eval_long_context", *line, str(alibi), str(control)) == 0
+    card = (alibi / "README.md").read_text()
     assert "| alibi | `slopes='press'`, `trainable=False` | every layer |" in card
     assert "- Trained length before the swap: 16 positions.\n- Fine-tuned after the swap at: 12 tokens.\n" in card
     assert re.search(
         r"- Evaluated lengths: nonoverlapping, [\d,]+ tokens scored\.\n\n.*\n.*\n\| 16 \| [\d.]+ \|\n\| 64 \| [\d.]+ \|\n", card
     )
-    assert not (out / "schemes" / "control" / "README.md").exists()
+    assert not (control / "README.md").exists()
 
     cached = tmp_path / "hub" / "models--us--alibi" / "snapshots" / "0"
-    shutil.copytree(out / "schemes" / "alibi", cached)
+    shutil.copytree(alibi, cached)
     (cached / "README.md").write_text("as it came")
     assert call("eval_long_context", *line, str(cached)) == 0
     assert (cached / "README.md").read_text() == "as it came"
@@ -349,9 +365,9 @@ def test_an_evaluation_is_told_to_the_model_card(
 
     monkeypatch.setattr("pe_swap.saving.model_card.ModelCard.save", read_only)
     capsys.readouterr()
-    assert call("eval_long_context", *line, str(out / "schemes" / "alibi")) == 0
+    assert call("eval_long_context", *line, str(alibi)) == 0
     assert (
-        f"The model card in '{out / 'schemes' / 'alibi'}' could not be told what was measured: [Errno 13] Permission denied: 'README.md'\n"
+        f"The model card in '{alibi}' could not be told what was measured: [Errno 13] Permission denied: 'README.md'\n"
         in capsys.readouterr().err
     )
 
@@ -371,33 +387,24 @@ def test_a_missing_model_is_named_before_anything_runs(
     assert not (tmp_path / "e").exists()
 
 
-def test_a_corrupt_model_is_named(quick: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "compared"
-    assert call("compare", "--config", str(quick), "--out", str(out)) == 0
-    (out / "schemes" / "alibi" / "model.safetensors").write_bytes(b"broken")
-    line = [
-        "--models",
-        str(out / "schemes" / "alibi"),
-        "--lengths",
-        "16",
-        "--data.text_files",
-        texts[0],
-        "--out",
-        str(tmp_path / "e"),
-    ]
+def test_a_corrupt_model_is_named(
+    compared: Compared, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alibi = compared.copied("alibi", tmp_path)
+    (alibi / "model.safetensors").write_bytes(b"broken")
+    line = ["--models", str(alibi), "--lengths", "16", "--data.text_files", texts[0], "--out", str(tmp_path / "e")]
     assert call("eval_long_context", *line) == 2
-    assert f"The weights in '{out / 'schemes' / 'alibi'}' cannot be read" in capsys.readouterr().err
+    assert f"The weights in '{alibi}' cannot be read" in capsys.readouterr().err
 
 
 def test_models_of_two_vocabularies_are_refused(
-    quick: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compared: Compared, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders = []
-    for size in ("280", "300"):
-        folders.append(str(tmp_path / size))
-        line = ["--config", str(quick), "--vocab_size", size, "--schemes", "{control: {name: original}}", "--out", folders[-1]]
-        assert call("compare", *line) == 0
-    models = [f"{folder}/schemes/control" for folder in folders]
+    model = "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 16}"
+    line = ["--model", model, "--vocab_size", "300", "--scheme.name", "original", "--train.max_steps", "1"]
+    line += ["--data.block_size", "12", "--data.text_files", *texts, "--out", str(tmp_path / "300")]
+    assert call("finetune", *line) == 0
+    models = [str(compared.copied("control", tmp_path)), str(tmp_path / "300")]
     line = ["--models", *models, "--lengths", "16", "--data.text_files", texts[0], "--out", str(tmp_path / "e")]
     assert call("eval_long_context", *line) == 2
     assert "have different vocabularies; perplexities are compared on the same tokens" in capsys.readouterr().err
@@ -415,13 +422,17 @@ def test_models_of_two_vocabularies_are_refused(
     assert "is a file. Name a folder." in capsys.readouterr().err
 
 
-def test_an_unknown_key_ends_a_process_with_status_two_and_one_line() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "finetune.py"), "--train.max_step", "3"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "error: Unknown key 'train.max_step'. Did you mean 'max_steps'?" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_an_unknown_key_ends_a_process_with_status_two_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--train.max_step", "3"])
+    monkeypatch.setattr(records, "flush_denormals", lambda: None)  # it would hold for the tests after this one
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / "finetune.py"), run_name="__main__")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: Unknown key 'train.max_step'. Did you mean 'max_steps'?" in said
+    assert "Traceback" not in said
 
 
 def test_two_processes_train_as_one_with_the_same_effective_batch(texts: list[str], tmp_path: Path) -> None:
@@ -433,12 +444,13 @@ def test_two_processes_train_as_one_with_the_same_effective_batch(texts: list[st
     script += ["--scheme.name", "rope", "--data.block_size", "16", "--train.max_steps", "4", "--train.logging_steps", "1"]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    found = []
-    for label, launcher, batch_size in (("one", [], "8"), ("two", launch, "4")):
-        command = [sys.executable, *launcher, *script, "--train.batch_size", batch_size, "--out", str(tmp_path / label)]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
-        assert done.returncode == 0, done.stderr
+    assert call("finetune", *script[1:], "--train.batch_size", "8", "--out", str(tmp_path / "one")) == 0
+    command = [sys.executable, *launch, *script, "--train.batch_size", "4", "--out", str(tmp_path / "two")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found: list[list[float]] = []
+    for label in ("one", "two"):
         record = json.loads((tmp_path / label / "record.json").read_text())
         assert record["processes"] == len(found) + 1
         found.append([entry["loss"] for entry in record["training"]["log"]])
@@ -457,13 +469,11 @@ def test_a_label_that_is_no_folders_name_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_may_be_names_of_the_comparisons_own_folders(quick: Path, tmp_path: Path) -> None:
-    found = []
-    for label in ("control", "base"):
-        schemes = f"{{{label}: {{name: original}}, evaluation: {{name: alibi}}}}"
-        assert call("compare", "--config", str(quick), "--schemes", schemes, "--out", str(tmp_path / label)) == 0
-        found.append([row["perplexity"] for row in results(tmp_path / label)])
-    assert found[0] == found[1]
+def test_labels_may_be_names_of_the_comparisons_own_folders(compared: Compared, quick: Path, tmp_path: Path) -> None:
+    schemes = "{base: {name: original}, evaluation: {name: alibi}}"
+    assert call("compare", "--config", str(quick), "--schemes", schemes, "--out", str(tmp_path / "out")) == 0
+    found, expected = ([row["perplexity"] for row in results(out)] for out in (tmp_path / "out", compared.out))
+    assert found == expected
 
 
 def test_labels_of_one_folder_are_refused(quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -488,12 +498,13 @@ def test_a_comparison_does_not_replace_another_kind_of_run(
 
 def test_a_log_holds_no_progress_bars(quick: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPTS / "compare.py"), "--config", str(quick), "--out", str(tmp_path / "out")]
+    command += ["--schemes", "{alibi: {name: alibi}}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stdout + done.stderr
     assert "it/s" not in done.stdout + done.stderr
     assert [line for line in done.stdout.splitlines() if "training" in line] == [
-        f"{name}: training" for name in ("base", "control", "alibi")
+        f"{name}: training" for name in ("base", "alibi")
     ]
     assert len(done.stdout.splitlines()) < 10
 

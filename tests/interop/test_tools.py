@@ -18,7 +18,15 @@ import torch
 import yaml
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, GenerationConfig, PreTrainedModel, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompileConfig,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    pipeline,
+)
 
 import pe_swap
 from pe_swap.patching.install import positional_parameters
@@ -166,7 +174,7 @@ def test_assisted_decoding_is_greedy_decoding(case: str, tmp_path: Path) -> None
         assert torch.equal(loaded.generate(ids, assistant_model=assistant, **settings), expected)
 
 
-@pytest.mark.parametrize("case", ["rope", "alibi", "t5"])
+@pytest.mark.parametrize("case", ["rope", "t5"])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # PyTorch's own import
 def test_a_static_cache_under_compilation_generates_the_same(case: str, tmp_path: Path) -> None:
     """`generate` compiles its decoding steps by itself for a static cache; on the CPU where told to."""
@@ -254,7 +262,9 @@ BATCHED = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_tok
 def batched_equals_generated(model: PreTrainedModel) -> bool:
     prompts = [token_ids(1, length, seed=length) for length in (9, 5)]
     settings = GenerationConfig(**BATCHED)
-    found = model.generate_batch([prompt[0].tolist() for prompt in prompts], generation_config=settings, progress_bar=False)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # its cache would take most of the memory there is
+    given = {"generation_config": settings, "continuous_batching_config": small, "progress_bar": False}
+    found = model.generate_batch([prompt[0].tolist() for prompt in prompts], **given)
     alone = {**BATCHED, "eos_token_id": None}
     expected = [
         model.generate(prompt, attention_mask=torch.ones_like(prompt), **alone)[0, prompt.shape[1] :] for prompt in prompts

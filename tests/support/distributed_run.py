@@ -1,6 +1,6 @@
-"""What two processes do with a saved swapped model: `accelerate launch ... distributed_run.py FOLDER OUT KIND`.
+"""What two processes do with saved swapped models: `accelerate launch ... distributed_run.py FOLDER OUT KIND [FOLDER OUT KIND ...]`.
 
-KIND is `ddp`, through Accelerate; `fsdp`, through PyTorch's `fully_shard`, as Accelerate turns FSDP off on a CPU without a word;
+Every KIND is `ddp`, through Accelerate; `fsdp`, through PyTorch's `fully_shard`, as Accelerate turns FSDP off on a CPU without a word;
 `fsdp-unit`, where the module of the schemes is a unit of its own; or `zero3`, through DeepSpeed. All take the same steps on the same
 rows, save their state on the way, go on, go back to what they saved and go on anew.
 """
@@ -81,7 +81,8 @@ def run_fsdp(model: PreTrainedModel, folder: Path, *, own_unit: bool = False) ->
         folder: for the state.
         own_unit: shard the module of the schemes by itself, and not with the root.
     """
-    distributed.init_process_group("gloo")
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
     for unit in (*model.transformer.h, *([model.transformer.wpe] if own_unit else []), model):
         fully_shard(unit, mesh=mesh)
@@ -145,14 +146,16 @@ RUNS: dict[str, Callable[[PreTrainedModel, Path], list[dict[str, Tensor]]]] = {
 
 def main(source: Path, out: Path, kind: str) -> None:
     """Train, and let the first process save the model."""
-    torch.set_num_threads(1)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source)
     ends = RUNS[kind](model, out / "state")
     if distributed.get_rank() == 0:
         assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items()), "the reloaded state went elsewhere"
         model.save_pretrained(out / "model", state_dict=ends[0])
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    torch.set_num_threads(1)
+    given = sys.argv[1:]
+    for source, out, kind in zip(given[::3], given[1::3], given[2::3], strict=True):
+        main(Path(source), Path(out), kind)
+    distributed.destroy_process_group()
