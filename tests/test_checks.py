@@ -11,7 +11,8 @@ from torch import Tensor
 import pe_swap
 from pe_swap.patching.binding import LayerBinding
 from pe_swap.patching.install import holder_of
-from tests.support.models import BACKENDS, PAIRS, TRAINED_LENGTH, build, swapped
+from tests.support.covering import covering_pairs
+from tests.support.models import BACKENDS, CASES, TRAINED_LENGTH, build, swapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
 
@@ -20,7 +21,7 @@ def outcome(report: pe_swap.checks.PositionalReport) -> dict[str, bool | None]:
     return {check.name: check.passed for check in report.checks}
 
 
-@pytest.mark.parametrize(("case", "family"), PAIRS)
+@pytest.mark.parametrize(("case", "family"), [*((case, "gpt2") for case in CASES), *covering_pairs(["bert", "bert-decoder"])])
 def test_every_scheme_keeps_its_claims(case: str, family: str) -> None:
     model = swapped(family, case)
     state = torch.random.get_rng_state()

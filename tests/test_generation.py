@@ -1,4 +1,7 @@
-"""Swapped models in use: `generate` in its forms, packing, compilation, other backends, schemes by layer."""
+"""Swapped models in use: `generate` in its forms, packing, compilation, other backends, schemes by layer.
+
+The covering cases stand for the others where a test adds a way of use to what the matrix shows of every case.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import pe_swap
 from pe_swap.families import FAMILIES
 from pe_swap.patching.install import holder_of, positional_parameters
 from tests.references.alibi import slopes as reference_slopes
+from tests.support.covering import COVERING, PAIRS, covering, covering_pairs, differentiated, in_modes, ways_in
 from tests.support.families import is_causal, model_type_of
 from tests.support.models import (
     BACKENDS,
@@ -23,7 +27,6 @@ from tests.support.models import (
     LENGTH_DEPENDENT,
     MATRIX_FAMILIES,
     PAD,
-    PAIRS,
     ROUNDING,
     TRAINED_LENGTH,
     build,
@@ -45,6 +48,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 every_pair = pytest.mark.parametrize(("case", "family"), PAIRS)
 every_family = pytest.mark.parametrize("family", MATRIX_FAMILIES)
 every_decoder = pytest.mark.parametrize("family", DECODERS)
+covering_decoders = pytest.mark.parametrize(("case", "family"), covering_pairs(DECODERS))
 
 
 @functools.cache
@@ -62,8 +66,7 @@ def generate(model: PreTrainedModel, ids: Tensor | None, new: int = NEW, **kwarg
 # --- generate ------------------------------------------------------------------------------------------------------------------
 
 
-@every_case
-@every_decoder
+@covering_decoders
 def test_a_left_padded_batch_generates_what_each_row_does_alone(case: str, family: str) -> None:
     model, rows = shared(family, case), [token_ids(1, 14, seed=5), token_ids(1, 9, seed=6), token_ids(1, 3, seed=7)]
     ids, mask = left_padded(rows)
@@ -72,7 +75,7 @@ def test_a_left_padded_batch_generates_what_each_row_does_alone(case: str, famil
     assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in LENGTH_DEPENDENT])
+@pytest.mark.parametrize("case", [case for case in COVERING if case not in LENGTH_DEPENDENT])
 @every_decoder
 @pytest.mark.parametrize(
     "how",
@@ -89,8 +92,7 @@ def test_generating_with_a_cache_equals_generating_without(case: str, family: st
     assert torch.equal(*outputs)
 
 
-@every_case
-@every_decoder
+@covering_decoders
 def test_a_static_cache_and_an_assistant_generate_the_same(case: str, family: str) -> None:
     model, ids = shared(family, case), token_ids(1, 11, seed=8)
     mask = torch.ones_like(ids)
@@ -102,8 +104,7 @@ def test_a_static_cache_and_an_assistant_generate_the_same(case: str, family: st
     assert torch.equal(generate(model, ids, attention_mask=mask, assistant_model=assistant), expected)
 
 
-@every_case
-@every_decoder
+@pytest.mark.parametrize(("case", "family"), [*((case, "gpt2") for case in CASES), *covering_pairs(["bert-decoder"])])
 def test_generating_beyond_the_trained_length(case: str, family: str) -> None:
     model, ids = shared(family, case), token_ids(2, 25)
     limit, new = holder_of(model).max_length, 15
@@ -131,10 +132,14 @@ def test_input_embeddings_stand_for_input_ids(case: str, family: str) -> None:
     model, ids = shared(family, case), token_ids(2, 14)
     embeddings = model.get_input_embeddings()(ids).detach()
     torch.testing.assert_close(logits(model, inputs_embeds=embeddings), logits(model, ids), **ROUNDING)
-    if is_causal(family):
-        mask = torch.ones_like(ids)
-        continued = generate(model, None, inputs_embeds=embeddings, attention_mask=mask)
-        assert torch.equal(continued, generate(model, ids, attention_mask=mask)[:, -NEW:])
+
+
+@covering_decoders
+def test_generation_goes_on_from_input_embeddings(case: str, family: str) -> None:
+    model, ids = shared(family, case), token_ids(2, 14)
+    embeddings, mask = model.get_input_embeddings()(ids).detach(), torch.ones_like(ids)
+    continued = generate(model, None, inputs_embeds=embeddings, attention_mask=mask)
+    assert torch.equal(continued, generate(model, ids, attention_mask=mask)[:, -NEW:])
 
 
 @every_pair
@@ -175,12 +180,12 @@ def test_attention_probabilities_show_the_bias_of_alibi(family: str) -> None:
 @pytest.mark.parametrize(
     ("case", "family", "backend", "use_reentrant"),
     [
-        *((case, family, "sdpa", True) for case, family in PAIRS),
-        *((case, family, "eager", False) for case, family in PAIRS if case in ("rope", "t5", "shaw-all", "concat")),
+        *((case, family, "sdpa", True) for case, family in covering_pairs(MATRIX_FAMILIES)),
+        *((case, family, "eager", False) for case, family in covering_pairs(["gpt2", "bert"])),
     ],
 )
 def test_checkpointed_gradients_are_the_gradients(case: str, backend: str, use_reentrant: bool, family: str) -> None:
-    """The matrix holds the other half: sdpa without reentrance."""
+    """The matrix holds the other part: every case, sdpa without reentrance."""
     ids, found = token_ids(2, 18), []
     for checkpointed in (False, True):
         model = swapped(family, case, backend).train()
@@ -199,19 +204,17 @@ def test_checkpointed_gradients_are_the_gradients(case: str, backend: str, use_r
 PACKED = (11, 6, 9)
 
 
-@every_case
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_position_ids_that_start_again_keep_packed_sequences_apart(case: str, backend: str) -> None:
+@pytest.mark.parametrize(("case", "family", "backend"), in_modes(["gpt2"], ("sdpa", "eager")))
+def test_position_ids_that_start_again_keep_packed_sequences_apart(case: str, family: str, backend: str) -> None:
     """GPT-2 alone: transformers reads packing from position ids in the masks of models that hand them on, and BERT does not."""
-    model = swapped("gpt2", case, backend)
+    model = swapped(family, case, backend)
     sequences = [token_ids(2, length, seed=length) for length in PACKED]
     position_ids = torch.cat([torch.arange(length) for length in PACKED])[None].expand(2, -1)
     packed = logits(model, torch.cat(sequences, dim=1), position_ids=position_ids, use_cache=False)
     torch.testing.assert_close(packed, torch.cat([logits(model, ids) for ids in sequences], dim=1), **ROUNDING)
 
 
-@every_pair
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("case", "family", "backend"), in_modes(MATRIX_FAMILIES, ("sdpa", "eager")))
 def test_a_block_mask_keeps_packed_sequences_apart(case: str, family: str, backend: str) -> None:
     model = swapped(family, case, backend)
     sequences = [token_ids(2, length, seed=length) for length in PACKED]
@@ -231,10 +234,11 @@ def test_a_block_mask_keeps_packed_sequences_apart(case: str, family: str, backe
 
 
 COMPILED = ("rope", "alibi", "t5", "sinusoidal", "none", "shaw-all", "fox", "fire", "transformer-xl")
+"""Cases known to compile; of them those run that together have every hook, and in training every hook with weights and without."""
 
 
 @pytest.mark.parametrize(
-    ("case", "family"), [*((case, "gpt2") for case in COMPILED), ("rope", "bert"), ("t5", "bert"), ("shaw", "bert")]
+    ("case", "family"), [*((case, "gpt2") for case in covering(COMPILED, of=ways_in)), ("rope", "bert"), ("shaw", "bert")]
 )
 def test_a_compiled_forward_is_one_graph_and_equal(case: str, family: str) -> None:
     torch.compiler.reset()
@@ -244,7 +248,7 @@ def test_a_compiled_forward_is_one_graph_and_equal(case: str, family: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("case", "family"), [*((case, "gpt2") for case in (*COMPILED, "kerple", "alibi-trained")), ("rope", "bert"), ("t5", "bert")]
+    ("case", "family"), [*((case, "gpt2") for case in covering(COMPILED, of=differentiated)), ("t5", "bert")]
 )
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what PyTorch's compiler itself does
 def test_a_compiled_training_step_is_one_graph_and_gives_the_same_gradients(case: str, family: str) -> None:
@@ -262,7 +266,7 @@ def test_a_compiled_training_step_is_one_graph_and_gives_the_same_gradients(case
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("case", COMPILED)
+@pytest.mark.parametrize("case", covering(COMPILED, of=ways_in))
 def test_compiled_decode_steps_with_a_static_cache_are_one_graph_and_equal(case: str) -> None:
     torch.compiler.reset()
     model, ids = shared("gpt2", case), token_ids(2, 15)

@@ -15,7 +15,7 @@ import pe_swap
 from pe_swap.families import FAMILIES
 from pe_swap.families.classes import modeling_of, pretrained_class_of
 from pe_swap.patching.install import holder_of
-from tests.support.families import EOS, config_of, described_alike, exported_heads, inputs_of
+from tests.support.families import EOS, IDS_ONLY, config_of, described_alike, exported_heads, inputs_of
 from tests.support.models import (
     BACKENDS,
     DECODERS,
@@ -33,9 +33,6 @@ SCHEMES: dict[str, dict[str, Any]] = {"rope": {}, "alibi": {}, "t5": {}, "learne
 
 HEADS = [(family, head.__name__) for family in described_alike() for head in exported_heads(family)]
 """Every head class of one family for each description."""
-
-IDS_ONLY = {"clip_text_model"}
-"""Families that take no embeddings in place of ids, so that `concat` has no way in."""
 
 NO_STACK = {"WhisperForAudioClassification"}
 """Heads on the part of a model whose positions are no tokens'."""

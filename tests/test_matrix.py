@@ -1,4 +1,7 @@
-"""What must hold for every scheme in every family under every backend. The matrix is read from the registries."""
+"""What must hold for every scheme in every family under every backend. The matrix is read from the registries.
+
+Every case runs in the first mode of a test; in its other modes the covering cases do.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import pe_swap
 from pe_swap.attention import blockwise, relative
 from pe_swap.patching.install import holder_of, positional_parameters
 from pe_swap.schemes import SCHEMES
+from tests.support.covering import PAIRS, covering_pairs, in_modes
 from tests.support.families import is_causal
 from tests.support.models import (
     BACKENDS,
@@ -22,7 +26,6 @@ from tests.support.models import (
     DECODERS,
     LENGTH_DEPENDENT,
     MATRIX_FAMILIES,
-    PAIRS,
     ROUNDING,
     build,
     checkpoint_activations,
@@ -40,7 +43,8 @@ every_case = pytest.mark.parametrize("case", CASES)
 every_pair = pytest.mark.parametrize(("case", "family"), PAIRS)
 every_family = pytest.mark.parametrize("family", MATRIX_FAMILIES)
 every_decoder = pytest.mark.parametrize("family", DECODERS)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+in_every_backend = pytest.mark.parametrize(("case", "family", "backend"), in_modes(MATRIX_FAMILIES, ("sdpa", "eager")))
+in_every_backend_of_decoders = pytest.mark.parametrize(("case", "family", "backend"), in_modes(DECODERS, ("sdpa", "eager")))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.names())
@@ -58,8 +62,7 @@ def test_a_causal_scheme_refuses_an_encoder_and_leaves_it_alone(case: str) -> No
     assert torch.equal(logits(model, ids), before)
 
 
-@every_pair
-@every_backend
+@in_every_backend
 def test_swap_changes_the_output_and_restore_is_bit_for_bit(case: str, family: str, backend: str) -> None:
     model, ids = build(family, backend), token_ids(2, 20)
     before = logits(model, ids)
@@ -89,8 +92,7 @@ def test_eager_equals_sdpa(case: str, family: str) -> None:
     torch.testing.assert_close(logits(model, ids, attention_mask=mask)[mask.bool()], eager_padded[mask.bool()], **ROUNDING)
 
 
-@every_pair
-@pytest.mark.parametrize("length", [17, 23])
+@pytest.mark.parametrize(("case", "family", "length"), in_modes(MATRIX_FAMILIES, (17, 23)))
 def test_blocks_of_queries_equal_eager(case: str, family: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last block of 17 is of one query, as is that of 257 where blocks are as they are: no call of a single query."""
     model, ids = swapped(family, case, "eager"), token_ids(2, length)
@@ -105,7 +107,7 @@ def test_blocks_of_queries_equal_eager(case: str, family: str, length: int, monk
 
 
 # transformers' own function for dynamic rope computes in torch's default dtype.
-@pytest.mark.parametrize(("case", "family"), [pair for pair in PAIRS if pair[0] != "rope-dynamic"])
+@pytest.mark.parametrize(("case", "family"), [pair for pair in covering_pairs(MATRIX_FAMILIES) if pair[0] != "rope-dynamic"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_torch_s_default_dtype_changes_nothing(case: str, family: str, dtype: torch.dtype) -> None:
     model, ids = swapped(family, case), token_ids(2, 24)
@@ -123,9 +125,7 @@ def test_torch_s_default_dtype_changes_nothing(case: str, family: str, dtype: to
     assert all(map(torch.equal, before, after))
 
 
-@every_case
-@every_decoder
-@every_backend
+@in_every_backend_of_decoders
 def test_the_future_is_not_seen(case: str, family: str, backend: str) -> None:
     model, ids = swapped(family, case, backend), token_ids(1, 20)
     changed = ids.clone()
@@ -142,16 +142,19 @@ def cached_in_chunks(model: PreTrainedModel, ids: Tensor, cache: str, lengths: t
     return torch.cat(parts, dim=1)
 
 
+CACHES = ("dynamic", "static")
+
+
 def test_only_length_dependent_cases_do_not_claim_that_caches_change_nothing() -> None:
     models = {case: holder_of(swapped("gpt2", case)) for case in CASES}
     assert {case for case in CASES if not models[case].scheme_at(0).cached_equals_uncached} == set(LENGTH_DEPENDENT)
 
 
-@every_case
-@every_decoder
-@every_backend
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_cached_in_chunks_equals_uncached(case: str, family: str, backend: str, cache: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "family", "mode"), in_modes(DECODERS, [(backend, cache) for backend in ("sdpa", "eager") for cache in CACHES])
+)
+def test_cached_in_chunks_equals_uncached(case: str, family: str, mode: tuple[str, str]) -> None:
+    backend, cache = mode
     model, ids = swapped(family, case, backend), token_ids(2, 24)
     lengths = (11, 6, 1, 1, 5)  # prefill, a chunk, two tokens, a chunk as assisted decoding sends it
     whole, parts = logits(model, ids, use_cache=False), cached_in_chunks(model, ids, cache, lengths)
@@ -165,10 +168,12 @@ def test_cached_in_chunks_equals_uncached(case: str, family: str, backend: str, 
     torch.testing.assert_close(parts[:, -5:], whole[:, -5:], **ROUNDING)
 
 
-@every_pair
-@every_backend
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_equals_unpadded(case: str, family: str, backend: str, side: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "family", "mode"),
+    in_modes(MATRIX_FAMILIES, [(backend, side) for backend in ("sdpa", "eager") for side in ("left", "right")]),
+)
+def test_padded_equals_unpadded(case: str, family: str, mode: tuple[str, str]) -> None:
+    backend, side = mode
     model = swapped(family, case, backend)
     rows = [token_ids(1, 20, seed=5), token_ids(1, 13, seed=6)]
     alone = [logits(model, row)[0] for row in rows]
@@ -198,8 +203,7 @@ def test_shift_invariance_is_as_claimed(case: str, family: str) -> None:
     assert (difference < 1e-4) if claimed else (difference > 1e-3)
 
 
-@every_pair
-@every_backend
+@in_every_backend
 def test_gradients_reach_every_parameter(case: str, family: str, backend: str) -> None:
     model, ids = swapped(family, case, backend), token_ids(2, 30)
     model.train()
@@ -211,7 +215,7 @@ def test_gradients_reach_every_parameter(case: str, family: str, backend: str) -
     assert {name for name, _ in positional_parameters(model)} <= {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("case", "family"), [(case, family) for case, family in PAIRS if is_causal(family)])
+@pytest.mark.parametrize(("case", "family"), covering_pairs(DECODERS))
 def test_labels_beside_left_padding_train_as_in_eager_attention(case: str, family: str) -> None:
     """What padding gets is a mean of values in eager attention and zeros in a kernel; neither sends back more than real tokens do.
 
@@ -249,7 +253,7 @@ def test_gradients_are_the_same_under_both_backends_and_checkpointing(case: str,
             )
 
 
-@every_pair
+@pytest.mark.parametrize(("case", "family"), covering_pairs(MATRIX_FAMILIES))
 def test_a_deep_copy_follows_its_own_scheme(case: str, family: str) -> None:
     model, ids = swapped(family, case), token_ids(1, 10)
     before = logits(model, ids)

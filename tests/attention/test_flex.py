@@ -22,11 +22,11 @@ from pe_swap.errors import UnsupportedBackendError
 from pe_swap.schemes import SCHEMES, build_options
 from pe_swap.schemes.base import ATTENTION_HOOKS
 from tests.support.calls import Call, calls, expected
+from tests.support.covering import PAIRS
 from tests.support.models import (
     CASES,
     DECODERS,
     LENGTH_DEPENDENT,
-    PAIRS,
     ROUNDING,
     build,
     disturb,

@@ -12,20 +12,24 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
 import pe_swap
 from pe_swap.families import FAMILIES, base_model_of
 from pe_swap.families.classes import modeling_of
-from pe_swap.patching.install import holders_of, positional_parameters
+from pe_swap.patching.install import holders_of
 from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, parameters_of
+from tests.support.covering import TWO_SIDED, covering, read, scheme_of, traits, ways_in
 from tests.support.families import (
+    IDS_ONLY,
     IMAGES,
     ROUNDING,
     TINY,
     auto_class,
     config_of,
+    described_alike,
     difference,
     outputs,
     takes_on_a_grid,
@@ -33,6 +37,8 @@ from tests.support.families import (
     tiny,
     token_ids,
 )
+from tests.support.models import CASES
+from tests.support.models import swapped_tiny as swapped
 
 NAMES = FAMILIES.names()
 TEXTS = [name for name in NAMES if not FAMILIES[name].takes_images]
@@ -40,32 +46,31 @@ ALONE = [name for name in TEXTS if len(FAMILIES[name].stacks_of(config_of(name))
 CAUSAL = [name for name in ALONE if FAMILIES[name].is_causal(config_of(name))]
 CACHED = [name for name in CAUSAL if FAMILIES[name].stacks[-1].has_cache]
 
-EVERY_HOOK: dict[str, dict[str, Any]] = {
-    "alibi": {},
-    "rope": {"base": 777.0, "layout": "interleaved", "fraction": 0.5},
-    "fox": {"initial_reach": 4.0},
-    "sinusoidal": {},
-}
-"""A small set of schemes that covers every way in: a bias, a turn in the attention function, extra key channels, the input."""
+
+def looks_back_only(family: str) -> bool:
+    """Tell whether every stack of a family is causal."""
+    config = config_of(family)
+    return all(stack.is_causal(config) for stack in FAMILIES[family].stacks_of(config))
 
 
-def cases(names: list[str]) -> list[tuple[str, str]]:
-    return [
-        (name, scheme)
-        for name in names
-        for scheme in EVERY_HOOK
-        if not FAMILIES[name].takes_images or takes_on_a_grid(name, scheme)
-        if scheme != "fox" or all(stack.is_causal(config_of(name)) for stack in FAMILIES[name].stacks_of(config_of(name)))
-    ]
+ALIKE = set(NAMES) - described_alike().keys()
+"""Families that share a description with another one, which has the name of its file."""
 
 
-def swapped(family: str, scheme: str, **overrides: Any) -> PreTrainedModel:
-    model = pe_swap.swap_positional(tiny(family, **overrides), scheme, **EVERY_HOOK[scheme])
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for _, parameter in positional_parameters(model):
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+def cases_of(family: str) -> list[str]:
+    """Return the cases that a family takes."""
+    if FAMILIES[family].takes_images:  # every scheme of a grid runs in tests/families/test_images.py
+        return [case for case in TWO_SIDED if CASES[case][1] == {} and takes_on_a_grid(family, CASES[case][0])]
+    known = CASES if looks_back_only(family) else TWO_SIDED
+    return [case for case in known if "embed" not in scheme_of(case).hooks or family not in IDS_ONLY]
+
+
+def ways_into(family: str) -> list[str]:
+    """Return few cases with every hook; of a family that is described as another one is, those that read every part of a model."""
+    return covering(cases_of(family), of=read if family in ALIKE else ways_in)
+
+
+WAYS_IN = [(family, case) for family in NAMES for case in ways_into(family)]
 
 
 @contextmanager
@@ -228,48 +233,49 @@ def test_alibi_is_the_silenced_model_with_the_bias_in_its_mask(family: str) -> N
     assert difference(found, expected) <= ROUNDING
 
 
-@pytest.mark.parametrize(("family", "scheme"), cases(NAMES))
-def test_eager_is_sdpa(family: str, scheme: str) -> None:
-    ids = token_ids(2, 20)
-    model = swapped(family, scheme)
-    if not takes_sdpa(model):
-        pytest.skip(f"{type(model).__name__} takes no sdpa, unswapped either")
-    found = outputs(model, ids)
-    model.config._attn_implementation = "eager"
-    assert difference(found, outputs(model, ids)) <= ROUNDING
+@pytest.mark.parametrize(("family", "case"), WAYS_IN)
+def test_every_way_in_is_the_same_in_every_form_of_a_call(family: str, case: str) -> None:
+    """Under either backend, beside padding, and with a cache, beyond windows."""
+    model, ids = swapped(family, case), token_ids(2, 16)
+    expected = outputs(model, ids)
+    if family in CACHED and scheme_of(case).cached_equals_uncached:
+        assert difference(cached(model, ids), expected) <= ROUNDING, "cached"
+    for side in ("left", "right") if family in ALONE and family != "clip_text_model" else ():
+        assert difference(padded(model, ids[:1], side), expected[0]) <= ROUNDING, f"padded on the {side}"
+    if takes_sdpa(model):
+        model.config._attn_implementation = "eager"
+        assert difference(outputs(model, ids), expected) <= ROUNDING, "eager"
 
 
-@pytest.mark.parametrize(("family", "scheme"), cases(CACHED))
-def test_cached_is_uncached_beyond_windows(family: str, scheme: str) -> None:
-    model, ids = swapped(family, scheme), token_ids(2, 16)
-    expected = outputs(model, ids, use_cache=False)
+def cached(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the outputs of a text in pieces, with a cache."""
     cache, parts = DynamicCache(config=model.config), []
     name = next(name for name in CACHE_ARGUMENTS if name in parameters_of(model))
     for start, stop in ((0, 7), (7, 10), (10, 11), (11, 12), (12, 16)):
         parts.append(outputs(model, ids[:, start:stop], use_cache=True, **{name: cache}))
-    assert difference(torch.cat(parts, dim=1), expected) <= ROUNDING
+    return torch.cat(parts, dim=1)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("family", "scheme"), cases([name for name in ALONE if name != "clip_text_model"]))
-def test_padded_is_alone(family: str, scheme: str, side: str) -> None:
-    model, row, padding = swapped(family, scheme), token_ids(1, 12), torch.zeros(1, 5, dtype=torch.long)
+def padded(model: PreTrainedModel, row: Tensor, side: str) -> Tensor:
+    """Return the outputs of a row beside padding, `[length, ...]`."""
+    padding = torch.zeros(1, 5, dtype=torch.long)
     first_id = next(iter(holders_of(model))).first_id
     parts = (padding, row) if side == "left" else (row, padding)
     mask = torch.cat([torch.zeros_like(part) if part is padding else torch.ones_like(part) for part in parts], dim=1)
     ids = (mask.cumsum(-1) - 1).clamp(min=0) + first_id
-    given = (
-        {"position_ids": ids}
-        if "position_ids" in parameters_of(model) or "position_ids" in parameters_of(model.base_model)
-        else {}
-    )
-    found = outputs(model, torch.cat(parts, dim=1), attention_mask=mask, **given)[0, mask[0].bool()]
-    assert difference(found, outputs(model, row)[0]) <= ROUNDING
+    takes_ids = "position_ids" in parameters_of(model) or "position_ids" in parameters_of(model.base_model)
+    given = {"position_ids": ids} if takes_ids else {}
+    return outputs(model, torch.cat(parts, dim=1), attention_mask=mask, **given)[0, mask[0].bool()]
 
 
-@pytest.mark.parametrize(("family", "scheme"), cases(NAMES))
-def test_saved_and_reloaded_is_the_same_model(family: str, scheme: str, tmp_path: Path) -> None:
-    model, ids = swapped(family, scheme), token_ids(2, 20)
+def saved_cases(family: str) -> list[str]:
+    """Return a case that has weights, and one that has none."""
+    return covering(cases_of(family), of=lambda case: traits(case) & {("weights", True), ("weights", False)})
+
+
+@pytest.mark.parametrize(("family", "case"), [(family, case) for family in NAMES for case in saved_cases(family)])
+def test_saved_and_reloaded_is_the_same_model(family: str, case: str, tmp_path: Path) -> None:
+    model, ids = swapped(family, case), token_ids(2, 20)
     model.save_pretrained(tmp_path)
     again, info = auto_class(family).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 import pe_swap
 from pe_swap.patching.install import holder_of
-from tests.support.models import PAIRS, build, swapped, token_ids
+from tests.support.covering import covering_pairs
+from tests.support.models import MATRIX_FAMILIES, build, swapped, token_ids
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder"),
@@ -26,7 +27,7 @@ def layers_of(model: Any, family: str) -> Any:
     return model.base_model.get_submodule(LAYERS[family])
 
 
-@pytest.mark.parametrize(("case", "family"), PAIRS)
+@pytest.mark.parametrize(("case", "family"), covering_pairs(MATRIX_FAMILIES))
 def test_a_copied_layer_uses_the_weights_of_the_model_it_stands_in(case: str, family: str) -> None:
     model, ids = swapped(family, case).eval(), token_ids(2, 12)
     names = dict(model.named_parameters()).keys()

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 import pe_swap
 from pe_swap.errors import CheckpointError
 from pe_swap.saving.model_card import BEGIN, END, record_evaluation, record_fine_tuning
+from tests.support.covering import covering_pairs
 from tests.support.families import auto_class
-from tests.support.models import CASES, PAIRS, build, swapped, token_ids
+from tests.support.models import CASES, build, swapped, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
 
@@ -23,7 +24,7 @@ def text_of(folder: Path) -> str:
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("case", "family"), PAIRS)
+@pytest.mark.parametrize(("case", "family"), [*((case, "gpt2") for case in CASES), *covering_pairs(["bert", "bert-decoder"])])
 def test_the_card_states_scheme_options_and_lengths(case: str, family: str, tmp_path: Path) -> None:
     model = swapped(family, case)
     model.save_pretrained(tmp_path)

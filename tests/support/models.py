@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 import pe_swap
+from pe_swap.families import FAMILIES
 from pe_swap.patching.install import positional_parameters
 from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.schemes import SCHEMES
@@ -69,8 +70,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LENGTH_DEPENDENT = ("rope-dynamic", "rope-longrope")
 """Cases that do not claim that a cached pass equals an uncached one; the matrix checks that they are these."""
+TURN_A_PART = ("gpt_neox", "gptj")
+"""Families whose rotation turns half of each head, so that it has half as many planes as the cases give factors for."""
 MATRIX_FAMILIES = ("gpt2", "bert", "bert-decoder")
-"""Families in which every case runs, and a variant."""
+"""Families in which every case runs, and a variant, where the covering cases do."""
 DECODERS = [family for family in MATRIX_FAMILIES if is_causal(family)]
 
 
@@ -81,7 +84,6 @@ def pairs(families: Iterable[str], cases: Iterable[str] = CASES) -> list[tuple[s
     ]
 
 
-PAIRS = pairs(MATRIX_FAMILIES)
 BACKENDS = ("eager", "sdpa")
 
 ROUNDING = {"atol": 2e-5, "rtol": 1e-4}
@@ -97,6 +99,18 @@ def swapped(family: str, case: str, backend: str = "sdpa", **config: Any) -> Pre
     """Return a small model swapped to a case, its positional parameters moved off their neutral start."""
     name, options = CASES[case]
     model = pe_swap.swap_positional(build(family, backend, **config), name, **options)
+    disturb(model)
+    return model
+
+
+def swapped_tiny(family: str, case: str) -> PreTrainedModel:
+    """Return the tiny model of any family swapped to a case, as `swapped`, with the options that its own positions ask for."""
+    name, options = CASES[case]
+    if name == "concat" and "dim" in options and FAMILIES[family].stacks[0].native.kind != "table":
+        options = {**options, "table": "sinusoidal"}
+    if case == "rope-longrope" and family in TURN_A_PART:
+        options = {**options, **{factors: options[factors][::2] for factors in ("short_factor", "long_factor")}}
+    model = pe_swap.swap_positional(tiny(family), name, **options)
     disturb(model)
     return model
 
