@@ -51,7 +51,7 @@ def swap_positional(
     layers: Iterable[int] | str | None = None,
     part: str | None = None,
     trained_length: int | None = None,
-    keep_mean: bool = False,
+    keep_mean: bool | None = None,
     **options: Any,
 ) -> Model:
     """Replace the positional components of a model, in place.
@@ -70,8 +70,8 @@ def swap_positional(
         part: `"encoder"` or `"decoder"` of an encoder-decoder; None for both.
         trained_length: the length that the model was trained at, in positions, from which schemes derive sizes; None takes the model's.
         keep_mean: where the model's own positions are a table: keep its mean row, as a constant that is added to every token embedding
-            beside the new scheme. It is saved with the model and not trained. A later swap of some layers leaves it; one of all layers
-            keeps it if asked again.
+            beside the new scheme. It is saved with the model and not trained. None keeps it beside schemes that it was measured to help
+            (`Scheme.keeps_mean`: those that turn queries and keys), in a decoder. A later swap of some layers leaves it as it is.
         options: the scheme's options. Those left out take the value that the model's own positions have for them, where they have one.
 
     Returns:
@@ -208,7 +208,9 @@ def chosen_stacks(family: Family, model: PreTrainedModel, part: str | None) -> l
     return chosen
 
 
-def resolve(model: PreTrainedModel, stack: Stack, parts: list[Part], trained_length: int | None, keep_mean: bool) -> Change:
+def resolve(
+    model: PreTrainedModel, stack: Stack, parts: list[Part], trained_length: int | None, keep_mean: bool | None
+) -> Change:
     """Return what a swap to the schemes of `parts` will do to a stack."""
     base_model = base_model_of(model)
     current = holder_in(model, stack)
@@ -267,14 +269,25 @@ def resolve(model: PreTrainedModel, stack: Stack, parts: list[Part], trained_len
         kept = tuple(None if at is None else kept[at] for at in from_before)
     assert before is not None
     assignment, origins = before.resolve(geometry, natives)
-    mean = None
-    if keep_mean is not False:
+    some_layers = current is not None and any(layers is not None for _, layers in parts)
+    mean = current.mean if current is not None and some_layers and not keep_mean else None
+    if keep_mean is None and not some_layers:
+        keep_mean = keeps_mean(stack, geometry, assignment, table, current)
+    if keep_mean is not None and keep_mean is not False:
         require_keep_mean(keep_mean, model, stack, assignment)
         mean = mean_row(model, table, current)
-    elif current is not None and any(layers is not None for _, layers in parts):
-        mean = current.mean
     prefix = kind.prefix(found) if current is None else current.prefix
     return Change(stack, current, assignment, tuple(kept[at] for at in origins), geometry, native, original, config, mean, prefix)
+
+
+def keeps_mean(
+    stack: Stack, geometry: Geometry, assignment: Assignment, table: Tensor | None, current: SchemeHolder | None
+) -> bool:
+    """Tell whether the mean of a table is kept where nobody says: in a decoder, at hand, beside a scheme that it helps."""
+    at_hand = table is not None or (current is not None and current.mean is not None)
+    names = {options.scheme for options in assignment.options}
+    helps = any(SCHEMES[name].keeps_mean for name in names) and not names & set(starting_from_table())
+    return stack.native.kind == "table" and geometry.is_causal and at_hand and helps
 
 
 def require_keep_mean(keep_mean: object, model: PreTrainedModel, stack: Stack, assignment: Assignment) -> None:
@@ -284,7 +297,7 @@ def require_keep_mean(keep_mean: object, model: PreTrainedModel, stack: Stack, a
         OptionError: it cannot be kept.
     """
     if keep_mean is not True:
-        raise OptionError(f"keep_mean is {keep_mean!r}; it must be True or False. Give one of them.")
+        raise OptionError(f"keep_mean is {keep_mean!r}; it must be True, False or None. Give one of them.")
     if stack.native.kind not in ("table", "grid"):
         of_stack = f" in its {stack.name}" if stack.name else ""
         raise OptionError(

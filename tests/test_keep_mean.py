@@ -14,7 +14,11 @@ import pe_swap
 from pe_swap.errors import OptionError, SwapStateError
 from pe_swap.families import FAMILIES, family_for
 from pe_swap.patching.install import holders_of, positional_parameters
+from pe_swap.schemes import SCHEMES
 from tests.support.families import ROUNDING, config_of, described_alike, difference, outputs, tiny, token_ids
+
+TURNING = ("hope", "rerope", "rope", "self_extend", "xpos")
+"""What configs/README.md, "Keep the mean", says that it helps."""
 
 WITH_TABLES = [
     name for name in described_alike() if any(s.native.kind == "table" for s in FAMILIES[name].stacks_of(config_of(name)))
@@ -71,7 +75,7 @@ def test_the_mean_is_saved_and_neither_trained_nor_lost(tmp_path: Path, scheme: 
         ("bloom", "alibi", True, "are no table"),
         ("gpt2", "learned", True, "other than concat and learned"),
         ("gpt2", "concat", True, "other than concat and learned"),
-        ("gpt2", "rope", "yes", "it must be True or False"),
+        ("gpt2", "rope", "yes", "it must be True, False or None"),
     ],
 )
 def test_a_mean_that_cannot_be_kept(family: str, scheme: str, value: Any, message: str) -> None:
@@ -84,9 +88,28 @@ def test_a_mean_that_cannot_be_kept(family: str, scheme: str, value: Any, messag
 
 
 def test_the_mean_of_a_table_that_is_gone(tmp_path: Path) -> None:
-    pe_swap.swap_positional(tiny("gpt2"), "rope").save_pretrained(tmp_path)
+    pe_swap.swap_positional(tiny("gpt2"), "rope", keep_mean=False).save_pretrained(tmp_path)
     model, ids = AutoModelForCausalLM.from_pretrained(tmp_path), token_ids(2, 7)
     before = outputs(model, ids)
     with pytest.raises(SwapStateError, match="loaded already swapped"):
         pe_swap.swap_positional(model, "alibi", keep_mean=True)
     assert torch.equal(outputs(model, ids), before)
+
+
+def test_the_mean_stays_in_decoders_beside_schemes_that_turn_unless_a_swap_says_otherwise(tmp_path: Path) -> None:
+    def kept(model: Any) -> bool:
+        return holders_of(model)[0].mean is not None
+
+    helped = {name for name in pe_swap.list_schemes() if kept(pe_swap.swap_positional(tiny("gpt2"), name))}
+    assert helped == {name for name in SCHEMES.names() if SCHEMES[name].keeps_mean} == set(TURNING)
+    assert not kept(pe_swap.swap_positional(tiny("gpt2"), "rope", keep_mean=False))
+    assert not kept(pe_swap.swap_positional(tiny("bert"), "rope"))
+    assert not kept(pe_swap.swap_positional(tiny("llama"), "xpos"))
+    model = pe_swap.swap_positional(tiny("gpt2"), "alibi")
+    assert not kept(pe_swap.swap_positional(model, "rope", layers=[0])), "the input is shared by all layers"
+    assert kept(pe_swap.swap_positional(model, "rope"))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert kept(pe_swap.swap_positional(loaded, "hope"))
+    assert not kept(pe_swap.swap_positional(loaded, "rope", keep_mean=False))
+    assert not kept(pe_swap.swap_positional(loaded, "rope")), "it is gone, and nobody asked for it"

@@ -297,7 +297,7 @@ def start_table(record: dict[str, Any]) -> list[str]:
 
 def _scheme_text(section: dict[str, Any]) -> str:
     """Return a scheme's name and the options that its configuration gives."""
-    unsaid = {"name": section.get("name"), "keep_mean": False}
+    unsaid = {"name": section.get("name"), "keep_mean": None}
     given = {name: value for name, value in section.items() if name not in unsaid or unsaid[name] != value}
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
     return ", ".join([str(section.get("name", "-")), *options])

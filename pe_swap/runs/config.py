@@ -73,8 +73,8 @@ class SchemeSection(BaseModel):
     name: str = Field(default=ORIGINAL, description="a scheme, or 'original' to leave the model as it is")
     layers: Layers | None = Field(default=None, description="layers that take it, or 'every:4' and the like; all by default")
     plan: str | None = Field(default=None, description="a plan of layers, in place of a name; see swap_positional")
-    keep_mean: Annotated[bool, Strict()] = Field(
-        default=False, description="keep the mean row of the model's own position table; see swap_positional"
+    keep_mean: Annotated[bool, Strict()] | None = Field(
+        default=None, description="keep the mean row of the model's own position table; null: where it helps; see swap_positional"
     )
 
     @property

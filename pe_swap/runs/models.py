@@ -209,7 +209,7 @@ def apply_scheme(model: PreTrainedModel, scheme: SchemeSection) -> PreTrainedMod
             )
         return swap_positional(model, plan=scheme.plan, layers=scheme.layers, keep_mean=scheme.keep_mean, **scheme.options)
     if scheme.name == ORIGINAL:
-        if scheme.options or scheme.layers is not None or scheme.keep_mean:
+        if scheme.options or scheme.layers is not None or scheme.keep_mean is not None:
             given = sorted(scheme.options) or ("layers" if scheme.layers is not None else "keep_mean")
             raise ConfigError(f"scheme is '{ORIGINAL}' with {given}; the control takes no options. Drop them, or name a scheme.")
         return model

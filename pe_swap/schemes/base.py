@@ -54,6 +54,8 @@ class Scheme(nn.Module):
         cached_equals_uncached: False only where the paper's own definition makes a cached pass differ.
         bias_is_shared: `relative_bias` is the same in every layer the scheme serves, so that one layer's serves all.
         starts_from_table: starts from the model's own position table, where there is one.
+        keeps_mean: in a decoder whose positions are a table, the table's mean row stays beside the scheme unless a swap says otherwise. For
+            schemes that it was measured to help: `configs/README.md`, "Keep the mean".
         carries_tokens: names of parameters that token embeddings pass through. They are weights like the model's own, and are trained at
             its learning rate, where the scheme's others may have a higher one.
         keeps_function: as built, the scheme leaves the function of the model unchanged, as it replaces the model's own positions by the
@@ -75,6 +77,7 @@ class Scheme(nn.Module):
     cached_equals_uncached: bool = True
     bias_is_shared: bool = False
     starts_from_table: ClassVar[bool] = False
+    keeps_mean: ClassVar[bool] = False
     carries_tokens: ClassVar[frozenset[str]] = frozenset()
     keeps_function: bool = False
     on_a_grid: ClassVar[Literal["itself", "summed", "joined"] | None] = None

@@ -134,6 +134,7 @@ class RotaryScheme(Scheme):
     """
 
     shift_invariant = True
+    keeps_mean = True
 
     options: ResolvedRotaryOptions
 

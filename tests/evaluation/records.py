@@ -35,7 +35,7 @@ COMPARISON = {
     },
     "config": {
         "schemes": {
-            "control": {"name": "original", "layers": None, "keep_mean": False},
+            "control": {"name": "original", "layers": None, "keep_mean": None},
             "far": {"name": "fox", "layers": [0, 2], "keep_mean": True, "initial_reach": 10000},
             "short": {"name": "learned", "layers": None, "max_length": 8},
         }

@@ -29,7 +29,7 @@ def gpt2(heads: int, hidden_size: int, scheme: str, options: Mapping[str, Any], 
     """Return a swapped GPT-2 whose weights are still to be set."""
     sizes = {"n_embd": hidden_size, "n_head": heads, "n_layer": LAYERS, "n_positions": TRAINED_LENGTH, "vocab_size": VOCABULARY}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, **config)).eval()
-    return pe_swap.swap_positional(model, scheme, **options)
+    return pe_swap.swap_positional(model, scheme, keep_mean=False, **options)
 
 
 def copy_linear(target: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
