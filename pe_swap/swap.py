@@ -27,7 +27,6 @@ from pe_swap.patching.install import (
     detach,
     holder_in,
     require_own_forward,
-    require_place_for_vectors,
     token_table,
 )
 from pe_swap.plans import layers_from, parts_of
@@ -259,7 +258,6 @@ def resolve(
     before = None if current is None else current.assignment
     kept: tuple[int | None, ...] = tuple(range(len(before.options))) if before is not None else ()
     for options, layers in parts:
-        require_place_for_vectors(stack, base_model, options.scheme)
         chosen = None if layers is None else layers_from(layers, len(paths))
         if chosen is None and options.scheme == kind.own_scheme:
             has_own = [layer for layer in range(len(paths)) if kind.acts_in(config, layer)]

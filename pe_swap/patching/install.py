@@ -21,13 +21,13 @@ from pe_swap.families.native.grid import METHOD
 from pe_swap.families.native.rotary import NATIVE, UNTURNED
 from pe_swap.patching.binding import LayerBinding
 from pe_swap.patching.caller_hook import CALLER_ATTRIBUTE, CallerBinding, prepare_call
-from pe_swap.patching.grid_vectors import GridVectors
+from pe_swap.patching.grid_vectors import EMBEDDINGS, GridVectors, hook_embeddings, unhook_embeddings
 from pe_swap.patching.holder import HolderRef, Original, SchemeHolder, TokenTable
 from pe_swap.patching.hooks import add_pre_hook, hand_on_positions, remove_pre_hook
 from pe_swap.patching.layer_cache import cache_argument, parameters_of
 from pe_swap.patching.native_hook import HANDED_ATTRIBUTE, Handed, hand_in
-from pe_swap.schemes import SCHEMES, Scheme
-from pe_swap.schemes.base import ATTENTION_HOOKS, INPUT_HOOKS, hooks_of
+from pe_swap.schemes import Scheme
+from pe_swap.schemes.base import ATTENTION_HOOKS
 
 
 def assemble(
@@ -117,10 +117,9 @@ def require_input(stack: Stack, base_model: nn.Module, tokens: TokenTable, schem
     Raises:
         UnsupportedModelError: it cannot.
     """
-    replaces = "embed" in scheme.hooks or ("encode" in scheme.hooks and stack.native.kind not in ("table", "grid"))
-    if not replaces:
+    replaces = "embed" in scheme.hooks or ("encode" in scheme.hooks and stack.native.kind != "table")
+    if not replaces or stack.patches is not None:
         return
-    require_place_for_vectors(stack, base_model, scheme.name)
     name = type(base_model).__name__
     if "inputs_embeds" not in parameters_of(find(base_model, stack.caller)):
         raise UnsupportedModelError(
@@ -131,19 +130,6 @@ def require_input(stack: Stack, base_model: nn.Module, tokens: TokenTable, schem
         raise UnsupportedModelError(
             f"The scheme '{scheme.name}' replaces token embeddings, and those of this {name} are {tokens.weight.shape[-1]} wide where its "
             f"positions are {scheme.geometry.input_size} wide. Choose a scheme that adds a vector, or one inside attention."
-        )
-
-
-def require_place_for_vectors(stack: Stack, base_model: nn.Module, name: str) -> None:
-    """Refuse a scheme that adds vectors to the patches of a model which has no place for them.
-
-    Raises:
-        UnsupportedModelError: its own positions are inside attention.
-    """
-    if stack.patches is not None and stack.native.kind != "grid" and hooks_of(SCHEMES[name]) & INPUT_HOOKS:
-        raise UnsupportedModelError(
-            f"The scheme '{name}' adds vectors to the patches, and {type(base_model).__name__} has no place where it adds any. Choose a "
-            "scheme inside attention (rope, t5, shaw)."
         )
 
 
@@ -222,6 +208,8 @@ def attach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolde
     if isinstance(stack.native, Grid):
         stack.native.take_out(base_model)
         vars(base_model.get_submodule(owner))[METHOD] = GridVectors(holder_ref)
+    elif stack.patches is not None and holder.input_hook("encode") is not None:
+        hook_embeddings(find(base_model, EMBEDDINGS), holder_ref)
     base_model.get_submodule(owner).add_module(attribute, holder)
     caller = find(base_model, stack.caller)
     pad_token_id = getattr(config, "pad_token_id", None)
@@ -297,6 +285,8 @@ def detach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolde
             set_class(module, type(module).__mro__[1])
     if isinstance(stack.native, Grid):
         vars(find(base_model, stack.native.owner_path)).pop(METHOD, None)
+    elif stack.patches is not None:
+        unhook_embeddings(find(base_model, EMBEDDINGS))
     if isinstance(stack.native, Grid) and holder.original is not None:
         stack.native.put_back(base_model, holder.original.current(holder.tokens.weight))
     elif isinstance(stack.native, AddedBias):

@@ -21,6 +21,7 @@ from pe_swap.families import FAMILIES, base_model_of
 from pe_swap.families.classes import modeling_of
 from pe_swap.patching.install import holders_of
 from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, parameters_of
+from pe_swap.schemes import SCHEMES
 from tests.support.covering import TWO_SIDED, covering, read, scheme_of, traits, ways_in
 from tests.support.families import (
     IDS_ONLY,
@@ -32,7 +33,6 @@ from tests.support.families import (
     described_alike,
     difference,
     outputs,
-    takes_on_a_grid,
     takes_sdpa,
     tiny,
     token_ids,
@@ -60,7 +60,7 @@ ALIKE = set(NAMES) - described_alike().keys()
 def cases_of(family: str) -> list[str]:
     """Return the cases that a family takes."""
     if FAMILIES[family].takes_images:  # every scheme of a grid runs in tests/families/test_images.py
-        return [case for case in TWO_SIDED if CASES[case][1] == {} and takes_on_a_grid(family, CASES[case][0])]
+        return [case for case in TWO_SIDED if CASES[case][1] == {} and SCHEMES[CASES[case][0]].on_a_grid is not None]
     known = CASES if looks_back_only(family) else TWO_SIDED
     return [case for case in known if "embed" not in scheme_of(case).hooks or family not in IDS_ONLY]
 

@@ -25,7 +25,7 @@ from pe_swap.patching.layer_cache import parameters_of
 from pe_swap.schemes import SCHEMES, Geometry, Native, Scheme, build_options
 from pe_swap.schemes.per_axis import built, resolved
 from pe_swap.schemes.positions import Positions, slots_from
-from tests.support.families import ROUNDING, auto_class, config_of, difference, images, takes_on_a_grid, tiny
+from tests.support.families import ROUNDING, auto_class, config_of, difference, images, options_on_a_grid, tiny
 from tests.support.models import disturb
 
 FAMILY_NAMES = [name for name in FAMILIES.names() if FAMILIES[name].takes_images]
@@ -79,7 +79,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
 def test_every_scheme_of_a_grid_keeps_its_claims(family: str) -> None:
     model, pixels, other = tiny(family), images(2), images(2, height=36, width=29)
     before = states(model, pixels)
-    forms = [(name, {}) for name in pe_swap.list_schemes(axes=2) if takes_on_a_grid(family, name)]
+    forms = [(name, options_on_a_grid(family, name)) for name in pe_swap.list_schemes(axes=2)]
     for scheme, options in forms + (MORE if family == "vit" else []):
         pe_swap.swap_positional(model, scheme, **options)
         disturb(model)
@@ -355,6 +355,17 @@ def test_a_grid_that_is_not_that_of_the_tokens_is_refused() -> None:
     model = pe_swap.swap_positional(tiny("beit"), "rope")
     with pytest.raises(UnsupportedModelError, match="attention_mask is given"):
         model.beit(images(1), attention_mask=torch.ones(1, 37))
-    for scheme in ("learned", "sinusoidal"):
-        with pytest.raises(pe_swap.errors.PESwapError, match="adds vectors to the patches, and DINOv3ViTModel has no place"):
-            pe_swap.swap_positional(tiny("dinov3_vit"), scheme)
+    with pytest.raises(OptionError, match="'scale' is 'match', but there is no table to match"):
+        pe_swap.swap_positional(tiny("dinov3_vit"), "sinusoidal")
+
+
+def test_vectors_reach_the_patches_of_a_model_that_adds_none_of_its_own() -> None:
+    model, pixels = tiny("dinov3_vit"), images(2, height=36, width=28)
+    tokens = model.embeddings(pixels)
+    pe_swap.swap_positional(model, "sinusoidal", scale=0.5)
+    vectors = holders_of(model)[0].scheme_at(0).encode_grid((9, 7), CPU)
+    expected = torch.cat((tokens[:, :4], tokens[:, 4:] + vectors), dim=1)  # class and registers first
+    assert torch.equal(model.embeddings(pixels), expected)
+    pe_swap.restore_positional(model)
+    assert torch.equal(model.embeddings(pixels), tokens)
+    assert not model.embeddings._forward_hooks

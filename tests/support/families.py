@@ -24,8 +24,6 @@ import pe_swap
 from pe_swap.families import FAMILIES, family_name
 from pe_swap.families.classes import config_class_of, modeling_of
 from pe_swap.patching.layer_cache import parameters_of
-from pe_swap.schemes import SCHEMES
-from pe_swap.schemes.base import INPUT_HOOKS, hooks_of
 
 ROUNDING = 5e-6
 """Largest difference of logits over the largest logit that counts as rounding."""
@@ -296,10 +294,10 @@ def outputs(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Tensor:
     return result
 
 
-def takes_on_a_grid(family: str, scheme: str) -> bool:
-    """Tell whether a family of images takes a scheme: one that is defined on a grid, and on the input only where its own positions are."""
-    is_at_input = FAMILIES[family].stacks_of(config_of(family))[0].native.kind == "grid"
-    return SCHEMES[scheme].on_a_grid is not None and (is_at_input or not hooks_of(SCHEMES[scheme]) & INPUT_HOOKS)
+def options_on_a_grid(family: str, scheme: str) -> dict[str, Any]:
+    """Return the options that a scheme needs in a family of images: a size, where there is no table to match."""
+    has_table = FAMILIES[family].stacks_of(config_of(family))[0].native.kind == "grid"
+    return {"scale": 0.5} if scheme == "sinusoidal" and not has_table else {}
 
 
 def takes_sdpa(model: PreTrainedModel) -> bool:
