@@ -201,12 +201,11 @@ def _scalar(text: str) -> Any:
 
 
 def _assign(values: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set a nested key."""
+    """Set a nested key. Sections on the way are copied: a YAML file may have one under two names (`train: *base`)."""
     for part in path[:-1]:
-        inner = values.setdefault(part, {})
-        if not isinstance(inner, dict):
-            inner = values[part] = {}
-        values = inner
+        inner = values.get(part)
+        values[part] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[part]
     values[path[-1]] = value
 
 

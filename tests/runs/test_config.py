@@ -220,6 +220,13 @@ def test_null_takes_back_what_a_file_gives(tmp_path: Path) -> None:
     assert finetune("--config", str(path), "--data.text_files", "null").data.text_files is None
 
 
+def test_a_section_under_two_names_is_changed_under_one(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("base: &both {max_steps: 9}\ntrain: *both\nschemes: {control: {name: original}}")
+    found = parse(CompareConfig, ["--config", str(tmp_path / "c.yaml"), "--train.max_steps", "2"], description="")
+    assert found.base is not None
+    assert (found.base.max_steps, found.train.max_steps) == (9, 2)
+
+
 def test_another_source_of_text_drops_what_belongs_to_the_files(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("data: {sotu: true, train_years: [1900, 1910], block_size: 16}")
