@@ -391,6 +391,9 @@ class _ImageChecker(_Checker):
     def states(self, input_ids: Tensor, model: PreTrainedModel | None = None, **kwargs: Any) -> Tensor:
         """Return the base model's last hidden states of images, `[batch, tokens, hidden_size]`, float32."""
         base_model: Any = self.base_model if model is None else base_model_of(model)
+        noise = self.noise(self.patches.sides(*input_ids.shape[-2:]))
+        if noise is not None:
+            kwargs["noise"] = noise.expand(len(input_ids), -1)
         output = base_model(pixel_values=input_ids, **kwargs)
         if "last_hidden_state" in output:
             return output.last_hidden_state.float()  # type: ignore[no-any-return]
@@ -399,7 +402,13 @@ class _ImageChecker(_Checker):
     def unshared(self) -> SharedInCall:
         """Return what the layers of a call on `tokens` share, if each computes everything itself."""
         sides = self.patches.trained_sides
-        return SharedInCall(self.patches.position_ids(sides, self.device), shares=False, sides=sides)
+        return SharedInCall(self.patches.position_ids(sides, self.device, self.noise(sides)), shares=False, sides=sides)
+
+    def noise(self, sides: tuple[int, int]) -> Tensor | None:
+        """Return the noise that keeps the first patches in their order, `[1, patches]`, for a model that drops some; else None."""
+        if self.patches.kept is None:
+            return None
+        return torch.arange(sides[0] * sides[1], dtype=torch.float32, device=self.device)[None]
 
     def order_difference(self) -> float:
         """Return how much the mean state changes when the patches of an image change places."""

@@ -84,7 +84,9 @@ def with_patches(binding: CallerBinding, patches: PatchLayout, kwargs: dict[str,
     if binding.stack.native.kind == "grid" and METHOD in binding.parameters:
         kwargs[METHOD] = True  # that method is the holder's, and takes images of any size
     sides = patches.sides(*pixels.shape[-2:])
-    kwargs.setdefault(ARGUMENT, SharedInCall(patches.position_ids(sides, pixels.device), sides=sides))
+    if patches.kept is not None and kwargs.get("noise") is None:  # drawn here as the model would draw it next
+        kwargs["noise"] = torch.rand(len(pixels), sides[0] * sides[1], device=pixels.device)
+    kwargs.setdefault(ARGUMENT, SharedInCall(patches.position_ids(sides, pixels.device, kwargs.get("noise")), sides=sides))
     return kwargs
 
 

@@ -11,6 +11,7 @@ A pair in which a token stands nowhere (class and register tokens) gets no bias.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -89,11 +90,11 @@ class PerAxis(Scheme):
     def score_bias(self, query: Tensor, key: Tensor, positions: Positions, *, scaling: float, layer: int) -> Tensor:
         """Return the sum of the biases of the axes; see `Scheme.score_bias`."""
         if not self._adds_up:
-            biases = [
-                part.score_bias(query, key, positions.along(axis), scaling=scaling, layer=layer)
-                for axis, part in enumerate(self.of_axes())
-            ]
-            return sum(biases[1:], biases[0]) * stands(positions)
+
+            def of_row(part: Scheme, at: Positions, row: slice) -> Tensor:
+                return part.score_bias(query[row], key[row], at, scaling=scaling, layer=layer)
+
+            return self.sum_over_axes(positions, of_row) * stands(positions)
         if not self.bias_is_shared or query.shape[1] * query.shape[2] * key.shape[2] > SMALL:
             return self.relative_bias_of_pairs(positions, layer)
         key_of_bias = ("bias of axes", self.options.scheme, self.layers)
@@ -121,8 +122,21 @@ class PerAxis(Scheme):
     def value_bias(self, probabilities: Tensor, positions: Positions, *, layer: int) -> Tensor:
         """Return the sum over the axes; see `Scheme.value_bias`. Pairs without positions take no part."""
         probabilities = probabilities * stands(positions)
-        biases = [part.value_bias(probabilities, positions.along(axis), layer=layer) for axis, part in enumerate(self.of_axes())]
-        return sum(biases[1:], biases[0])
+
+        def of_row(part: Scheme, at: Positions, row: slice) -> Tensor:
+            return part.value_bias(probabilities[row], at, layer=layer)
+
+        return self.sum_over_axes(positions, of_row)
+
+    def sum_over_axes(self, positions: Positions, of_row: Callable[[Scheme, Positions, slice], Tensor]) -> Tensor:
+        """Return the sum over the axes of what `of_row` gives for a copy, its positions, and the rows of the batch that stand there."""
+        rows = len(positions.query_ids)
+        slices = [slice(None)] if rows == 1 else [slice(row, row + 1) for row in range(rows)]
+        by_row = []
+        for row, which in enumerate(slices):
+            terms = [of_row(part, positions.along(axis, row), which) for axis, part in enumerate(self.of_axes())]
+            by_row.append(sum(terms[1:], terms[0]))
+        return torch.cat(by_row)
 
     def start_from(self, native: Native) -> None:
         """Let each copy take what it needs; none of them alone is the model's own positions."""

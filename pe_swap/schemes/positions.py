@@ -95,10 +95,10 @@ class Positions:
         """Key slot minus query slot, `[q_len, kv_len]`, int64: negative looks back."""
         return self.key_slots[None, :] - self.query_slots[:, None]
 
-    def along(self, axis: int) -> Positions:
-        """Return the positions along one axis of a grid, as slots and as ids; a token that stands nowhere gets 0. For one row of ids."""
-        query_ids, key_ids = self.query_ids[..., axis].clamp(min=0), self.key_ids[..., axis].clamp(min=0)
-        return Positions(query_ids[0], key_ids[0], query_ids, key_ids)
+    def along(self, axis: int, row: int) -> Positions:
+        """Return the positions of one row of a batch along one axis of a grid, as slots and as ids; what stands nowhere gets 0."""
+        query_ids, key_ids = (ids[row, :, axis].clamp(min=0) for ids in (self.query_ids, self.key_ids))
+        return Positions(query_ids, key_ids, query_ids[None], key_ids[None])
 
     def block(self, start: int, stop: int, key_stop: int | None = None, key_start: int = 0) -> Positions:
         """Return the positions of queries `start` to `stop` and of keys `key_start` to `key_stop`."""

@@ -25,7 +25,7 @@ from pe_swap.patching.layer_cache import parameters_of
 from pe_swap.schemes import SCHEMES, Geometry, Native, Scheme, build_options
 from pe_swap.schemes.per_axis import built, resolved
 from pe_swap.schemes.positions import Positions, slots_from
-from tests.support.families import ROUNDING, auto_class, config_of, difference, images, options_on_a_grid, tiny
+from tests.support.families import ROUNDING, auto_class, config_of, difference, images, noise_of, options_on_a_grid, tiny
 from tests.support.models import disturb
 
 FAMILY_NAMES = [name for name in FAMILIES.names() if FAMILIES[name].takes_images]
@@ -37,6 +37,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder"
 
 def states(model: PreTrainedModel, pixels: Tensor, **kwargs: Any) -> Tensor:
     """Return the states of all tokens of images, `[batch, tokens, hidden_size]`."""
+    if "noise" in parameters_of(base_model_of(model)):
+        kwargs["noise"] = noise_of(pixels)
     with torch.no_grad():
         found: Tensor = base_model_of(model)(pixel_values=pixels, **kwargs).last_hidden_state
     return found
@@ -84,7 +86,8 @@ def test_every_scheme_of_a_grid_keeps_its_claims(family: str) -> None:
         pe_swap.swap_positional(model, scheme, **options)
         disturb(model)
         expected, larger = states(model, pixels), states(model, other)
-        assert larger.shape[1] == holders_of(model)[0].patches.prefix + 9 * 7, scheme
+        patches = holders_of(model)[0].patches
+        assert larger.shape[1] == patches.prefix + int(9 * 7 * (patches.kept or 1)), scheme
         if scheme != FAMILIES[family].stacks_of(model.config)[-1].native.own_scheme:
             assert difference(expected, before) > 1e-3, scheme
         assert torch.equal(states(copy.deepcopy(model), pixels), expected), scheme
@@ -110,6 +113,28 @@ def test_learned_is_the_family_s_own_table_at_every_size(family: str) -> None:
     assert holders_of(model)[0].scheme_at(0).keeps_function
     pe_swap.restore_positional(model)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("scheme", ["rope", "t5", "shaw"])
+def test_patches_that_change_places_keep_their_positions(scheme: str) -> None:
+    """ViTMAE puts the patches that stay in the order of a noise: the states are those of the patches, in that order."""
+    model, pixels = pe_swap.swap_positional(tiny("vit_mae", mask_ratio=0.0), scheme), images(2)
+    disturb(model)
+    in_order, noise = torch.arange(36.0).expand(2, -1), noise_of(pixels)
+    with torch.no_grad():
+        expected, found = (model(pixels, noise=given).last_hidden_state for given in (in_order, noise))
+    for row, order in enumerate(noise.argsort(1)):
+        assert difference(found[row, 1:], expected[row, 1 + order]) <= ROUNDING
+    assert difference(found, expected) > 1e-3
+
+
+def test_patches_that_go_at_random_are_those_of_the_unswapped_model() -> None:
+    model, found = tiny("vit_mae"), []
+    for swap in (lambda model: model, lambda model: pe_swap.swap_positional(model, "learned")):
+        torch.manual_seed(5)
+        with torch.no_grad():
+            found.append(swap(model)(images(2)).last_hidden_state)
+    assert torch.equal(*found)
 
 
 def test_layers_that_are_not_named_keep_their_own_positions_or_none() -> None:
@@ -146,6 +171,7 @@ def test_gradients_are_those_of_eager_attention_and_reach_every_parameter(scheme
 
 
 def test_the_check_holds_what_it_says() -> None:
+    assert pe_swap.check_positional(pe_swap.swap_positional(tiny("vit_mae"), "rope")).passed
     model = tiny("dinov2_with_registers")
     for scheme in ("rope", "t5", "shaw", "learned", "sinusoidal", "none"):
         report = pe_swap.check_positional(pe_swap.swap_positional(model, scheme))

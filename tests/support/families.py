@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -172,6 +173,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "dinov3_vit": {**SIZES, **PATCHES, "num_register_tokens": 3},
     "siglip_vision_model": {**SIZES, **PATCHES},
     "vit": {**SIZES, **PATCHES},
+    "vit_mae": {**SIZES, **PATCHES, "mask_ratio": 0.25, "decoder_hidden_size": 32, "decoder_num_attention_heads": 2},
 }
 """The same for the families whose input is an image."""
 
@@ -271,6 +273,11 @@ def images(batch: int, height: int = 24, width: int = 24, seed: int = 3) -> Tens
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+def noise_of(pixels: Tensor) -> Tensor:
+    """Return the noise by which ViTMAE keeps patches: one that belongs to an image, so that it is the same in every batch."""
+    return F.avg_pool2d(pixels.float(), 4).mean(1).flatten(1)
+
+
 def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """Return the arguments of a call on rows of tokens; an encoder-decoder decodes them from the same rows, or from sound.
 
@@ -281,6 +288,8 @@ def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     given = {"input_ids": ids, "input_features": sound.to(model.dtype)}
     if "pixel_values" in known:
         given["pixel_values"] = images(1).to(model.dtype) * (ids.to(model.dtype).mean(-1) / VOCABULARY + 0.5)[:, None, None, None]
+    if "noise" in known:
+        given["noise"] = noise_of(given["pixel_values"])
     if "decoder_input_ids" in known:
         given["decoder_input_ids"] = ids if "input_features" in known else ids.flip(1)
     return {name: value for name, value in given.items() if name in known}

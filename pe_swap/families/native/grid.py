@@ -49,11 +49,13 @@ class PatchLayout:
         prefix: number of tokens that stand nowhere.
         patch: height and width of a patch, in pixels.
         trained_sides: rows and columns of patches that the model was trained with.
+        kept: share of the patches that stay, in the order of a noise that the model takes; None where all stay where they are.
     """
 
     prefix: int
     patch: tuple[int, int]
     trained_sides: tuple[int, int]
+    kept: float | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -65,11 +67,19 @@ class PatchLayout:
         """Return the rows and columns of patches of an image, whose size is in pixels; pixels that are left over are in no patch."""
         return height // self.patch[0], width // self.patch[1]
 
-    def position_ids(self, sides: tuple[int, int], device: torch.device) -> Tensor:
-        """Return row and column of every token, `[1, tokens, 2]`, int64; -1 and -1 for a token that stands nowhere."""
+    def position_ids(self, sides: tuple[int, int], device: torch.device, noise: Tensor | None = None) -> Tensor:
+        """Return row and column of every token, `[batch or 1, tokens, 2]`, int64; -1 and -1 for a token that stands nowhere.
+
+        Args:
+            sides: rows and columns of the image's patches.
+            device: where they are computed.
+            noise: `[batch, rows * columns]`: patches come in the order of this noise, and the last go, where `kept` says so.
+        """
         rows, columns = (torch.arange(side, device=device) for side in sides)
-        grid = torch.stack((rows[:, None].expand(sides), columns[None, :].expand(sides)), dim=-1).flatten(0, 1)
-        return torch.cat((grid.new_full((self.prefix, 2), -1), grid))[None]
+        grid = torch.stack((rows[:, None].expand(sides), columns[None, :].expand(sides)), dim=-1).reshape(1, -1, 2)
+        if noise is not None and self.kept is not None:
+            grid = grid[0, noise.argsort(dim=1)[:, : int(grid.shape[1] * self.kept)]]
+        return torch.cat((grid.new_full((len(grid), self.prefix, 2), -1), grid), dim=1)
 
 
 @dataclass(frozen=True)
@@ -78,14 +88,17 @@ class Patches:
 
     Attributes:
         prefix: from the configuration to the number of tokens that stand nowhere (class, distillation and register tokens).
+        mask_ratio: the configuration's field for the share of patches that go, at random; empty where none does.
     """
 
     prefix: Callable[[Any], int] = one
+    mask_ratio: str = ""
 
     def layout(self, config: Any) -> PatchLayout:
         """Return how models of a configuration make tokens."""
         patch, image = two_sides(config.patch_size), two_sides(config.image_size)
-        return PatchLayout(self.prefix(config), patch, (image[0] // patch[0], image[1] // patch[1]))
+        kept = 1 - getattr(config, self.mask_ratio) if self.mask_ratio else None
+        return PatchLayout(self.prefix(config), patch, (image[0] // patch[0], image[1] // patch[1]), kept)
 
 
 class TableOfGrid(nn.Module):
