@@ -115,6 +115,21 @@ def test_learned_is_the_family_s_own_table_at_every_size(family: str) -> None:
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize("family", ["vit", "siglip_vision_model"])
+def test_attention_probabilities_are_returned(family: str) -> None:
+    model = tiny(family, attn_implementation="eager")
+    with torch.no_grad():
+        own, found = (
+            swap(model)(images(1), output_attentions=True).attentions
+            for swap in (lambda model: model, lambda model: pe_swap.swap_positional(model, "alibi"))
+        )
+    assert len(found) == 3
+    for before, after in zip(own, found, strict=True):
+        assert after.shape == before.shape
+        torch.testing.assert_close(after.sum(-1), torch.ones(after.shape[:-1]))
+        assert difference(after, before) > 1e-3
+
+
 @pytest.mark.parametrize("scheme", ["rope", "t5", "shaw"])
 def test_patches_that_change_places_keep_their_positions(scheme: str) -> None:
     """ViTMAE puts the patches that stay in the order of a noise: the states are those of the patches, in that order."""
