@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import pe_swap
+from pe_swap.swap import forget_dequantized_gguf
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTHS = (2048, 4096, 8192, 12288, 16384)
@@ -87,8 +89,19 @@ def schemes_of(model: LlamaForCausalLM) -> list[Any]:
     return [scheme for holder in holders_of(model) for scheme in holder if scheme.name == "rope"]
 
 
+def save(folder: str) -> None:
+    """Write model and tokenizer into a folder, as numbers and no longer packed, for the scripts."""
+    model, tokenizer = load()
+    forget_dequantized_gguf(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def main() -> None:
     """Print a row per way to extend the context: perplexity, and that of the last quarter in brackets."""
+    if sys.argv[1:2] == ["--save"]:
+        save(sys.argv[2])
+        return
     torch.set_flush_denormal(True)
     model, tokenizer = load()
     ids = tokenizer(longest_message(), return_tensors="pt").input_ids[0]
