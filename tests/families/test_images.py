@@ -115,6 +115,16 @@ def test_learned_is_the_family_s_own_table_at_every_size(family: str) -> None:
     assert list(model.state_dict()) == names
 
 
+def test_sizes_of_two_numbers() -> None:
+    """Images and patches that are no squares, which ViT itself takes at its trained size alone."""
+    model = tiny("vit", image_size=[24, 32], patch_size=[4, 8])
+    expected = states(model, images(2, 24, 32))
+    pe_swap.swap_positional(model, "learned")
+    assert torch.equal(states(model, images(2, 24, 32)), expected)
+    assert states(model, images(2, 36, 40)).shape[1] == 1 + 9 * 5
+    assert model.config.pe_swap["trained_length"] == 1 + 6 * 4
+
+
 @pytest.mark.parametrize("family", ["vit", "siglip_vision_model"])
 def test_attention_probabilities_are_returned(family: str) -> None:
     model = tiny(family, attn_implementation="eager")
