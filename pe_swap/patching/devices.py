@@ -21,10 +21,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def bring_back_offloaded(holder: SchemeHolder) -> None:
     """Load every positional weight that accelerate keeps on disk or on another device, for good: they are few, and in use all the time."""
-    if not hasattr(holder, "_hf_hook"):  # what accelerate leaves on whatever it has placed
-        return
     for module in holder.schemes.modules():
-        hook = getattr(module, "_hf_hook", None)
+        hook = getattr(module, "_hf_hook", None)  # what accelerate leaves on whatever has tensors of its own and was placed
         if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             hook.pre_forward(module)
             remove_hook_from_module(module)

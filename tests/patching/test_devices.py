@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import disk_offload
 from accelerate.utils import send_to_device
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -54,6 +55,17 @@ def test_weights_kept_on_disk_are_read_all_the_same(family: str, case: str, laye
         assert torch.equal(loaded(ids).logits, expected)
         assert torch.equal(loaded(ids).logits, expected)
     assert not any(parameter.is_meta for parameter in holder_of(loaded).parameters())
+
+
+@pytest.mark.parametrize("case", ["t5", "shaw-all", "fox"])
+def test_a_rotary_model_offloaded_as_a_whole(case: str, tmp_path: Path) -> None:
+    """The holder has no tensor of its own here, so that accelerate leaves no mark on it."""
+    model, ids = swapped("llama", case), token_ids(2, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        disk_offload(model, tmp_path)
+        assert any(parameter.is_meta for parameter in holder_of(model).parameters())
+        assert torch.equal(model(ids).logits, expected)
 
 
 def spread(model: PreTrainedModel, mode: FakeTensorMode) -> PreTrainedModel:
