@@ -70,7 +70,8 @@ def swap_positional(
         trained_length: the length that the model was trained at, in positions, from which schemes derive sizes; None takes the model's.
         keep_mean: where the model's own positions are a table: keep its mean row, as a constant that is added to every token embedding
             beside the new scheme. It is saved with the model and not trained. None keeps it beside schemes that it was measured to help
-            (`Scheme.keeps_mean`: those that turn queries and keys), in a decoder. A later swap of some layers leaves it as it is.
+            (`Scheme.keeps_mean`: those that turn queries and keys), in a decoder; a
+            later swap of some layers leaves it as it is.
         options: the scheme's options. Those left out take the value that the model's own positions have for them, where they have one.
 
     Returns:
@@ -267,11 +268,12 @@ def resolve(
         kept = tuple(None if at is None else kept[at] for at in from_before)
     assert before is not None
     assignment, origins = before.resolve(geometry, natives)
-    some_layers = current is not None and any(layers is not None for _, layers in parts)
-    mean = current.mean if current is not None and some_layers and not keep_mean else None
-    if keep_mean is None and not some_layers:
+    mean = None
+    if current is not None and keep_mean is None and any(at is not None for at in kept):
+        mean = current.mean  # a scheme of before stays, and all layers share the input
+    elif keep_mean is None:
         keep_mean = keeps_mean(stack, geometry, assignment, table, current)
-    if keep_mean is not None and keep_mean is not False:
+    if keep_mean not in (None, False):
         require_keep_mean(keep_mean, model, stack, assignment)
         mean = mean_row(model, table, current)
     prefix = kind.prefix(found) if current is None else current.prefix

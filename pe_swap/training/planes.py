@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pe_swap.errors import OptionError, UnsupportedModelError
+from pe_swap.families import family_for
+from pe_swap.families.native import Rotary
 from pe_swap.patching.install import holders_of
 from pe_swap.schemes.rope import Rope
 from pe_swap.swap import swap_positional
@@ -37,17 +39,23 @@ def strongest_planes(model: PreTrainedModel, input_ids: Tensor, share: float) ->
     et al., "MHA2MLA", ACL 2025, arXiv:2502.14837, section 3.1, "2-norm"). Differs from the paper: one choice for all layers and heads.
 
     Args:
-        model: a rotary model, swapped or not; it is not changed.
+        model: a rotary model that is not swapped; it is not changed.
         input_ids: tokens of the text, `[batch, length]`.
         share: of the planes, above 0 and at most 1.
 
     Raises:
         OptionError: a share that is none.
-        UnsupportedModelError: the model does not turn queries and keys, or not where pe_swap can read them.
+        UnsupportedModelError: the model does not turn queries and keys, is swapped, or turns in several ways.
     """
     if not 0 < share <= 1:
         raise OptionError(
             f"share is {share!r}; it must be a number above 0 and at most 1. Give the share of planes that shall turn."
+        )
+    stacks = family_for(model).stacks_in(model.base_model, model.config)
+    if getattr(model.config, "pe_swap", None) is not None or not all(isinstance(stack.native, Rotary) for stack in stacks):
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} is swapped, or has no rotation of its own, so it has no planes to choose from. Use a rotary "
+            "model as it was loaded."
         )
     probe = swap_positional(copy.deepcopy(model), "rope", planes="high", planes_share=1.0).eval()
     schemes = [scheme for holder in holders_of(probe) for scheme in holder if isinstance(scheme, Rope)]

@@ -112,6 +112,18 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]  # transformers is u
             print(f"step {state.global_step:,} of {state.max_steps:,}: loss {float((logs or {})['loss']):.4f}", flush=True)
 
 
+class LogWhereMatchingEnds(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Has the last matching step logged, so that no logged loss is a mean over two objectives."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Ask for a log line if this is the step."""
+        if state.global_step == self._steps:
+            control.should_log = True
+
+
 class AfterCheckpoint(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Notes a checkpoint's files as the run's own, and deletes the run's checkpoints before the last two."""
 
@@ -148,6 +160,7 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
         self.positions = positions
         self.losses = LossTotal()
         self.add_callback(self.losses)
+        self.add_callback(LogWhereMatchingEnds(self.transition.steps))
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             self.add_callback(ProgressLines)
@@ -172,7 +185,7 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Build the Trainer's optimizer, then split its groups."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.positional_learning_rate is not None:
+        if self.positional_learning_rate is not None or self.transition.section.match_learning_rate is not None:
             model = self.accelerator.unwrap_model(self.model)
             added = {id(parameter) for _, parameter in positional_parameters(model)} - token_weights(model)
             groups = list(optimizer.param_groups)
@@ -181,7 +194,7 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
                 for is_added in (False, True):
                     members = [parameter for parameter in group["params"] if (id(parameter) in added) is is_added]
                     if members:
-                        learning_rate = self.positional_learning_rate if is_added else group["lr"]
+                        learning_rate = (is_added and self.positional_learning_rate) or group["lr"]
                         optimizer.add_param_group({**group, "params": members, "lr": learning_rate, "is_added": is_added})
         return optimizer
 
@@ -303,7 +316,8 @@ def train(
         return {"steps": 0, "train_loss": None, "blocks": 0, "dropped_tokens": 0, "matched_steps": 0, "log": [], "measured": []}
     _require_positions_for(model, section, block_size)
     if asked is None:
-        packed, dropped = data.blocks(documents, tokenizer, block_size, causal=is_causal(model))
+        predicts_next = is_causal(model) and model.base_model is not model
+        packed, dropped = data.blocks(documents, tokenizer, block_size, causal=predicts_next)
     else:
         _require_causal(model)
         packed, dropped = data.question_blocks(documents, tokenizer, asked)
@@ -401,19 +415,19 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
+def without_dropout(model: PreTrainedModel) -> Iterator[None]:
     """Drop nothing for as long as the context lasts: modules of dropout, and the shares that attention modules keep as numbers."""
-    kept: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        names = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "dropout" in name]
-        kept += [(module, name, value) for name in names if isinstance(value := getattr(module, name), float)]
+    kept: list[tuple[Any, str, float]] = []
+    for holder in (*model.modules(), model.config):  # Falcon's layers read the configuration at every call
+        names = ["p"] if isinstance(holder, nn.Dropout) else [name for name in vars(holder) if "dropout" in name]
+        kept += [(holder, name, value) for name in names if isinstance(value := getattr(holder, name), float)]
     try:
-        for module, name, _ in kept:
-            setattr(module, name, 0.0)
+        for holder, name, _ in kept:
+            setattr(holder, name, 0.0)
         yield
     finally:
-        for module, name, value in kept:
-            setattr(module, name, value)
+        for holder, name, value in kept:
+            setattr(holder, name, value)
 
 
 def warn_of_slow_training(model: PreTrainedModel, arguments: TrainingArguments, *, drops: bool) -> None:

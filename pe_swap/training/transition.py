@@ -31,6 +31,7 @@ from pe_swap.patching.holder import SchemeHolder
 from pe_swap.patching.install import holders_of, positional_parameters
 from pe_swap.runs.config import PositionSampling, TransitionSection
 from pe_swap.runs.data import IGNORED
+from pe_swap.schemes.rope import LENGTH_DEPENDENT
 from pe_swap.training.chunked_loss import States, summed_divergence, summed_loss
 
 MEASURED_BLOCKS = 8
@@ -143,6 +144,11 @@ def require_fading(model: PreTrainedModel) -> None:
                     "Leave fade_steps out."
                 )
         elif isinstance(kind, Rotary) and not isinstance(kind, SineTable):
+            if scales_or_stretches(holder):
+                raise ConfigError(
+                    "train.transition.fade_steps is given, and the model's own rotation scales scores or depends on the length (yarn, "
+                    "longrope, dynamic), so that it would not go by its angles alone. Leave fade_steps out."
+                )
             if any("transform_query_key" in scheme.hooks and scheme.reads_position_ids for scheme in holder):
                 raise ConfigError(
                     f"train.transition.fade_steps is given for '{names}', which turns queries and keys, and so does the old rotation. "
@@ -152,6 +158,16 @@ def require_fading(model: PreTrainedModel) -> None:
             raise ConfigError(
                 f"train.transition.fade_steps is given, and the positions of a '{model.config.model_type}' take no factor. Leave it out."
             )
+
+
+def scales_or_stretches(holder: SchemeHolder) -> bool:
+    """Tell whether a model's own rotation does more than turn by angles that are in proportion to positions."""
+    scalings = [value for name, value in vars(holder.replaced).items() if name.endswith("attention_scaling")]
+    layers = range(len(holder.assignment.layers))
+    assert holder.original is not None
+    kind, config = holder.stack.native, holder.original.config
+    types = {kind.options(config, layer, holder.replaced).get("rope_type") for layer in layers}
+    return any(scaling != 1.0 for scaling in scalings) or bool(types & set(LENGTH_DEPENDENT))
 
 
 # --- Fading ---

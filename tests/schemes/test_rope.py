@@ -6,7 +6,7 @@ from transformers.models.gpt_neox import modeling_gpt_neox as neox
 from transformers.models.gptj import modeling_gptj as gptj
 from transformers.models.roformer.modeling_roformer import RoFormerSelfAttention
 
-from pe_swap.errors import OptionError
+from pe_swap.errors import OptionError, UnsupportedModelError
 from pe_swap.schemes.rotary import LARGE, rotation_by, turn
 from pe_swap.schemes.sinusoids import inverse_frequencies
 from pe_swap.training.planes import strongest_planes
@@ -164,3 +164,6 @@ def test_the_strongest_planes_are_those_of_the_longest_queries_and_keys() -> Non
     before = models.logits(model, models.token_ids(1, 9))
     assert strongest_planes(model, models.token_ids(2, 20), 0.5) == (1, 2)
     assert torch.equal(models.logits(model, models.token_ids(1, 9)), before)
+    for other in (models.build("gpt2"), models.swapped("llama", "alibi"), models.swapped("llama", "rope")):
+        with pytest.raises(UnsupportedModelError, match="has no planes to choose from"):
+            strongest_planes(other, models.token_ids(2, 20), 0.5)

@@ -279,9 +279,9 @@ def test_an_encoder_is_trained_on_masked_tokens(tmp_path: Path) -> None:
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "b").config.model_type == "pe_swap_bert"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert", "llama", "distilbert"])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama", "distilbert", "falcon"])
 def test_dropout_can_be_left_out_of_a_training(family: str) -> None:
-    names = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "dropout", "hidden_dropout_prob")
+    names = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "dropout", "hidden_dropout_prob", "hidden_dropout")
     model = build(family, **dict.fromkeys((*names, "attention_probs_dropout_prob"), 0.5)).train()
     tokens = token_ids(1, 9)
     assert not torch.equal(model(tokens).logits, model(tokens).logits)

@@ -20,7 +20,7 @@ from pe_swap.patching.install import holders_of
 from pe_swap.runs.config import CompareConfig, FinetuneConfig, TransitionSection
 from pe_swap.runs.config import build as build_config
 from pe_swap.training.chunked_loss import loss_in_chunks
-from pe_swap.training.trainer import causal_batch
+from pe_swap.training.trainer import PositionalTrainer, causal_batch
 from pe_swap.training.transition import Transition, attention_modules, require_fading, teacher_of
 from tests.support.families import TRAINED_LENGTH, tiny, token_ids
 from tests.support.finetuning import WORDS, KilledError, killed_after, weights
@@ -168,7 +168,9 @@ def test_a_killed_run_with_matching_resumes_bit_for_bit(
     match_trains: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {"match": "attention", "match_share": 0.8, "match_trains": match_trains, "match_learning_rate": 3e-3}
-    train = {**transition(**recipe), "gradient_checkpointing": True, "save_steps": 2, "positional_learning_rate": 0.03}
+    train = {**transition(**recipe), "gradient_checkpointing": True, "save_steps": 2}
+    if match_trains == "all":
+        train["positional_learning_rate"] = 0.03
     whole = finetune(run(base, train=train, out=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
         killed_after(patch, 3)
@@ -178,6 +180,37 @@ def test_a_killed_run_with_matching_resumes_bit_for_bit(
     assert resumed["training"] == whole["training"]
     expected, found = (weights(tmp_path / name) for name in ("whole", "run"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("positional", [None, 0.04])
+def test_rates_while_matching(positional: float | None, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but what the swap adds has its own peak rate; the schedule goes on over all steps."""
+    seen: list[dict[bool, float]] = []
+    original = PositionalTrainer.training_step
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append({bool(group["is_added"]): group["lr"] for group in self.optimizer.param_groups})
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PositionalTrainer, "training_step", noting)
+    train = {**transition(**ATTENTION, match_learning_rate=1e-4), "positional_learning_rate": positional}
+    train |= {"warmup_steps": 0, "schedule": "linear", "logging_steps": 2}
+    log = finetune(run(base, train=train, out=str(tmp_path / "run")))["training"]["log"]
+    shape = [1 - step / 6 for step in range(6)]
+    rest = [1e-4 * share for share in shape[:3]] + [1e-2 * share for share in shape[3:]]
+    assert [rates[False] for rates in seen] == pytest.approx(rest)
+    assert [rates[True] for rates in seen] == pytest.approx([(positional or 1e-2) * share for share in shape])
+    assert [(row["step"], row["objective"]) for row in log] == [
+        (2, "attention"), (3, "attention"), (4, "cross_entropy"), (6, "cross_entropy")
+    ]  # fmt: skip
+
+
+def test_a_decoder_without_a_head_is_matched_on_whole_blocks(base: Path, tmp_path: Path) -> None:
+    AutoModel.from_pretrained(base / "base").save_pretrained(tmp_path / "body")
+    recipe = {"match": "hidden", "match_share": 1.0}
+    settings = {"model": str(tmp_path / "body"), "tokenizer": str(base / "base"), "train": transition(**recipe)}
+    record = finetune(run(base, **settings, out=str(tmp_path / "run")))
+    assert len(record["training"]["log"]) == 6  # blocks of one token more would end beyond its table
 
 
 def test_only_attention_trains_where_that_is_asked_for(base: Path, tmp_path: Path) -> None:
@@ -296,6 +329,10 @@ def test_a_model_that_was_loaded_already_swapped_has_no_teacher(section: dict[st
 
 
 def test_old_rotations_do_not_fade_beside_new_ones() -> None:
+    for rope in ({"rope_type": "yarn", "factor": 8.0}, {"rope_type": "dynamic", "factor": 2.0}):
+        scaled = build("llama", rope_parameters={"rope_theta": 1e4, **rope})
+        with pytest.raises(ConfigError, match="scales scores or depends on the length"):
+            require_fading(pe_swap.swap_positional(scaled, "alibi"))
     require_fading(pe_swap.swap_positional(build("llama"), "alibi"))
     for scheme, options in (("rope", {"base": 500.0}), ("xpos", {})):
         with pytest.raises(ConfigError, match="and so does the old rotation"):
