@@ -110,8 +110,9 @@ def test_the_mean_stays_in_decoders_beside_schemes_that_turn_unless_a_swap_says_
     assert kept(pe_swap.swap_positional(model, "rope"))
     assert kept(pe_swap.swap_positional(model, "alibi", layers=[0])), "it stays with the layers that stay"
     assert not kept(pe_swap.swap_positional(model, "alibi", layers=[0], keep_mean=False))
-    pe_swap.swap_positional(pe_swap.swap_positional(model, "alibi"), plan="rope_local_nope_global", sliding_window=4)
-    assert kept(model) == kept(pe_swap.swap_positional(tiny("gpt2"), plan="rope_local_nope_global", sliding_window=4))
+    deep, plan = tiny("gpt2", num_hidden_layers=4), {"plan": "rope_local_nope_global", "sliding_window": 4}
+    again = pe_swap.swap_positional(pe_swap.swap_positional(tiny("gpt2", num_hidden_layers=4), "alibi"), **plan)
+    assert kept(again) == kept(pe_swap.swap_positional(deep, **plan))
     pe_swap.swap_positional(model, "rope")
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
