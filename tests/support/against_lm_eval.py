@@ -1,7 +1,7 @@
 """The time of an evaluation beside lm-evaluation-harness's `loglikelihood_rolling`, on the same tokens in the same windows.
 
 `python -m tests.support.against_lm_eval` prints a ratio per pair of runs, ours over theirs, and both sums of losses, which have to agree.
-The model is a GPT-2 of 6 layers, 768 wide, with 50,257 words, untrained and swapped to `alibi`; the text has 16,384 of them.
+The model is a GPT-2 of 6 layers, 768 wide, with 50,257 words, untrained and swapped to `alibi`; the text has 8,192 of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pe_swap
 from pe_swap.evaluation.evaluator import Evaluator
 from pe_swap.runs.config import MeasureSection
 
-WORDS, TOKENS, WINDOW, PAIRS = 50257, 16384, 2048, 5
+WORDS, TOKENS, WINDOW, PAIRS = 50257, 8192, 2048, 5
 
 
 def main() -> None:
