@@ -70,8 +70,8 @@ def swap_positional(
         trained_length: the length that the model was trained at, in positions, from which schemes derive sizes; None takes the model's.
         keep_mean: where the model's own positions are a table: keep its mean row, as a constant that is added to every token embedding
             beside the new scheme. It is saved with the model and not trained. None keeps it beside schemes that it was measured to help
-            (`Scheme.keeps_mean`: those that turn queries and keys), in a decoder; a
-            later swap of some layers leaves it as it is.
+            (`Scheme.keeps_mean`: those that turn queries and keys), in a decoder; a later swap of
+            some layers leaves it as it is.
         options: the scheme's options. Those left out take the value that the model's own positions have for them, where they have one.
 
     Returns:

@@ -383,7 +383,10 @@ def _explain(config_class: type[Section], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         section: Any = config_class
         for part in path[:-1]:
-            section = section_of(section.model_fields[part].annotation) if part in section.model_fields else section
+            if get_origin(section) is dict:  # the part is a label, as of a scheme in a comparison
+                section = section_of(get_args(section)[1])
+            elif part in section.model_fields:
+                section = section_of(section.model_fields[part].annotation)
         known = list(section.model_fields)
         return f"Unknown key '{key}'.{did_you_mean(path[-1], known)} Known: {', '.join(known)}."
     if problem["type"] == "missing":

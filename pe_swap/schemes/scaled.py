@@ -47,8 +47,7 @@ class ScaledOptions(SchemeOptions):
         size = native.token_rms if native.table is None else root_mean_square(native.table)
         if size is None:
             raise OptionError(
-                f"{self.scheme}: option 'scale' is 'match', but there is no table to match: this model was loaded already "
-                f"swapped, or takes "
-                "images and never had one. Give a number, or swap the model it was made from."
+                f"{self.scheme}: option 'scale' is 'match', but there is no table to match: this model was loaded already swapped, "
+                "or takes images and never had one. Give a number, or swap the model it was made from."
             )
         return size / (unscaled if isinstance(unscaled, float) else root_mean_square(unscaled()))

@@ -111,7 +111,8 @@ def summed_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tens
 def plain_projection(model: PreTrainedModel, hidden: Tensor) -> nn.Linear | None:
     """Return a model's vocabulary head where PyTorch's own loss in chunks takes it (from 2.13 on; it is faster than ours), else None.
 
-    That is one linear layer in float32, outside autocast, with nothing before or after it: no norm, no cap, no adapter.
+    That is one linear layer in float32, outside autocast, with nothing before or after it: no norm, no cap, no adapter, no hook (a tool's
+    that brings its weight, or anybody's that changes its output), since the layer itself is not called.
 
     Args:
         model: the language model.
@@ -121,8 +122,11 @@ def plain_projection(model: PreTrainedModel, hidden: Tensor) -> nn.Linear | None
     is_plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and linear.weight.dtype == torch.float32
     if not is_plain or not hasattr(F, "linear_cross_entropy") or torch.is_autocast_enabled(hidden.device.type) or not len(hidden):
         return None
+    if linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear):
+        return None
     probe = 100.0 * hidden[:1].detach()  # large, so that a cap on logits shows
-    return linear if torch.allclose(vocabulary_head(model)(probe), linear(probe), rtol=1e-5, atol=1e-5) else None
+    logits = F.linear(probe, linear.weight, linear.bias)
+    return linear if torch.allclose(vocabulary_head(model)(probe), logits, rtol=1e-5, atol=1e-5) else None
 
 
 def rows_of_a_chunk(model: PreTrainedModel) -> int:

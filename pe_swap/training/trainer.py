@@ -48,7 +48,7 @@ TRACKED = "runs"
 
 
 class LossTotal(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is untyped here
-    """Sum of the losses of all steps, in the checkpoints too: the Trainer's own mean counts the steps since the last start only."""
+    """Sum of the losses of steps, in the checkpoints too: the Trainer's own mean counts the steps since the last start only."""
 
     def __init__(self, total: float = 0.0) -> None:
         self.total = torch.tensor(total, dtype=torch.float64)
@@ -298,8 +298,8 @@ def train(
         on_checkpoint: called after each checkpoint is written.
 
     Returns:
-        Steps, mean training loss of all steps, the loss log, and what `measure` returned after which steps. With no steps to
-        train the model is saved as it is.
+        Steps, mean training loss of all steps (where some match, of the others), the loss log with what each step learned, and what
+        `measure` returned after which steps. With no steps to train the model is saved as it is.
 
     Raises:
         CheckpointError: nothing to resume from, or a damaged checkpoint.

@@ -220,6 +220,12 @@ def test_null_takes_back_what_a_file_gives(tmp_path: Path) -> None:
     assert finetune("--config", str(path), "--data.text_files", "null").data.text_files is None
 
 
+def test_a_slip_below_a_label_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("schemes: {a: {name: rope, transition: {macth: attention}}}")
+    with pytest.raises(ConfigError, match=r"Unknown key 'schemes\.a\.transition\.macth'\. Did you mean 'match'"):
+        parse(CompareConfig, ["--config", str(tmp_path / "c.yaml")], description="")
+
+
 def test_a_section_under_two_names_is_changed_under_one(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("base: &both {max_steps: 9}\ntrain: *both\nschemes: {control: {name: original}}")
     found = parse(CompareConfig, ["--config", str(tmp_path / "c.yaml"), "--train.max_steps", "2"], description="")

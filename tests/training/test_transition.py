@@ -262,7 +262,7 @@ def test_a_sentence_encoder_is_matched_without_a_head_for_words(base: Path, tmp_
 # --- Fading ---
 
 
-@pytest.mark.parametrize("family", ["gpt2", "roberta", "llama", "gemma3_text", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", "roberta", "llama", "gemma3_text", "bloom", "mpt"])
 @pytest.mark.filterwarnings("ignore:.*leaves no order of tokens")
 def test_all_of_the_old_positions_beside_none_are_the_unswapped_model(family: str) -> None:
     model, tokens = tiny(family).eval(), token_ids(2, 20)
