@@ -159,10 +159,13 @@ def test_the_strongest_planes_are_those_of_the_longest_queries_and_keys() -> Non
     model = models.build("llama")
     with torch.no_grad():
         for layer in model.model.layers:
-            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                projection.weight.unflatten(0, (-1, 2, 4))[:, :, [1, 2]] *= 10  # planes 1 and 2 of 4, in every head
+            query, key = (part.weight.unflatten(0, (-1, 2, 4)) for part in (layer.self_attn.q_proj, layer.self_attn.k_proj))
+            query[:, :, 1] *= 30  # of 4 planes in every head, plane 1 has the longest queries
+            query[:, :, 2] *= 10  # and plane 2 the longest products of queries and keys
+            key[:, :, 2] *= 10
     before = models.logits(model, models.token_ids(1, 9))
     assert strongest_planes(model, models.token_ids(2, 20), 0.5) == (1, 2)
+    assert strongest_planes(model, models.token_ids(2, 20), 0.25) == (2,)
     assert torch.equal(models.logits(model, models.token_ids(1, 9)), before)
     for other in (models.build("gpt2"), models.swapped("llama", "alibi"), models.swapped("llama", "rope")):
         with pytest.raises(UnsupportedModelError, match="has no planes to choose from"):

@@ -86,6 +86,9 @@ def test_torchs_own_loss_takes_heads_of_one_linear_layer(family: str, is_plain: 
     hook = model.get_output_embeddings().register_forward_hook(lambda module, args, output: 2.0 * output)
     assert training_loss.plain_projection(model, hidden) is None, "the layer would not be called, and so neither would its hook"
     hook.remove()
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: None)
+    assert training_loss.plain_projection(model, hidden) is None, "tools bring a weight so, for the layer's own call"
+    hook.remove()
     assert (training_loss.plain_projection(model, hidden) is not None) == is_plain
     assert training_loss.plain_projection(model.to(torch.bfloat16), hidden.bfloat16()) is None
 

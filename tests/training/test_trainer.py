@@ -291,6 +291,16 @@ def test_dropout_can_be_left_out_of_a_training(family: str) -> None:
     assert not torch.equal(model(tokens).logits, model(tokens).logits)
 
 
+def test_an_encoder_that_is_started_has_a_vocabulary_with_a_mask(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = {"model_type": "bert", "max_position_embeddings": 16, **sizes}
+    assert finetune(config(tmp_path, model=model, scheme={"name": "alibi"}))["status"] == "done"
+    saved = AutoTokenizer.from_pretrained(tmp_path / "run")
+    ids = {saved.mask_token_id, saved.pad_token_id, saved.cls_token_id}
+    assert len(ids) == 3
+    assert None not in ids
+
+
 def test_masks_follow_from_the_batch_and_the_seed() -> None:
     rows = [{"input_ids": [5 + (index + row) % 7 for index in range(200)]} for row in range(4)]
     batch = training.MaskedBatch(numbered_tokenizer(masked=True), 0.15, seed=1)
@@ -331,8 +341,9 @@ def test_an_encoder_without_a_mask_token_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_positional_parameters_get_their_own_learning_rate(tmp_path: Path) -> None:
-    model = swapped("gpt2", "t5")
+@pytest.mark.parametrize(("case", "as_the_rest"), [("t5", set()), ("concat", {"token_weight"})])
+def test_positional_parameters_get_their_own_learning_rate(case: str, as_the_rest: set[str], tmp_path: Path) -> None:
+    model = swapped("gpt2", case)
     trainer = PositionalTrainer(
         model=model,
         args=training._arguments(config(tmp_path).train, 0, tmp_path),
@@ -341,7 +352,7 @@ def test_positional_parameters_get_their_own_learning_rate(tmp_path: Path) -> No
         positional_learning_rate=0.5,
     )
     groups = trainer.create_optimizer().param_groups
-    ours = {id(parameter) for _, parameter in positional_parameters(model)}
+    ours = {id(parameter) for name, parameter in positional_parameters(model) if name.rpartition(".")[2] not in as_the_rest}
     found = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     assert ours
     assert found.keys() == {id(parameter) for parameter in model.parameters()}
