@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    DataCollatorForLanguageModeling,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -23,121 +22,26 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 
-from pe_swap.errors import CheckpointError, ConfigError, DataError
+from pe_swap.errors import CheckpointError, ConfigError
 from pe_swap.patching.install import holders_of, positional_parameters
 from pe_swap.registry import did_you_mean
 from pe_swap.runs import data
 from pe_swap.runs.config import PositionSampling, TrainSection, TransitionSection
 from pe_swap.runs.models import is_causal, longest_input, require_vocabulary
 from pe_swap.runs.output import OutputFolder, whole_folder
-from pe_swap.runs.progress import EveryMinute, on_terminal
-from pe_swap.runs.records import fingerprint, is_main_process
+from pe_swap.runs.progress import on_terminal
+from pe_swap.runs.records import is_main_process
 from pe_swap.saving.model_card import record_fine_tuning
+from pe_swap.training.batches import collator
+from pe_swap.training.callbacks import AfterCheckpoint, LogWhereMatchingEnds, LossTotal, PerplexityAtSteps, ProgressLines
 from pe_swap.training.chunked_loss import loss_in_chunks
 from pe_swap.training.position_sampling import require_positions, with_sampled_positions
-from pe_swap.training.resume import CHECKPOINTS, delete_old_checkpoints, last_checkpoint
+from pe_swap.training.resume import CHECKPOINTS, last_checkpoint
 from pe_swap.training.transition import MEASURED_BLOCKS, Fading, Transition
 
 ATTENTION_DROPOUTS = ("attn_pdrop", "attention_probs_dropout_prob", "attention_dropout")
 """Configuration fields of the share of attention weights that training drops, by family."""
-
-TRACKED = "runs"
-"""Folder that tensorboard writes to, below the checkpoints."""
-
-
-class LossTotal(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is untyped here
-    """Sum of the losses of steps, in the checkpoints too: the Trainer's own mean counts the steps since the last start only."""
-
-    def __init__(self, total: float = 0.0) -> None:
-        self.total = torch.tensor(total, dtype=torch.float64)
-
-    def add(self, loss: Tensor) -> None:
-        """Add a batch's share of its step's loss."""
-        self.total = self.total.to(loss.device) + loss.double()
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"args": {"total": float(self.total)}, "attributes": {}}
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Take the sum of the checkpoint that the training continues from."""
-        self.restore(state)
-
-    def restore(self, state: TrainerState) -> None:
-        """Take the sum that a state holds."""
-        self.total = torch.tensor(state.stateful_callbacks[type(self).__name__]["args"]["total"], dtype=torch.float64)
-
-
-class PerplexityAtSteps(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is untyped here
-    """What was measured after given steps; in the checkpoints too, so that a run which is continued has every row once.
-
-    Attributes:
-        rows: step and perplexity, None where it is not finite.
-    """
-
-    def __init__(self, steps: Sequence[int], measure: Callable[[], float | None]) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._steps = frozenset(steps)
-        self._measure = measure
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"args": {"rows": list(self.rows)}, "attributes": {}}
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Take the rows of the checkpoint that the training continues from."""
-        self.restore(state)
-
-    def restore(self, state: TrainerState) -> None:
-        """Take the rows that a state holds."""
-        self.rows = list(state.stateful_callbacks[type(self).__name__]["args"]["rows"])
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Measure if this is one of the steps; the Trainer saves its checkpoint after this."""
-        if state.global_step in self._steps:
-            self.rows.append({"step": state.global_step, "perplexity": self._measure()})
-
-
-class ProgressLines(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """One line per minute, in place of a progress bar or of transformers' line for every logged step."""
-
-    def __init__(self) -> None:
-        self._minutes = EveryMinute()
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Print a line if one is due."""
-        if state.is_world_process_zero and "loss" in (logs or {}) and self._minutes.is_due():
-            print(f"step {state.global_step:,} of {state.max_steps:,}: loss {float((logs or {})['loss']):.4f}", flush=True)
-
-
-class LogWhereMatchingEnds(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Has the last matching step logged, so that no logged loss is a mean over two objectives."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Ask for a log line if this is the step."""
-        if state.global_step == self._steps:
-            control.should_log = True
-
-
-class AfterCheckpoint(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Notes a checkpoint's files as the run's own, and deletes the run's checkpoints before the last two."""
-
-    def __init__(self, output: OutputFolder, on_checkpoint: Callable[[], None]) -> None:
-        self._output = output
-        self._on_checkpoint = on_checkpoint
-
-    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Note, delete, and tell the caller."""
-        if state.is_world_process_zero:
-            checkpoints = self._output.path / CHECKPOINTS
-            self._output.add(checkpoints / f"checkpoint-{state.global_step}", checkpoints / TRACKED)
-            delete_old_checkpoints(self._output)
-            self._on_checkpoint()
 
 
 class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
@@ -328,7 +232,7 @@ def train(
         model=model,
         args=_arguments(section, seed, output.path),
         train_dataset=packed,
-        data_collator=_collator(model, tokenizer, section, seed),
+        data_collator=collator(model, tokenizer, section, seed),
         positional_learning_rate=section.positional_learning_rate,
         positions=section.positions,
         measured=None if measure is None else PerplexityAtSteps(section.eval_steps, measure),
@@ -447,67 +351,6 @@ def warn_of_slow_training(model: PreTrainedModel, arguments: TrainingArguments, 
             "to five times slower than with train.dropout false",
             file=sys.stderr,
         )
-
-
-def _collator(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: TrainSection, seed: int
-) -> Callable[[Sequence[dict[str, list[int]]]], dict[str, Tensor]]:
-    """Return what makes a batch of blocks.
-
-    Raises:
-        DataError: an encoder's tokenizer lacks a token that training needs.
-    """
-    if model.base_model is model:
-        return whole_batch
-    if is_causal(model):
-        return causal_batch
-    for name in ("mask", "pad"):
-        if getattr(tokenizer, f"{name}_token") is None:
-            raise DataError(
-                f"The tokenizer has no {name} token, which an encoder's training needs. Name the model's own tokenizer with --tokenizer."
-            )
-    return MaskedBatch(tokenizer, section.mlm_probability, seed)
-
-
-def causal_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Return blocks of one token more than their inputs as a batch in which every input has a target.
-
-    Blocks of questions have labels of their own, for the answers alone. Left to shift labels itself, the model would leave the last
-    input without one, and the last row of a learned table untrained.
-    """
-    tokens = torch.tensor([row["input_ids"] for row in rows])
-    targets = torch.tensor([row.get("labels", row["input_ids"]) for row in rows])[:, 1:].contiguous()
-    return {"input_ids": tokens[:, :-1].contiguous(), "labels": targets, "shift_labels": targets}
-
-
-def whole_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Return blocks as a batch for a model without a head for words: no masks, and labels that say no more than which tokens count."""
-    tokens = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-
-
-class MaskedBatch:
-    """transformers' random masking, drawn from the batch itself.
-
-    Batches are fetched ahead of the step that trains on them, so a checkpoint's random state is further than its step. Masks that
-    follow from the run's seed and the batch's own tokens need no state: a resumed run gets the same ones. Blocks come in other
-    batches every epoch, and get other masks.
-
-    Attributes:
-        collator: transformers' collator.
-        seed: the run's.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mlm_probability: float, seed: int) -> None:
-        self.collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
-        self.seed = seed
-
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Return `input_ids` with masks, `attention_mask`, and `labels` that are -100 where nothing is asked."""
-        tokens = fingerprint([self.seed, [row["input_ids"] for row in rows]])
-        self.collator.generator = torch.Generator().manual_seed(int(tokens, 16) % 2**63)
-        batch: dict[str, Tensor] = self.collator(list(rows))
-        return batch
 
 
 def require_training_settings(section: TrainSection) -> None:

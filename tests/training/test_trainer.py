@@ -21,8 +21,9 @@ from pe_swap.runs.config import build as build_config
 from pe_swap.runs.output import OutputFolder
 from pe_swap.swap import swap_positional
 from pe_swap.training import trainer as training
+from pe_swap.training.batches import MaskedBatch, causal_batch
 from pe_swap.training.resume import CHECKPOINTS, complete_checkpoints, last_checkpoint
-from pe_swap.training.trainer import PositionalTrainer, causal_batch, train
+from pe_swap.training.trainer import PositionalTrainer, train
 from tests.support.finetuning import GPT2, WORDS, KilledError, config, killed_after, weights
 from tests.support.models import TRAINED_LENGTH, build, swapped, token_ids
 from tests.support.words import numbered_tokenizer, word_tokenizer
@@ -303,13 +304,13 @@ def test_an_encoder_that_is_started_has_a_vocabulary_with_a_mask(tmp_path: Path)
 
 def test_masks_follow_from_the_batch_and_the_seed() -> None:
     rows = [{"input_ids": [5 + (index + row) % 7 for index in range(200)]} for row in range(4)]
-    batch = training.MaskedBatch(numbered_tokenizer(masked=True), 0.15, seed=1)
+    batch = MaskedBatch(numbered_tokenizer(masked=True), 0.15, seed=1)
     first = batch(rows)
     torch.rand(3)  # whatever else draws
     assert all(torch.equal(value, first[name]) for name, value in batch(rows).items())
     assert 0.1 < (first["labels"] != -100).float().mean() < 0.2
     assert not torch.equal(batch(rows[:3])["labels"], first["labels"][:3])
-    assert not torch.equal(training.MaskedBatch(numbered_tokenizer(masked=True), 0.15, seed=2)(rows)["labels"], first["labels"])
+    assert not torch.equal(MaskedBatch(numbered_tokenizer(masked=True), 0.15, seed=2)(rows)["labels"], first["labels"])
 
 
 def test_a_resumed_encoder_meets_the_same_masks(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from pe_swap.errors import CheckpointError, ConfigError
 from pe_swap.patching.install import holders_of
 from pe_swap.runs.config import CompareConfig, FinetuneConfig, TransitionSection
 from pe_swap.runs.config import build as build_config
+from pe_swap.training.batches import causal_batch
 from pe_swap.training.chunked_loss import loss_in_chunks
-from pe_swap.training.trainer import PositionalTrainer, causal_batch
+from pe_swap.training.trainer import PositionalTrainer
 from pe_swap.training.transition import Transition, attention_modules, require_fading, teacher_of
 from tests.support.families import TRAINED_LENGTH, tiny, token_ids
 from tests.support.finetuning import WORDS, KilledError, killed_after, weights
