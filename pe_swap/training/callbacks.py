@@ -83,15 +83,19 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]  # transformers is u
             print(f"step {state.global_step:,} of {state.max_steps:,}: loss {float((logs or {})['loss']):.4f}", flush=True)
 
 
-class LogWhereMatchingEnds(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Has the last matching step logged, so that no logged loss is a mean over two objectives."""
+class LogWhereMeansEnd(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Has a step logged where the Trainer's mean of losses must end: a logged loss is the mean since the one before.
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    The last matching step, as no mean is over two objectives; and every step with a checkpoint, as a run that continues from it knows
+    the steps from there on.
+    """
+
+    def __init__(self, matching_steps: int) -> None:
+        self._matching_steps = matching_steps
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Ask for a log line if this is the step."""
-        if state.global_step == self._steps:
+        """Ask for a log line if this is such a step; the Trainer writes it before it saves."""
+        if state.global_step == self._matching_steps or control.should_save:
             control.should_log = True
 
 

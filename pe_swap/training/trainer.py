@@ -34,7 +34,7 @@ from pe_swap.runs.progress import on_terminal
 from pe_swap.runs.records import is_main_process
 from pe_swap.saving.model_card import record_fine_tuning
 from pe_swap.training.batches import collator
-from pe_swap.training.callbacks import AfterCheckpoint, LogWhereMatchingEnds, LossTotal, PerplexityAtSteps, ProgressLines
+from pe_swap.training.callbacks import AfterCheckpoint, LogWhereMeansEnd, LossTotal, PerplexityAtSteps, ProgressLines
 from pe_swap.training.chunked_loss import loss_in_chunks
 from pe_swap.training.position_sampling import require_positions, with_sampled_positions
 from pe_swap.training.resume import CHECKPOINTS, last_checkpoint
@@ -64,7 +64,7 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
         self.positions = positions
         self.losses = LossTotal()
         self.add_callback(self.losses)
-        self.add_callback(LogWhereMatchingEnds(self.transition.steps))
+        self.add_callback(LogWhereMeansEnd(self.transition.steps))
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
             self.add_callback(ProgressLines)

@@ -169,7 +169,7 @@ def test_a_killed_run_with_matching_resumes_bit_for_bit(
     match_trains: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = {"match": "attention", "match_share": 0.8, "match_trains": match_trains, "match_learning_rate": 3e-3}
-    train = {**transition(**recipe), "gradient_checkpointing": True, "save_steps": 2}
+    train = {**transition(**recipe), "gradient_checkpointing": True, "save_steps": 2, "logging_steps": 4}
     if match_trains == "all":
         train["positional_learning_rate"] = 0.03
     whole = finetune(run(base, train=train, out=str(tmp_path / "whole")))
