@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import pe_swap
 from pe_swap.runs.config import ORIGINAL, CompareConfig, EvalConfig, FinetuneConfig, SchemeSection, Section, build
 from pe_swap.runs.yaml_reader import read_yaml
 from pe_swap.schemes import SCHEMES, build_options
@@ -45,3 +46,9 @@ def test_recall_is_for_every_scheme() -> None:
     assert config.data.recall is not None
     asked = {name: getattr(config.data.recall, name) for name in ("task", "pairs")}
     assert asked.items() <= config.eval.options["recall"].items(), "it is measured on what it learned"
+
+
+def test_digits_are_for_every_scheme_of_two_dimensions() -> None:
+    config = build(CompareConfig, read_yaml(FOLDER / "digits.yaml"))
+    assert list(dict.fromkeys(scheme.name for scheme in config.schemes.values())) == [ORIGINAL, *pe_swap.list_schemes(axes=2)]
+    assert len(config.seeds) == 3

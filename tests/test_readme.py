@@ -22,7 +22,7 @@ import pe_swap
 from pe_swap.__main__ import main
 from pe_swap.evaluation.measures import MEASURES, chosen
 from pe_swap.families import Stack
-from pe_swap.runs.config import MeasureSection
+from pe_swap.runs.config import CompareConfig, MeasureSection
 from pe_swap.schemes import SCHEMES, Scheme
 from pe_swap.schemes.base import ATTENTION_HOOKS, INPUT_HOOKS
 from tests.support.floors import FLOORS
@@ -118,6 +118,8 @@ def test_every_script_and_measure_is_shown_with_arguments_that_parse() -> None:
                 scripts.add(match[1])
                 if isinstance(config, MeasureSection):
                     measures |= {one.name for one in chosen(config)}
+                elif isinstance(config, CompareConfig):
+                    measures |= {one.name for one in chosen(config.eval, of_images=config.data.images is not None)}
     assert scripts == {path.stem for path in (ROOT / "scripts").glob("*.py")}
     assert measures == set(MEASURES.names()) - {"masked"}, "masked is not asked for: encoders get it"
 

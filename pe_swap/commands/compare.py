@@ -3,19 +3,23 @@
 Every part is a folder with a record: `base`, `schemes/LABEL`, `evaluation`; of every seed after the first, the trainings are in
 `seeds/SEED`. A part whose record is done, and whose configuration, text and model are the same by their content, is not done again; one
 that was stopped in the middle continues from its last checkpoint. So does the evaluation, model by model. So a seed can be added later.
+
+With `data.images` the models are classifiers of images, and the report is of accuracy by resolution.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pe_swap.commands.evaluate import evaluate
 from pe_swap.commands.finetune import finetune, require_measurable, run_fingerprint
+from pe_swap.commands.images import evaluate_on_images, finetune_on_images, require_image_comparison, require_image_models
 from pe_swap.errors import CheckpointError, ConfigError, DivergedError
+from pe_swap.evaluation.accuracy_report import write_accuracy_report
 from pe_swap.evaluation.comparison import require_control
 from pe_swap.evaluation.evaluator import DIVERGED
 from pe_swap.evaluation.measures import chosen
@@ -32,7 +36,8 @@ from pe_swap.runs.config import (
     build,
     resolved,
 )
-from pe_swap.runs.models import is_configuration
+from pe_swap.runs.images import Images, load_images
+from pe_swap.runs.models import described, is_configuration, require_text_model
 from pe_swap.runs.output import require_kind, require_output_folder
 from pe_swap.runs.records import Stopwatch, environment, read_record, write_record
 from pe_swap.schemes import SCHEMES, build_options
@@ -60,46 +65,95 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     watch, out = Stopwatch(), Path(config.out)
     require_comparison(config, out)
-    text = data.load_text(config.data)
+    source = loaded(config)
     labels: dict[str, str] = {}
     diverged = []
     for seed in config.seeds:
         folder, suffix = seed_folder(config, seed), "" if len(config.seeds) == 1 else f", seed {seed}"
-        base = _base(config, seed, text, suffix)
+        base = _base(config, seed, source, suffix)
         for label, scheme in config.schemes.items():
             section = finetune_config(config, base, scheme, seed, folder / SCHEME_FOLDERS / label)
             try:
-                _finetune_once(section, f"{label}{suffix}", text, overwrite=config.overwrite)
+                _finetune_once(section, f"{label}{suffix}", source, overwrite=config.overwrite)
             except DivergedError as error:
                 print(f"{label}{suffix}: {error}", file=sys.stderr, flush=True)
                 diverged.append(label)
             labels[section.out] = label
-    measured = _evaluate(config, labels, out / "evaluation", text)
-    parts = {
-        seed: {label: _perplexities(seed_folder(config, seed) / SCHEME_FOLDERS / label) for label in config.schemes}
-        for seed in config.seeds
-    }
     record = {
         "kind": "comparison",
         "status": "done",
         "config": resolved(config),
         **environment(),
         "seeds": config.seeds,
-        "seconds": watch.seconds,
+    }
+    if isinstance(source, Images):
+        _report_images(config, record, labels, diverged, source)
+        failed = sorted(set(diverged))
+    else:
+        _report_text(config, record, labels, source)
+        failed = failed_labels([*record["results"], *record["runs"]], diverged)
+    record["seconds"] = watch.seconds
+    write_record(out, record)
+    (write_accuracy_report if isinstance(source, Images) else write_report)(out, record)
+    if failed:
+        raise DivergedError(
+            f"Rows of {', '.join(failed)} are errors; '{out / 'report.md'}' has the others. Its text says what to change."
+        )
+    return record
+
+
+def loaded(config: CompareConfig) -> data.Text | Images:
+    """Return what a comparison trains and measures on.
+
+    Raises:
+        PESwapError: it cannot be used, or the models cannot read it.
+    """
+    if config.data.images is None:
+        if is_configuration(config.model):
+            require_text_model(described(config.model))
+        return data.load_text(config.data)
+    images = load_images(config.data)
+    require_image_models(config, images)
+    return images
+
+
+def _report_text(config: CompareConfig, record: dict[str, Any], labels: dict[str, str], text: data.Text) -> None:
+    """Evaluate all models on text, and write into the record what its report is made from."""
+    measured = _evaluate(config, labels, Path(config.out) / "evaluation", text)
+    parts = _parts(config, "perplexity")
+    record |= {
         "parts": parts[config.seeds[0]],
         "parts_of_further_seeds": {seed: parts[seed] for seed in config.seeds[1:]},
         "recovery": recovery(parts, next((label for label, scheme in config.schemes.items() if scheme.is_control), None)),
         **{key: measured[key] for key in REPORTED},
         "trained_length": {label: config.data.block_size for label in config.schemes},
     }
-    write_record(out, record)
-    write_report(out, record)
-    failed = failed_labels([*record["results"], *record["runs"]], diverged)
-    if failed:
-        raise DivergedError(
-            f"Rows of {', '.join(failed)} are errors; '{out / 'report.md'}' has the others. Its text says what to change."
-        )
-    return record
+
+
+def _report_images(
+    config: CompareConfig, record: dict[str, Any], labels: dict[str, str], diverged: Sequence[str], images: Images
+) -> None:
+    """Evaluate all models but those that diverged on images, and write into the record what its report is made from."""
+    measured = {folder: label for folder, label in labels.items() if label not in diverged}
+    parts = _parts(config, "accuracy")
+    record |= {
+        "parts": parts[config.seeds[0]],
+        "parts_of_further_seeds": {seed: parts[seed] for seed in config.seeds[1:]},
+        **evaluate_on_images(config, measured, Path(config.out) / "evaluation", images),
+        "trained_resolution": require_image_models(config, images),
+        "diverged": sorted(set(diverged)),
+    }
+
+
+def _parts(config: CompareConfig, measured: str) -> dict[int, dict[str, dict[str, Any]]]:
+    """Return by seed and label a part's perplexity or accuracy before the swap, after it and after training, and its loss log."""
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for seed in config.seeds:
+        records = {label: read_record(seed_folder(config, seed) / SCHEME_FOLDERS / label) or {} for label in config.schemes}
+        found[seed] = {
+            label: {name: record.get(name) for name in (measured, "seconds", "training")} for label, record in records.items()
+        }
+    return found
 
 
 def failed_labels(rows: Iterable[dict[str, Any]], diverged: Iterable[str]) -> list[str]:
@@ -121,7 +175,10 @@ def require_comparison(config: CompareConfig, out: Path) -> None:
     require_output_folder(out, (config.model, config.tokenizer))
     require_kind(out, "comparison")
     require_labels(config.schemes)
-    chosen(config.eval)
+    of_images = config.data.images is not None
+    chosen(config.eval, of_images=of_images)
+    if of_images:
+        require_image_comparison(config)
     require_control(config.eval.control, list(config.schemes))
     for scheme in config.schemes.values():
         if scheme.plan is not None:
@@ -162,7 +219,7 @@ def seed_folder(config: CompareConfig, seed: int) -> Path:
     return out if seed == config.seeds[0] else out / SEED_FOLDERS / str(seed)
 
 
-def _base(config: CompareConfig, seed: int, text: data.Text, suffix: str) -> str | dict[str, Any]:
+def _base(config: CompareConfig, seed: int, source: data.Text | Images, suffix: str) -> str | dict[str, Any]:
     """Return the base model: trained first, one per seed, where it starts from a configuration and `base` says how."""
     if config.base is None or not is_configuration(config.model):
         return config.model
@@ -175,7 +232,7 @@ def _base(config: CompareConfig, seed: int, text: data.Text, suffix: str) -> str
         seed=seed,
         out=str(seed_folder(config, seed) / "base"),
     )
-    _finetune_once(section, f"base{suffix}", text, overwrite=config.overwrite)
+    _finetune_once(section, f"base{suffix}", source, overwrite=config.overwrite)
     return section.out
 
 
@@ -199,7 +256,7 @@ def finetune_config(
     )
 
 
-def _finetune_once(config: FinetuneConfig, label: str, text: data.Text, *, overwrite: bool) -> None:
+def _finetune_once(config: FinetuneConfig, label: str, source: data.Text | Images, *, overwrite: bool) -> None:
     """Run a part, continue it, or leave it where it is done.
 
     Raises:
@@ -208,10 +265,10 @@ def _finetune_once(config: FinetuneConfig, label: str, text: data.Text, *, overw
     """
     out = Path(config.out)
     record = read_record(out)
-    same = record is not None and record.get("fingerprint") == run_fingerprint(config, text.key)
+    same = record is not None and record.get("fingerprint") == run_fingerprint(config, source.key)
     if record is not None and same and record["status"] in ("done", "diverged"):
         if record["status"] == "diverged":
-            finetune(config.model_copy(update={"resume": True}), text)  # says so
+            _finetune(config.model_copy(update={"resume": True}), source)  # says so
         print(f"{label}: done before, kept", flush=True)
         return
     if record is not None and not same and not overwrite:
@@ -221,22 +278,21 @@ def _finetune_once(config: FinetuneConfig, label: str, text: data.Text, *, overw
         )
     resume = same and bool(complete_checkpoints(out))
     print(f"{label}: {'continuing' if resume else 'training'}", flush=True)
-    finetune(config.model_copy(update={"resume": resume, "overwrite": overwrite and not resume}), text)
+    _finetune(config.model_copy(update={"resume": resume, "overwrite": overwrite and not resume}), source)
+
+
+def _finetune(config: FinetuneConfig, source: data.Text | Images) -> dict[str, Any]:
+    """Run a part on what the comparison reads."""
+    return finetune_on_images(config, source) if isinstance(source, Images) else finetune(config, source)
 
 
 def _what_differs(record: dict[str, Any], config: FinetuneConfig) -> str:
     """Return what a part's record and its configuration differ in."""
     changed = changed_keys(settings_that_matter(record.get("config") or {}), settings_that_matter(resolved(config)))
-    return f"another configuration (another {', '.join(changed)})" if changed else "another text or model"
+    return f"another configuration (another {', '.join(changed)})" if changed else "other data or another model"
 
 
 def _evaluate(config: CompareConfig, labels: dict[str, str], out: Path, text: data.Text) -> dict[str, Any]:
     """Evaluate all models on the held-out text; each model that was measured before on the same is kept."""
     settings = {"models": list(labels), "data": resolved(config.data), "seed": config.seeds[0], "out": str(out)}
     return evaluate(build(EvalConfig, {**resolved(config.eval), **settings}), text, labels)
-
-
-def _perplexities(folder: Path) -> dict[str, Any]:
-    """Return a part's perplexity before the swap, after it and after training, and its loss log."""
-    record = read_record(folder) or {}
-    return {"perplexity": record.get("perplexity"), "seconds": record.get("seconds"), "training": record.get("training")}

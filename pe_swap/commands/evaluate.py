@@ -91,11 +91,11 @@ def evaluate(config: EvalConfig, known_text: text.Text | None = None, labels: Ma
         label, evaluator = labels[name], evaluators[id(tokenizers[name])]
         shared = _shared_key(config, evaluator)
         key = fingerprint([shared, name, content_hashes(name), getattr(configurations[name], "_commit_hash", None)])
-        part = read_record(_part(out, name))
+        part = read_record(part_folder(out, name))
         try:
             if part is None or part.get("fingerprint") != key:
                 part = {"kind": "measured model", "fingerprint": key, **_measure(config, evaluator, name, label, bar)}
-                write_record(_part(out, name), part)
+                write_record(part_folder(out, name), part)
             else:
                 bar.write(f"{label}: measured before, kept", file=sys.stderr)
         except DataError:  # of the text, which is the same for all
@@ -116,7 +116,7 @@ def evaluate(config: EvalConfig, known_text: text.Text | None = None, labels: Ma
         raise next(iter(failures.values()))
     drawn: dict[str, Any] = {"samples": config.bootstrap_samples, "seed": config.seed}
     ratios = {"control": config.control, "unit": config.unit, **drawn}
-    by_seed = [[row for row in rows if row["seeds"] == seeds] for seeds in _distinct(row["seeds"] for row in rows)]
+    by_seed = [[row for row in rows if row["seeds"] == seeds] for seeds in distinct(row["seeds"] for row in rows)]
     has_runs = len(set(labels.values())) < len(labels)
     runs = [row for group in by_seed for row in with_ratios(group, **ratios)] if has_runs else []
     rows, probes = with_ratios(joined(rows, **drawn), **ratios), joined_probes(probes)
@@ -199,7 +199,7 @@ def _repeated_documents(config: EvalConfig, texts: Sequence[str], known_text: te
     return repeated
 
 
-def _part(out: Path, name: str) -> Path:
+def part_folder(out: Path, name: str) -> Path:
     """Return the folder of one model's results; labels may be paths, and two models may have the same last part."""
     return out / PARTS / f"{Path(name).name}-{fingerprint(name)[:8]}"
 
@@ -251,7 +251,7 @@ def _error_rows(config: EvalConfig, label: str, seeds: list[int], error: str) ->
     return [{**row, "seeds": seeds} for row in found]
 
 
-def _distinct(seeds: Iterable[list[int]]) -> list[list[int]]:
+def distinct(seeds: Iterable[list[int]]) -> list[list[int]]:
     """Return each list of seeds once, in order."""
     return [list(found) for found in dict.fromkeys(map(tuple, seeds))]
 

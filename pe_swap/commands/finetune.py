@@ -62,7 +62,7 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
     require_measurable(config.train, config.data)
     text = data.load_text(config.data) if text is None else text
     key = run_fingerprint(config, text.key)
-    output, finished = _open_output(config, out, key, text.key)
+    output, finished = open_output(config, out, key, text.key)
     if finished is not None:
         print(f"'{out}' holds this run, finished: nothing is trained", file=sys.stderr, flush=True)
         return finished
@@ -115,7 +115,7 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
     if evaluator is not None:
         after = before if config.scheme.is_control else perplexity(model, evaluator)
         record["perplexity"] = {"length": evaluator.measure.lengths[0], "before_swap": before, "after_swap": after}
-    write = _writer(output, record)
+    write = record_writer(output, record)
 
     def start() -> None:
         """Delete what an earlier run wrote, whose checkpoints a later resume would take for this run's, and write the record."""
@@ -189,7 +189,7 @@ def require_measurable(section: TrainSection, source: DataSection) -> None:
         )
 
 
-def _open_output(config: FinetuneConfig, out: Path, key: str, text_key: str) -> tuple[OutputFolder, dict[str, Any] | None]:
+def open_output(config: FinetuneConfig, out: Path, key: str, text_key: str) -> tuple[OutputFolder, dict[str, Any] | None]:
     """Return the output folder, with the files in it that are a run's, and the record of the run if it is finished.
 
     Raises:
@@ -215,7 +215,7 @@ def _open_output(config: FinetuneConfig, out: Path, key: str, text_key: str) -> 
     return output, None
 
 
-def _writer(output: OutputFolder, record: dict[str, Any]) -> Callable[[], None]:
+def record_writer(output: OutputFolder, record: dict[str, Any]) -> Callable[[], None]:
     """Return a function that writes the record, with the run's files, if this process writes."""
 
     def write() -> None:

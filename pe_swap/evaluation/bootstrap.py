@@ -12,6 +12,34 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 
+def mean_interval(values: Floats, weights: Floats, *, samples: int, seed: int) -> tuple[float, float | None, float | None]:
+    """Return `sum of values / sum of weights` and its 95% percentile bootstrap interval over what the values are of.
+
+    Args:
+        values: one for each document or image, `[documents]`, or a row per seed of a model's training, `[seeds, documents]`.
+        weights: what the mean is per, `[documents]`: scored tokens of a document, 1 for an image.
+        samples: resamplings.
+        seed: of the resamplings.
+
+    Returns:
+        The mean, over seeds too, and the 2.5th and 97.5th percentile of the same over resampled documents, and seeds where there are
+        several. No interval (None, None) of a single document: nothing can be drawn again from it.
+    """
+    values = np.atleast_2d(values)
+    point = float(values.mean(axis=0).sum() / weights.sum())
+    if values.shape[1] < 2:
+        return point, None, None
+    generator, seeds = np.random.default_rng(seed), len(values)
+    drawn = generator.integers(0, values.shape[1], size=(samples, values.shape[1]))
+    if seeds == 1:
+        sums = values[0][drawn].sum(axis=1)
+    else:
+        models = generator.integers(0, seeds, size=(samples, seeds))
+        sums = np.take_along_axis(values[models].mean(axis=1), drawn, axis=1).sum(axis=1)
+    low, high = np.quantile(sums / np.maximum(weights[drawn].sum(axis=1), 1), [0.025, 0.975])
+    return point, float(low), float(high)
+
+
 def perplexity_interval(losses: Floats, weights: Floats, *, samples: int, seed: int) -> tuple[float, float | None, float | None]:
     """Return the token-weighted perplexity and its 95% percentile bootstrap interval over documents.
 
@@ -22,24 +50,11 @@ def perplexity_interval(losses: Floats, weights: Floats, *, samples: int, seed: 
         seed: of the resamplings.
 
     Returns:
-        `exp(sum of losses / sum of tokens)`, and the 2.5th and 97.5th percentile of the same over resampled documents, and seeds
-        where there are several. No interval (None, None) of a single document: nothing can be drawn again from it.
+        `exp(sum of losses / sum of tokens)`, and the exponentials of the bounds of `mean_interval`.
     """
-    losses = np.atleast_2d(losses)
+    point, low, high = mean_interval(losses, weights, samples=samples, seed=seed)
     with np.errstate(over="ignore"):  # infinite where a mean loss is beyond what a float can be the exponential of
-        point = float(np.exp(losses.mean(axis=0).sum() / weights.sum()))
-        if losses.shape[1] < 2:
-            return point, None, None
-        generator, seeds = np.random.default_rng(seed), len(losses)
-        drawn = generator.integers(0, losses.shape[1], size=(samples, losses.shape[1]))
-        if seeds == 1:
-            sums = losses[0][drawn].sum(axis=1)
-        else:
-            models = generator.integers(0, seeds, size=(samples, seeds))
-            sums = np.take_along_axis(losses[models].mean(axis=1), drawn, axis=1).sum(axis=1)
-        means = sums / np.maximum(weights[drawn].sum(axis=1), 1)
-        low, high = np.exp(np.quantile(means, [0.025, 0.975]))
-        return point, float(low), float(high)
+        return float(np.exp(point)), None if low is None else float(np.exp(low)), None if high is None else float(np.exp(high))
 
 
 def paired_ratio(

@@ -50,12 +50,13 @@ li, p { overflow-wrap: anywhere; } pre { overflow-x: auto; font-size: 0.8rem; ba
 Captioned = Sequence[tuple[str, Figure]]
 
 
-def html_report(markdown: str, record: Mapping[str, Any]) -> str:
+def html_report(markdown: str, record: Mapping[str, Any], figures: Mapping[str, Captioned] | None = None) -> str:
     """Return the page.
 
     Args:
         markdown: `report.md`; a picture in it is replaced by several, each readable on its own.
         record: of an evaluation or a comparison.
+        figures: what stands in the place of each picture; those of perplexities and probes by default.
     """
     lines = markdown.splitlines()
     title = escape(next((line.removeprefix("# ") for line in lines if line.startswith("# ")), "Report"))
@@ -65,7 +66,7 @@ def html_report(markdown: str, record: Mapping[str, Any]) -> str:
         f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<style>{STYLE}</style></head><body>",
-        *body(lines, pictures(record)),
+        *body(lines, pictures(record) if figures is None else figures),
         *training_section(record),
         "<h2>Configuration and versions</h2>",
         f"<details open><summary>Versions</summary><pre>{_yaml(about)}</pre></details>",

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from pe_swap.evaluation.comparison import drawn_over
-from pe_swap.evaluation.rows import PerplexityRow, ProbeNote, ProbeRow
+from pe_swap.evaluation.rows import AccuracyRow, PerplexityRow, ProbeNote, ProbeRow
 
 COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f", "#bcbd22")
 """Okabe and Ito's colours, told apart by the colour-blind, and a few more; the control comes first, in black."""
@@ -261,3 +261,44 @@ def _heat_map(axes: Any, rows: Sequence[ProbeRow], places: Sequence[str], column
     axes.set_xlabel(across)
     axes.set_ylabel(down)
     return image
+
+
+def accuracy_plot(rows: Sequence[AccuracyRow], trained: int) -> Figure:
+    """Return accuracy against resolution, and beside it the difference to the control where there is one.
+
+    Args:
+        rows: of one measure.
+        trained: the resolution that the models were trained at, in pixels.
+    """
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    kinds = ["accuracy", "difference"] if any(row["control"] not in (None, row["model"]) for row in rows) else ["accuracy"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.2 * len(kinds), 3.6 + 0.19 * ((len(models) + 4) // 4)), layout="constrained")
+        for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+            _accuracy_lines(axes, rows, models, trained, kind)
+        _legend(figure, "", columns=2 * len(kinds))
+    return figure
+
+
+def accuracy_panel(rows: Sequence[AccuracyRow], models: Sequence[str], trained: int, kind: str) -> Figure:
+    """Return one panel of `accuracy_plot`, small: `accuracy` or `difference`."""
+    with mpl.rc_context(STYLE):
+        figure = _small_figure(len(models) + 1)
+        _accuracy_lines(figure.subplots(), rows, models, trained, kind)
+        _legend(figure, "", columns=2)
+    return figure
+
+
+def _accuracy_lines(axes: Any, rows: Sequence[AccuracyRow], models: Sequence[str], trained: int, kind: str) -> None:
+    """Draw a line per model, in percent or percentage points, and the trained resolution."""
+    for index, model in enumerate(models):
+        mine = sorted((row for row in rows if row["model"] == model), key=lambda row: int(row["resolution"]))
+        points = [(row["resolution"], 100 * row[kind]) for row in mine if row[kind] is not None]  # type: ignore[literal-required]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=model, **line_style(index))
+    axes.axvline(trained, color="#999999", linestyle="--", linewidth=1, label="trained resolution")
+    ticks = sorted({row["resolution"] for row in rows})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xlabel("height and width of an image, pixels")
+    axes.set_ylabel("accuracy, %" if kind == "accuracy" else "accuracy less the control's, points")
+    axes.grid(axis="y", color="#eeeeee")

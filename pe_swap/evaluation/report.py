@@ -97,12 +97,12 @@ def _footer(record: dict[str, Any]) -> str:
             *([perplexities] if record["results"] else []),
             "A dash is a length that could not be taken; the reason stands below its table.",
             *([f"The tokenizer's first token stands {where}."] if where else []),
-            f"Protocol {record.get('protocol_version')}, commit {record.get('commit')}, {_seeds(record)}.",
+            f"Protocol {record.get('protocol_version')}, commit {record.get('commit')}, {seeds_in_words(record)}.",
         ]
     )
 
 
-def _seeds(record: dict[str, Any]) -> str:
+def seeds_in_words(record: dict[str, Any]) -> str:
     """Return the seeds of a record in words."""
     seeds = record.get("seeds") or [record.get("seed")]
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
@@ -290,12 +290,12 @@ def start_table(record: dict[str, Any]) -> list[str]:
     ]
     lines += ["| model | scheme | right after the swap | after training |", "|---|---|---:|---:|"]
     for label, found in measured.items():
-        scheme = _scheme_text(schemes.get(label) or {})
+        scheme = scheme_text(schemes.get(label) or {})
         lines.append(f"| {label} | {scheme} | {_point(found.get('after_swap'))} | {_point(found.get('after_training'))} |")
     return [*lines, ""]
 
 
-def _scheme_text(section: dict[str, Any]) -> str:
+def scheme_text(section: dict[str, Any]) -> str:
     """Return a scheme's name and the options that its configuration gives."""
     unsaid = {"name": section.get("name"), "keep_mean": None}
     given = {name: value for name, value in section.items() if name not in unsaid or unsaid[name] != value}

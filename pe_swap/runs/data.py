@@ -32,9 +32,14 @@ def load_documents(data: DataSection, part: Part) -> list[str]:
     """Return the documents of a part, one text each.
 
     Raises:
-        DataError: no source or more than one, an unreadable file, or nothing in it.
+        DataError: no source or more than one, images, an unreadable file, or nothing in it.
     """
     source = require_one_source(data)
+    if data.images:
+        raise DataError(
+            "data.images holds images, and here text is read: finetune.py and eval_long_context.py take nothing else. Run compare.py, or "
+            "name text under data."
+        )
     if data.sotu:
         found = sotu_texts(data.train_years if part == "train" else data.eval_years)
     elif data.dataset:
@@ -59,8 +64,8 @@ def require_one_source(data: DataSection) -> str:
     sources = [name for name in SOURCES if getattr(data, name)]
     if len(sources) != 1:
         raise DataError(
-            f"data names {' and '.join(sources) or 'no source of text'}; it must name exactly one of text_files, dataset, sotu "
-            "and recall."
+            f"data names {' and '.join(sources) or 'no source of text'}; it must name exactly one of text_files, dataset, sotu, "
+            "recall and images."
         )
     for source, keys in KEYS_OF_SOURCE.items():
         for key in keys if source != sources[0] else ():

@@ -60,11 +60,13 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, *, with_head: bool
 
     Raises:
         CheckpointError: it is missing, incomplete (a head without weights, for instance) or damaged.
-        UnsupportedModelError: its positions are of a kind that transformers no longer reads, or it is neither causal nor masked.
+        UnsupportedModelError: its positions are of a kind that transformers no longer reads, or it is neither causal nor masked, or a
+            model of images.
     """
     try:
         config = AutoConfig.from_pretrained(name)
         require_absolute_positions(config, f"'{name}'")
+        require_text_model(config)
         model_class = language_model_class(config) if with_head else AutoModel
         model, info = model_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except PESwapError:
@@ -91,6 +93,25 @@ def is_headless(name: str) -> bool:
     except (OSError, ValueError):
         return False  # loading it says what is wrong
     return any(saved in modeling_auto.MODEL_MAPPING_NAMES.values() for saved in config.architectures or ())
+
+
+def require_text_model(config: Any) -> None:
+    """Refuse a model of images where text goes in.
+
+    Raises:
+        UnsupportedModelError: it is one.
+    """
+    if takes_images(config):
+        raise UnsupportedModelError(
+            f"A model of type '{config.model_type}' reads images, and the data are text. Name a language model, or data.images in a "
+            "configuration of compare.py."
+        )
+
+
+def takes_images(config: Any) -> bool:
+    """Tell whether a configuration is of a family of images, swapped or not."""
+    family = family_name(config.model_type)
+    return family in FAMILIES and FAMILIES[family].takes_images
 
 
 def language_model_class(config: Any) -> Any:
@@ -136,9 +157,11 @@ def start_model(model: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase)
 
     Raises:
         ConfigError: no `model_type`, or fields that transformers refuses.
+        UnsupportedModelError: it is a model of images.
     """
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = described(model, vocab_size=len(tokenizer), **special)
+    require_text_model(config)
     try:
         built: PreTrainedModel = language_model_class(config).from_config(config)
     except (ValueError, TypeError) as error:

@@ -15,7 +15,7 @@ from pe_swap.errors import ConfigError
 from pe_swap.runs.models import CONTENT
 from pe_swap.runs.records import RECORD, read_record
 
-REPORTS = ("report.md", "report.html", "results.csv", "probes.csv", "perplexity.png")
+REPORTS = ("report.md", "report.html", "results.csv", "probes.csv", "perplexity.png", "accuracy.png")
 """What an evaluation or a comparison writes beside its record."""
 
 WRITTEN = (*CONTENT, RECORD, "README.md", "generation_config.json", "training_args.bin", "chat_template*", "*.py")

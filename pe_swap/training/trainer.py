@@ -131,10 +131,7 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
                     self.losses.restore(state)
                     self.measured.restore(state)
                     return
-            first = self.data_collator(
-                [self.train_dataset[index] for index in range(min(MEASURED_BLOCKS, len(self.train_dataset)))]
-            )
-            with self.transition.of(self.model, first), loss_in_chunks(self.model, self.transition.objective):
+            with self.learning():
                 self.train(resume_from_checkpoint=checkpoint)
         except OSError:
             raise
@@ -145,6 +142,13 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
                     "another --out."
                 ) from error
             raise
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Let the model's training calls return what is learned, for as long as the context lasts: a loss on text, or the transition's."""
+        first = self.data_collator([self.train_dataset[index] for index in range(min(MEASURED_BLOCKS, len(self.train_dataset)))])
+        with self.transition.of(self.model, first), loss_in_chunks(self.model, self.transition.objective):
+            yield
 
 
 def token_weights(model: PreTrainedModel) -> set[int]:
@@ -230,7 +234,7 @@ def train(
     callbacks: list[TrainerCallback] = [Fading(holders_of(model), fade)] if fade else []
     trainer = PositionalTrainer(
         model=model,
-        args=_arguments(section, seed, output.path),
+        args=training_arguments(section, seed, output.path),
         train_dataset=packed,
         data_collator=collator(model, tokenizer, section, seed),
         positional_learning_rate=section.positional_learning_rate,
@@ -241,7 +245,7 @@ def train(
     )
     checkpoint = last_checkpoint(output.path) if resume else None
     if section.gradient_checkpointing:  # on the model, as the Trainer's argument changes its name within v5
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     warn_of_slow_training(model, trainer.args, drops=section.dropout)
     on_start()
     with nullcontext() if section.dropout else without_dropout(model):
@@ -312,7 +316,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
     tokenizer.save_pretrained(folder)
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
     """Turn gradient checkpointing on, by the name this transformers version has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -410,7 +414,7 @@ def uses_bf16(section: TrainSection) -> bool:
     return section.bf16
 
 
-def _arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments:
+def training_arguments(section: TrainSection, seed: int, out: Path) -> TrainingArguments:
     """Return a section as the Trainer's arguments.
 
     Raises:

@@ -253,7 +253,7 @@ def test_a_part_that_was_stopped_is_not_mixed_with_another_text(
     Path(texts[0]).write_text(WORDS * 31, encoding="utf-8")
     assert call("compare", "--config", str(quick), "--out", str(out)) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: '{out / 'base'}' holds a part of another text or model. Bring that back, train the part anew with --overwrite, or "
+        f"error: '{out / 'base'}' holds a part of other data or another model. Bring that back, train the part anew with --overwrite, or "
         "compare in another --out."
     )
 

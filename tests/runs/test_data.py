@@ -91,7 +91,7 @@ def test_too_little_text_for_a_block_is_refused() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "no source of text; it must name exactly one of text_files, dataset, sotu and recall"),
+        ({}, "no source of text; it must name exactly one of text_files, dataset, sotu, recall and images"),
         ({"sotu": True, "dataset": "x"}, "dataset and sotu; it must name exactly one"),
         ({"text_files": ["nowhere.txt"]}, r"Cannot read the text file 'nowhere\.txt': No such file"),
         ({"sotu": True, "train_years": (1700, 1701)}, r"The train text \(sotu\) is empty"),

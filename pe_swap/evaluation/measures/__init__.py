@@ -3,6 +3,7 @@
 from pe_swap.evaluation.measures.base import (
     MEASURES,
     Example,
+    ImageMeasure,
     Measure,
     Perplexity,
     Probe,
@@ -14,4 +15,15 @@ from pe_swap.evaluation.measures.base import (
 
 MEASURES.scan(__name__, __path__)
 
-__all__ = ["MEASURES", "Example", "Measure", "Perplexity", "Probe", "Reading", "chosen", "descriptions", "measure"]
+__all__ = [
+    "MEASURES",
+    "Example",
+    "ImageMeasure",
+    "Measure",
+    "Perplexity",
+    "Probe",
+    "Reading",
+    "chosen",
+    "descriptions",
+    "measure",
+]

@@ -1,7 +1,8 @@
 """The contract of a measure. One file in this folder holds one measure, or several that share their windows.
 
-A measure is a perplexity (it chooses windows of the documents; the evaluator scores them), or a probe (it builds its own inputs and
-gives numbers). A file registers its class in `MEASURES`; configuration, command line, record and report read the registry.
+A measure is a perplexity (it chooses windows of the documents; the evaluator scores them), a probe (it builds its own inputs and
+gives numbers), or a measure of images. A file registers its class in `MEASURES`; configuration, command line, record and report read
+the registry.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pe_swap.evaluation.rows import ProbeNote
 from pe_swap.evaluation.text import Text
 from pe_swap.registry import Registry
 from pe_swap.runs.config import MeasureSection, Section, build
+from pe_swap.runs.images import LabelledImages
 
 MEASURES: Registry[type[Measure]] = Registry("measure")
 
@@ -99,6 +101,31 @@ class Perplexity(Measure):
         raise NotImplementedError
 
 
+class ImageMeasure(Measure):
+    """A measure of models of images: which images a model is right about, at one resolution.
+
+    Attributes:
+        title: what the share of right images is called.
+    """
+
+    title: ClassVar[str] = ""
+    for_decoders = False
+
+    def resolutions(self) -> list[int]:
+        """Return the heights, and widths, at which images are given, in pixels."""
+        raise NotImplementedError
+
+    def hits(self, model: PreTrainedModel, images: LabelledImages, resolution: int) -> Tensor:
+        """Return whether the model is right about each image, bool, `[images]`.
+
+        Args:
+            model: a classifier of images in evaluation mode.
+            images: pixels and classes.
+            resolution: height and width that the images are given at, in pixels.
+        """
+        raise NotImplementedError
+
+
 class Probe(Measure):
     """A measure that builds its own inputs.
 
@@ -155,18 +182,24 @@ def measure(name: str, options: Mapping[str, Any] | None = None) -> Measure:
         raise ConfigError(f"The options of the measure '{name}': {error}") from error
 
 
-def chosen(settings: MeasureSection) -> list[Measure]:
+def chosen(settings: MeasureSection, *, of_images: bool = False) -> list[Measure]:
     """Return the measures that an evaluation is to take, perplexities first, each once.
 
     Raises:
         UnknownNameError: `protocols`, `measures` or `options` names one that is not there.
-        ConfigError: `protocols` names a probe, `options` one that is not measured, or an option is wrong.
+        ConfigError: `protocols` names a probe, `options` one that is not measured, an option is wrong, or a measure of images is asked of
+            text, or one of text of images.
     """
     names = list(dict.fromkeys([*settings.protocols, *settings.measures]))
     found = [measure(name, settings.options.get(name)) for name in names]
     for name in settings.protocols:
         if not issubclass(MEASURES[name], Perplexity):
             raise ConfigError(f"protocols names '{name}', which is no perplexity. Name it under measures.")
+    for one in found:
+        if isinstance(one, ImageMeasure) is not of_images:
+            ours, theirs = ("images", "text") if of_images else ("text", "images")
+            way_out = "Set eval.protocols to [] and eval.measures to [accuracy]" if of_images else "Drop it"
+            raise ConfigError(f"The measure '{one.name}' is of {theirs}, and the data are {ours}. {way_out}, or name other data.")
     for name in settings.options:
         if MEASURES[name] and name not in names:
             raise ConfigError(f"options names '{name}', which is not measured. Add it to measures, or leave its options out.")
