@@ -2,6 +2,9 @@
 
 Times are ratios of paired runs: the model and its reference run in turn, the order swapped each time, in one process, so that what
 slows the machine slows both. Each memory figure comes from a process of its own.
+
+In a family of images, sizes are resolutions in pixels. The model is built for that resolution, so that the unswapped one adds its table as
+it is.
 """
 
 from __future__ import annotations
@@ -62,16 +65,20 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     watch, out = Stopwatch(), Path(config.out)
     torch.set_num_threads(config.threads)
     causal = is_causal(config)
-    schemes = config.schemes or [name for name in SCHEMES.names() if causal or not SCHEMES[name].causal_only]
+    of_images = FAMILIES[config.family].takes_images
+    known = [name for name in SCHEMES.names() if SCHEMES[name].on_a_grid or not of_images]
+    schemes = config.schemes or [name for name in known if causal or not SCHEMES[name].causal_only]
     for name in (*schemes, *config.options):
         SCHEMES[name]
     if unused := [name for name in config.options if name not in schemes]:
         raise ConfigError(
             f"options names {', '.join(unused)}, but schemes does not; options are of a scheme that is measured. Add it."
         )
+    require_whole_patches(config)
     rows: list[BenchmarkRow] = []
     record = {
         "kind": "benchmark",
+        "unit": "pixels" if of_images else "tokens",
         "status": "running",
         "config": resolved(config),
         **environment(),
@@ -88,9 +95,23 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     write_record(out, record)
     table = benchmark_table(record)
     write_whole(out / "report.md", table)
-    write_whole(out / "benchmark.png", png(benchmark_plot(rows)))
+    write_whole(out / "benchmark.png", png(benchmark_plot(rows, str(record["unit"]))))
     print(table)
     return record
+
+
+def require_whole_patches(config: BenchmarkConfig) -> None:
+    """Refuse resolutions of which patches leave pixels over.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    odd = [resolution for resolution in config.resolutions if resolution % config.patch_size]
+    if odd and FAMILIES[config.family].takes_images:
+        raise ConfigError(
+            f"resolutions names {odd[0]} pixels, which patches of {config.patch_size} do not divide. Name multiples of it, or another "
+            "patch_size."
+        )
 
 
 def is_causal(config: BenchmarkConfig) -> bool:
@@ -125,7 +146,7 @@ def build(config: BenchmarkConfig, contestant: str, longest: int) -> PreTrainedM
     Args:
         config: the sizes.
         contestant: `original`, or a scheme.
-        longest: positions that a model with a table gets; a swapped one starts from the same.
+        longest: positions that a model with a table gets, or the resolution, in pixels; a swapped one starts from the same.
     """
     torch.manual_seed(0)
     model = AutoModel.from_config(AutoConfig.for_model(config.family, **sizes(config, config.family, longest)))
@@ -155,7 +176,8 @@ def sizes(config: BenchmarkConfig, model_type: str, longest: int) -> dict[str, A
     Args:
         config: the shape.
         model_type: the family, any of transformers.
-        longest: positions; a table gets as many, and those rows before its first where ids count from the padding.
+        longest: positions; a table gets as many, and those rows before its first where ids count from the padding. Of images, the
+            resolution, in pixels.
     """
     default = AutoConfig.for_model(model_type)
     heads, padding = config.heads, getattr(default, "pad_token_id", None) or 0
@@ -169,6 +191,8 @@ def sizes(config: BenchmarkConfig, model_type: str, longest: int) -> dict[str, A
         "eos_token_id": 0,
         "word_embed_proj_dim": config.hidden_size,
         "embedding_size": config.hidden_size,
+        "image_size": longest,
+        "patch_size": config.patch_size,
         **dict.fromkeys(("head_dim", "d_kv"), config.hidden_size // heads),
         **dict.fromkeys(FEED_FORWARD, 4 * config.hidden_size),
         **dict.fromkeys(MOST_POSITIONS, longest + (padding + 1 if padding else 0)),
@@ -203,14 +227,17 @@ def forward_run(model: PreTrainedModel, ids: Tensor) -> Run:
 
 
 def train_run(model: PreTrainedModel, ids: Tensor) -> Run:
-    """Return one training step without the optimizer: forward, loss over the tied vocabulary, backward."""
-    table = model.get_input_embeddings().weight
+    """Return one training step without the optimizer: forward, loss over the tied vocabulary (of images on the states), backward."""
+
+    def loss_of(hidden: Tensor) -> Tensor:
+        if ids.is_floating_point():
+            return hidden.square().mean()
+        table: Tensor = model.get_input_embeddings().weight
+        return F.cross_entropy((hidden @ table.T)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
-        hidden = model(ids, **_without_cache(model)).last_hidden_state
-        loss = F.cross_entropy((hidden @ table.T)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss_of(model(ids, **_without_cache(model)).last_hidden_state))
 
     return run
 
@@ -243,10 +270,13 @@ RUNS = {"forward": forward_run, "train": train_run, "decode": decode_run}
 def timed_rows(config: BenchmarkConfig, schemes: Sequence[str], task: Task) -> Iterator[BenchmarkRow]:
     """Yield one row a scheme and length: its time over the unswapped model's."""
     lengths = config.train_lengths if task == "train" else config.lengths
+    room = DECODED
+    if FAMILIES[config.family].takes_images:
+        lengths, room = config.resolutions, 0
     cases = [(length, name) for length in lengths for name in schemes]
     for length, name in tqdm(cases, desc=f"{config.family} {task}"):
-        ids = token_ids(config, length)
-        models = [build(config, contestant, length + DECODED) for contestant in (name, ORIGINAL)]
+        ids = inputs(config, length)
+        models = [build(config, contestant, length + room) for contestant in (name, ORIGINAL)]
         runs = [RUNS[task](model, ids) for model in models]
         yield {"task": task, "model": label(config, name), "reference": ORIGINAL, "length": length, **ratio(config, *runs)}
 
@@ -263,6 +293,13 @@ def peer_rows(config: BenchmarkConfig) -> Iterator[BenchmarkRow]:
             found = ratio(config, RUNS[task](peer, ids), RUNS[task](ours, ids))
             reference = f"{config.family} with {label(config, scheme)}"
             yield {"task": task, "model": family, "reference": reference, "length": config.peer_length, **found}
+
+
+def inputs(config: BenchmarkConfig, size: int) -> Tensor:
+    """Return `size` random token ids, or random images of `size` by `size` pixels, `[images, 3, size, size]`."""
+    if not FAMILIES[config.family].takes_images:
+        return token_ids(config, size)
+    return torch.randn(config.images, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def token_ids(config: BenchmarkConfig, length: int) -> Tensor:
@@ -303,7 +340,8 @@ def timed(run: Run) -> float:
 
 def memory_rows(config: BenchmarkConfig, schemes: Sequence[str]) -> Iterator[BenchmarkRow]:
     """Yield one row a scheme and length: the peak of a forward pass over the unswapped model's, each in its own process."""
-    for length in tqdm(config.lengths, desc=f"{config.family} memory"):
+    lengths = config.resolutions if FAMILIES[config.family].takes_images else config.lengths
+    for length in tqdm(lengths, desc=f"{config.family} memory"):
         peaks = {name: _in_a_process(peak_bytes, config.model_dump_json(), name, length) for name in (ORIGINAL, *schemes)}
         for name in schemes:
             yield {
@@ -346,7 +384,7 @@ def peak_bytes(config_json: str, contestant: str, length: int) -> int:
     config = BenchmarkConfig(**json.loads(config_json))
     torch.set_num_threads(config.threads)
     warnings.simplefilter("ignore")
-    forward_run(build(config, contestant, length), token_ids(config, length))()
+    forward_run(build(config, contestant, length), inputs(config, length))()
     # Not getrusage's figure: on Linux a new process starts that one from its parent's peak.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))

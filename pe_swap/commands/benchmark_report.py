@@ -21,7 +21,7 @@ class BenchmarkRow(TypedDict, total=False):
     reference: str
     """What it is divided by: `original`, the unswapped model, or for a peer the measured family with the same scheme."""
     length: int
-    """Tokens of the pass; for `decode`, cached tokens."""
+    """Tokens of the pass; for `decode`, cached tokens; of images, height and width in pixels."""
     ratio: float
     """Time over the reference's, the median of the pairs; for `memory`, bytes over bytes."""
     low: float
@@ -53,13 +53,19 @@ def benchmark_table(record: dict[str, Any]) -> str:
     grouped = f" ({config['key_value_heads']} of keys)" if config.get("key_value_heads") else ""
     shape = f"{config['layers']} layers, {config['hidden_size']} wide, {config['heads']} heads{grouped}, "
     shape += f"vocabulary {config['vocab_size']:,}"
-    lines = ["# What a scheme costs", "", f"{config['family']}, {shape}, float32, batch 1; {record['processor']},"]
+    batch = "batch 1"
+    if is_of_images := record.get("unit") == "pixels":
+        shape = (
+            f"{config['layers']} layers, {config['hidden_size']} wide, {config['heads']} heads, patches of {config['patch_size']}"
+        )
+        batch = f"{config['images']} images; columns are heights and widths in pixels"
+    lines = ["# What a scheme costs", "", f"{config['family']}, {shape}, float32, {batch}; {record['processor']},"]
     flushed = ", denormal numbers flushed" if record.get("flushes_denormals") else ""
     lines += [f"{config['threads']} threads, torch {record['versions']['torch']}, commit {record['commit']}{flushed}.", ""]
     for task, title in TASK_TITLES.items():
         chosen = [row for row in rows if _benchmark_group(row) == task]
         if chosen:
-            lines += [f"## {title}", "", *_ratio_table(chosen, task == "peer"), ""]
+            lines += [f"## {title}", "", *_ratio_table(chosen, task == "peer", 3 if is_of_images else 2), ""]
     return "\n".join(lines)
 
 
@@ -68,26 +74,27 @@ def _benchmark_group(row: BenchmarkRow) -> str:
     return str(row["task"]) if row["reference"] == "original" else "peer"
 
 
-def _ratio_table(rows: Sequence[BenchmarkRow], is_peer: bool) -> list[str]:
+def _ratio_table(rows: Sequence[BenchmarkRow], is_peer: bool, digits: int) -> list[str]:
     """Return the lines of one table; a row a model, a column a length, or a task for peers."""
     columns = list(dict.fromkeys(row["task"] if is_peer else row["length"] for row in rows))
     heads = [str(column) if is_peer else f"{column:,}" for column in columns]
     lines = ["| " + " | ".join(["against" if is_peer else "scheme", *heads]) + " |", "|---|" + "---:|" * len(columns)]
     for model in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == model]
-        cells = {row["task"] if is_peer else row["length"]: _ratio_cell(row) for row in mine}
+        cells = {row["task"] if is_peer else row["length"]: _ratio_cell(row, digits) for row in mine}
         label = f"{model} over {mine[0]['reference']}" if is_peer else model
         lines.append("| " + " | ".join([label, *(cells.get(column, "-") for column in columns)]) + " |")
     return lines
 
 
-def _ratio_cell(row: BenchmarkRow) -> str:
+def _ratio_cell(row: BenchmarkRow, digits: int) -> str:
     """Return a ratio, with its quartiles where it has them."""
-    return f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if "low" in row else f"{row['ratio']:.2f}"
+    found = [f"{row[key]:.{digits}f}" for key in ("ratio", "low", "high") if key in row]
+    return f"{found[0]} [{found[1]}, {found[2]}]" if len(found) == 3 else found[0]
 
 
-def benchmark_plot(rows: Sequence[BenchmarkRow]) -> Figure:
-    """Return ratio against length, a panel a task."""
+def benchmark_plot(rows: Sequence[BenchmarkRow], unit: str) -> Figure:
+    """Return ratio against length, in tokens or pixels, a panel a task."""
     tasks = [task for task in TASK_TITLES if task != "peer" and any(_benchmark_group(row) == task for row in rows)]
     figure = Figure(figsize=(4.2 * max(1, len(tasks)), 3.8), layout="constrained")
     panels = figure.subplots(1, max(1, len(tasks)), squeeze=False)[0]
@@ -102,7 +109,7 @@ def benchmark_plot(rows: Sequence[BenchmarkRow]) -> Figure:
         ticks = sorted({row["length"] for row in chosen})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("tokens")
+        axes.set_xlabel(unit)
         axes.set_ylabel("over the unswapped model")
         axes.set_title(task, loc="right", color="#555555")
         axes.legend(fontsize=7, frameon=False)

@@ -362,6 +362,11 @@ class BenchmarkConfig(Section):
     tasks: list[Task] = Field(default=["forward", "train", "decode", "memory"], min_length=1, description="what to measure")
     lengths: list[PositiveInt] = Field(default=[1024, 2048, 4096, 8192], min_length=1, description="tokens, or cached tokens")
     train_lengths: list[PositiveInt] = Field(default=[1024, 2048, 4096], description="tokens of a training step")
+    resolutions: list[PositiveInt] = Field(
+        default=[224, 448], min_length=1, description="in families of images, in place of lengths: height and width, pixels"
+    )
+    patch_size: PositiveInt = Field(default=16, description="in families of images: height and width of a patch, pixels")
+    images: PositiveInt = Field(default=1, description="in families of images: images in a batch")
     peers: bool = Field(default=True, description="also models of transformers that have a scheme built in")
     peer_length: PositiveInt = Field(default=2048, description="tokens in the comparison with peers")
     layers: PositiveInt = Field(default=6, description="layers of every model")

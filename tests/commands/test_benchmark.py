@@ -132,3 +132,18 @@ def test_an_encoder_is_not_decoded_and_has_no_peers(tmp_path: Path) -> None:
 def test_a_scheme_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'rope'"):
         benchmark(BenchmarkConfig(**TINY, schemes=["rop"], out=str(tmp_path)))
+
+
+def test_a_model_of_images_is_measured_by_resolution(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = ["forward", "train", "decode"]
+    config = BenchmarkConfig(
+        **TINY, family="vit", schemes=["rope"], tasks=tasks, resolutions=[8, 16], patch_size=4, images=2, out=str(tmp_path)
+    )
+    rows = benchmark(config)["results"]
+    assert [(row["task"], row["length"]) for row in rows] == [("forward", 8), ("forward", 16), ("train", 8), ("train", 16)]
+    assert "2 images; columns are heights and widths in pixels" in capsys.readouterr().out
+    assert measuring.inputs(config, 16).shape == (2, 3, 16, 16)
+    unswapped = build(config, measuring.ORIGINAL, 16)
+    assert unswapped.embeddings.position_embeddings.shape == (1, 17, 24), "the table is the resolution's own"
+    with pytest.raises(ConfigError, match=r"resolutions names 10 pixels, which patches of 4 do not divide\. Name multiples"):
+        benchmark(config.model_copy(update={"resolutions": [10]}))
