@@ -34,9 +34,11 @@ Beyond the first layer a cached pass still differs from an uncached one, as earl
 `cached_equals_uncached` is False. Every step turns all keys again. The first tokens, which LongRoPE leaves unscaled, are not treated
 apart; transformers does not either.
 
-On a grid of rows and columns a plane turns by one axis (`RotaryScheme`), or, with `frequencies="mixed"`, by both: `angle = row * f_row +
-column * f_column`, with trained frequencies of each plane, head and layer (RoPE-Mixed; Heo et al., ECCV 2024, arXiv:2403.13298, section
-3.2). Differs from that paper: they start as the axial rotation, where the paper draws a direction at random for each head.
+On a grid of rows and columns a plane turns by one axis (`RotaryScheme`), each axis with the same frequencies. With
+`frequencies="alternating"` the axes take the frequencies of the whole head in turn, the fastest for rows (Agrawal et al., "Pixtral 12B",
+arXiv:2410.07073; as in transformers' `PixtralVisionRotaryEmbedding`). With `frequencies="mixed"` a plane turns by both axes: `angle = row *
+f_row + column * f_column`, with trained frequencies of each plane, head and layer (RoPE-Mixed; Heo et al., ECCV 2024, arXiv:2403.13298,
+section 3.2). Differs from that paper: they start as the axial rotation, where the paper draws a direction at random for each head.
 
 `python -m pe_swap show rope` draws it.
 """
@@ -193,7 +195,8 @@ class RopeOptions(RotaryOptions):
         planes: which planes turn: None is all; `"high"` the share `planes_share` that turns fastest, `"low"` the slowest, `"uniform"` every
             n-th; or indices, 0 being the fastest (on a grid, of each axis); `strongest_planes` of pe_swap/training/planes.py finds them.
         planes_share: see `planes`.
-        frequencies: on a grid, `"mixed"`, trained ones by which each plane turns with both axes; None for planes of one axis each.
+        frequencies: on a grid, how fast planes turn: None, by one axis each, both axes with the same frequencies; `"alternating"`, by one
+            axis each, which take the frequencies of a whole head in turn; `"mixed"`, by both axes, with trained frequencies.
     """
 
     scheme: ClassVar[str] = "rope"
@@ -215,7 +218,7 @@ class RopeOptions(RotaryOptions):
     coordinates: str | None = field(default=None, metadata=none_is("on a grid, the model's own or 'index'"))
     planes: str | tuple[int, ...] | None = None
     planes_share: float | None = None
-    frequencies: str | None = field(default=None, metadata=none_is("each plane turns by one axis"))
+    frequencies: str | None = field(default=None, metadata=none_is("each axis has the same"))
 
     def __post_init__(self) -> None:
         """Check the values; which of them the rope type reads, only where it is given."""
@@ -223,8 +226,8 @@ class RopeOptions(RotaryOptions):
         self.require_number("fraction", 0.0, 1.0)
         self.require_choice("rope_type", tuple(REQUIRED))
         self.require_choice("coordinates", ("index", "centered"))
-        self.require_choice("frequencies", ("mixed",))
-        if self.frequencies is not None and self.planes is not None:
+        self.require_choice("frequencies", ("alternating", "mixed"))
+        if self.frequencies == "mixed" and self.planes is not None:
             raise self.refuse("planes", "None beside frequencies='mixed', which trains every plane. Leave one of them out")
         if self.rope_type is not None:
             self._require_what_is_read(self.rope_type)
@@ -388,8 +391,12 @@ class Rope(RotaryScheme):
         """
         require_planes(options, geometry.head_dim, geometry.axes)
         original_length = options.original_max_position_embeddings or geometry.trained_length
-        inv_freq, attention_factor = frequencies(options, geometry.head_dim, original_length, axes=geometry.axes)
-        self._turns = [float(options.planes is None or plane in options.planes) for plane in range(len(inv_freq))]
+        alternates = options.frequencies == "alternating"
+        shared_by = 1 if alternates else geometry.axes
+        inv_freq, attention_factor = frequencies(options, geometry.head_dim, original_length, axes=shared_by)
+        if alternates:
+            inv_freq = inv_freq.reshape(-1, geometry.axes).T  # a row per axis
+        self._turns = [float(options.planes is None or plane in options.planes) for plane in range(inv_freq.shape[-1])]
         super().__init__(options, geometry, layers, self._of_turning(inv_freq), attention_factor)
         self.is_mixed = options.frequencies == "mixed"
         served = layers if self.is_mixed else ()

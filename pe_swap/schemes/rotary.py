@@ -7,7 +7,7 @@ planes of two, and plane k is turned by the angle `position * inv_freq[k]`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -152,16 +152,17 @@ class RotaryScheme(Scheme):
             options: as `Scheme`.
             geometry: as `Scheme`.
             layers: as `Scheme`.
-            inv_freq: radians per position of each plane of one axis, `[rotary_dim / 2 / axes]`, on the CPU.
+            inv_freq: radians per position of each plane of one axis, `[rotary_dim / 2 / axes]`, on the CPU; or a row per axis, where they
+                differ.
             attention_factor: on sine and cosine.
         """
         super().__init__(options, geometry, layers)
-        self.rotary_dim = 2 * len(inv_freq) * geometry.axes
+        self.rotary_dim = 2 * inv_freq.shape[-1] * geometry.axes
         self.attention_factor = attention_factor
-        self._inv_freq: list[float] = inv_freq.float().tolist()
+        self._inv_freq: list[Any] = inv_freq.float().tolist()
 
     def inv_freq(self, position_ids: Tensor) -> Tensor:
-        """Return the radians per position of each plane, `[rotary_dim / 2]`, float32, on the device of `position_ids`."""
+        """Return the radians per position of each plane, float32, on the device of `position_ids`; their shape is that of `inv_freq`."""
         return torch.tensor(self._inv_freq, dtype=torch.float32, device=position_ids.device)
 
     def angles(self, position_ids: Tensor) -> Tensor:

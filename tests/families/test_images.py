@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DINOv3ViTConfig, PreTrainedModel
 from transformers.models.dinov3_vit import modeling_dinov3_vit
+from transformers.models.pixtral import modeling_pixtral
+from transformers.models.pixtral.modeling_pixtral import PixtralVisionConfig, PixtralVisionRotaryEmbedding
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEmbedding, apply_rotary_pos_emb_vision
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
@@ -71,6 +73,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("learned", {"extend": "bicubic_antialiased"}),
     ("none", {"qk_norm": True}),
     ("rope", {"coordinates": "centered", "logit_scale": "log_n"}),
+    ("rope", {"frequencies": "alternating", "fraction": 0.5, "rope_type": "linear", "factor": 2.0}),
     ("rope", {"frequencies": "mixed", "fraction": 0.5, "layout": "interleaved"}),
     ("shaw", {"variant": "key_query", "value": True}),
 ]
@@ -249,6 +252,19 @@ def test_the_axial_rotation_is_qwen2_vl_s() -> None:
     cosine, sine = rotation(x, PatchLayout(0, (1, 1), sides).position_ids(sides, CPU)[0])
     expected, _ = apply_rotary_pos_emb_vision(x[0].transpose(0, 1), x[0].transpose(0, 1), cosine, sine)
     torch.testing.assert_close(turned(scheme, x, 0, sides)[0].transpose(0, 1), expected)
+
+
+def test_the_rotation_by_alternating_frequencies_is_pixtral_s() -> None:
+    sides = (5, 7)
+    scheme = on_a_grid("rope", sides, head_dim=16, base=10000.0, frequencies="alternating")
+    x = torch.randn(1, 2, 35, 16)
+    rotation = PixtralVisionRotaryEmbedding(PixtralVisionConfig(hidden_size=32, num_attention_heads=2))
+    cosine, sine = rotation(x, PatchLayout(0, (1, 1), sides).position_ids(sides, CPU)[0])
+    expected, _ = modeling_pixtral.apply_rotary_pos_emb(x, x, cosine, sine, unsqueeze_dim=0)
+    found = turned(scheme, x, 0, sides)
+    torch.testing.assert_close(found, expected)
+    axial = turned(on_a_grid("rope", sides, head_dim=16, base=10000.0), x, 0, sides)
+    assert difference(found, axial) > 0.1, "columns turn by other frequencies"
 
 
 def test_the_rotation_by_centered_coordinates_is_dinov3_s() -> None:
