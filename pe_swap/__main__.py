@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from pe_swap.commands.families import families_table, families_text
+from pe_swap.commands.families import composites_table, families_table, families_text
 from pe_swap.commands.gallery import describe, drawable, markdown_table, show, show_on_a_grid, show_several
 from pe_swap.runs.command_line import free_options, run
 from pe_swap.schemes import SCHEMES
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     listed.add_argument("--markdown", action="store_true", help="as the README's table")
     families = commands.add_parser("families", help="list every model family with the kind of its positions")
     families.add_argument("--markdown", action="store_true", help="as the README's table")
+    families.add_argument("--composites", action="store_true", help="list the models that are made of several models instead")
     shown = commands.add_parser(
         "show", help="draw what a scheme does", epilog="Of one scheme, any other --option is the scheme's own."
     )
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     if known.command == "families":
         if unknown:
             parser.error(f"unexpected {' '.join(unknown)}")
-        print(families_table() if known.markdown else families_text())
+        print(composites_table() if known.composites else families_table() if known.markdown else families_text())
         return
     for name in ("heads", "length"):
         if not 1 <= getattr(known, name) <= 4096:

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pe_swap.attention.names import library_name
 from pe_swap.attention.shared_in_call import ARGUMENT, SharedInCall
 from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError
-from pe_swap.families import base_model_of
+from pe_swap.families import base_model_of, composite_of
 from pe_swap.families.native import PatchLayout
 from pe_swap.patching.holder import SchemeHolder
 from pe_swap.patching.install import layer_hooks
@@ -103,7 +103,7 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
         SwapStateError: the model is not swapped.
         UnsupportedModelError: not a model of a supported family.
     """
-    model = inner_model(model)
+    model = swapped_inside(inner_model(model))
     holder = acting_holder(model)
     if holder is None:
         raise SwapStateError(
@@ -116,6 +116,24 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
             return (_Checker if holder.patches is None else _ImageChecker)(model, holder).report()
     finally:
         model.train(was_training)
+
+
+def swapped_inside(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the swapped part of a composite, or the argument where it is no composite.
+
+    Raises:
+        SwapStateError: no part is swapped, or several are.
+    """
+    composite = composite_of(model)
+    if composite is None:
+        return model
+    parts = {name: found for name, found in composite.models_in(model).items() if hasattr(found.config, "pe_swap")}
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    raise SwapStateError(
+        f"{len(parts)} parts of this {type(model).__name__} are swapped, and one model is checked at a time. Give the model inside: "
+        f"{', '.join(f'the {name} part' for name in parts or composite.models_in(model))}."
+    )
 
 
 class _Checker:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from pe_swap.assignment import Assignment, extend, options_from, saved_stacks, starting_from_table
 from pe_swap.attention.names import require_honoured
 from pe_swap.errors import FamilyError, OptionError, SwapStateError, UnsupportedModelError
-from pe_swap.families import Family, Stack, base_model_of, family_for, known_loss_type
+from pe_swap.families import Composite, Family, Stack, base_model_of, composite_of, family_for, known_loss_type
 from pe_swap.patching.devices import bring_back_offloaded
 from pe_swap.patching.holder import Original, SchemeHolder
 from pe_swap.patching.install import (
@@ -66,7 +66,8 @@ def swap_positional(
         layers: the layers that get the scheme, where not all do: indices, or in words "every:4" (the fourth, eighth, ...), "not every:4",
             "first_half", "second_half". The others keep what they have: their scheme, or the model's own rotation
             or bias. A position table goes as a whole, as all layers share it through the input; layers without a scheme then have none.
-        part: `"encoder"` or `"decoder"` of an encoder-decoder; None for both.
+        part: `"encoder"` or `"decoder"` of an encoder-decoder, None for both; or one of the models inside a composite (`"text"`,
+            `"vision"`), None for the one that the composite is about (the text model of a LLaVA, the image encoder of a CLIP).
         trained_length: the length that the model was trained at, in positions, from which schemes derive sizes; None takes the model's.
         keep_mean: where the model's own positions are a table: keep its mean row, as a constant that is added to every token embedding
             beside the new scheme. It is saved with the model and not trained. None keeps it beside schemes that it was measured to help
@@ -87,6 +88,57 @@ def swap_positional(
         FamilyError: a module is not where the family says.
         SwapStateError: a model whose configuration and modules say different things.
     """
+    wanted = wanted_parts(scheme, plan, layers, options)
+    composite = composite_of(model)
+    if composite is None:
+        prepared = [prepare(model, wanted, options, part, trained_length, keep_mean)]
+    else:
+        inside = composite.chosen(model, part)
+        prepared = []
+        for name, found in inside.items():
+            prepared.append(prepare(found, wanted, options, None, trained_length, keep_mean))
+            for holder in prepared[-1].holders.values():
+                for acting in holder:
+                    composite.require_fits(name, acting)
+    for each in prepared:
+        if not any(scheme.tells_order for holder in each.holders.values() for scheme in holder):
+            warn_of_no_order(each.changes)
+    configs = {id(config): new for each in prepared for config, new in each.configs}
+    whole = {} if composite is None else composite_configs(composite, model, configs)
+    for each in prepared:
+        commit(each)
+    if composite is not None:
+        set_configs(model, whole)
+        model.name_or_path = ""
+    return model
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A swap that is worked out whole, beside its model, and not done yet.
+
+    Attributes:
+        model: the model.
+        changes: what it does to each stack.
+        holders: what holds the schemes of each swapped stack afterwards, by the stack's name.
+        configs: configuration objects of the model's modules, each with the one that takes its place.
+    """
+
+    model: PreTrainedModel
+    changes: list[Change]
+    holders: dict[str, SchemeHolder]
+    configs: list[tuple[Any, Any]]
+
+
+def prepare(
+    model: PreTrainedModel,
+    wanted: list[Part],
+    options: Mapping[str, Any],
+    part: str | None,
+    trained_length: int | None,
+    keep_mean: bool | None,
+) -> Prepared:
+    """Return a swap of a model, worked out and built; the model is not changed."""
     family = family_for(model)
     require_absolute_positions(model.config, type(model).__name__)
     if "axes" in options:
@@ -95,12 +147,7 @@ def swap_positional(
             f"axes is {options['axes']!r}, but the positions of this {type(model).__name__} have {axes}, and a scheme takes them as they "
             "are. Leave axes out."
         )
-    wanted = wanted_parts(scheme, plan, layers, options)
-
-    # Resolve: what is where, and what will be. Nothing is changed yet.
     changes = [resolve(model, stack, wanted, trained_length, keep_mean) for stack in chosen_stacks(family, model, part)]
-
-    # Build: everything new, beside the model.
     holders = {change.stack.name: build(model, change) for change in changes}
     for stack in family.stacks_in(family.base_model(model), model.config):
         untouched = holder_in(model, stack)
@@ -109,21 +156,22 @@ def swap_positional(
     hooks = frozenset[str]().union(*(attention_hooks(holder) for holder in holders.values()))
     require_honoured(model.config._attn_implementation, hooks)
     configs = swapped_configs(family, model, {change.stack.name: change for change in changes}, holders)
-    if not any(scheme.tells_order for holder in holders.values() for scheme in holder):
-        warn_of_no_order(changes)
+    return Prepared(model, changes, holders, configs)
 
-    # Commit: nothing below can fail.
-    for change in changes:
+
+def commit(prepared: Prepared) -> None:
+    """Do a swap that is worked out: nothing in it can fail."""
+    model = prepared.model
+    for change in prepared.changes:
         if change.current is not None:
             detach(change.stack, base_model_of(model), model.config, change.current)
-    set_configs(model, configs)
-    for change in changes:
-        attach(change.stack, base_model_of(model), model.config, holders[change.stack.name])
+    set_configs(model, {id(config): new for config, new in prepared.configs})
+    for change in prepared.changes:
+        attach(change.stack, base_model_of(model), model.config, prepared.holders[change.stack.name])
     model.loss_type = known_loss_type(model)
     forget_dequantized_gguf(model)
     # The folder it was loaded from holds another model now. PEFT writes this name into an adapter, as the model to load it on.
     model.name_or_path = ""
-    return model
 
 
 def forget_dequantized_gguf(model: PreTrainedModel) -> None:
@@ -375,13 +423,39 @@ def build(model: PreTrainedModel, change: Change) -> SchemeHolder:
 
 def swapped_configs(
     family: Family, model: PreTrainedModel, changes: dict[str, Change], holders: dict[str, SchemeHolder]
-) -> dict[int, Any]:
-    """Return, for every configuration object that the model's modules have, a copy that says what the model is swapped to.
+) -> list[tuple[Any, Any]]:
+    """Return every configuration object that the model's modules have, each with a copy that says what the model is swapped to.
 
     Other models that share a configuration keep it. An encoder-decoder may have one object per stack.
     """
     lengths = {name: None if change.original is None else change.original.length for name, change in changes.items()}
-    return {id(config): swapped_config(family, config, holders, lengths) for config in own_configs(model)}
+    return [(config, swapped_config(family, config, holders, lengths)) for config in own_configs(model)]
+
+
+def composite_configs(composite: Composite, model: PreTrainedModel, configs: Mapping[int, Any]) -> dict[int, Any]:
+    """Return, for every configuration object of a composite, a copy that holds the configurations that its parts will have.
+
+    Args:
+        composite: the composite.
+        model: a model of it.
+        configs: by the identity of a part's configuration, the one that takes its place.
+    """
+    parts = {name: configs.get(id(inside.config), inside.config) for name, inside in composite.models_in(model).items()}
+    fields = {part.name: part.field for part in composite.parts}
+    changed = {}
+    for config in own_configs(model):
+        new = copy.deepcopy(config)
+        new.__class__ = swapped_config_class(composite)
+        for name, part in parts.items():
+            setattr(new, fields[name], part)
+        swapped = composite.swapped_parts(new)
+        if swapped:
+            new.describe(swapped)
+        else:
+            del new.pe_swap
+            new.__class__ = composite.config_class
+        changed[id(config)] = new
+    return changed
 
 
 def swapped_config(family: Family, config: Any, holders: Mapping[str, SchemeHolder], lengths: Mapping[str, Any]) -> Any:
@@ -454,7 +528,7 @@ def restore_positional(model: Model, *, part: str | None = None) -> Model:
 
     Args:
         model: a swapped model; one that is not swapped is returned as it is.
-        part: `"encoder"` or `"decoder"` of an encoder-decoder; None for all that is swapped.
+        part: `"encoder"` or `"decoder"` of an encoder-decoder, or a part of a composite; None for all that is swapped.
 
     Returns:
         The model itself. Whatever else has changed since the swap (weights, vocabulary, configuration) stays as it is now.
@@ -462,22 +536,50 @@ def restore_positional(model: Model, *, part: str | None = None) -> Model:
     Raises:
         SwapStateError: the model was loaded already swapped, and its own position table is not in the checkpoint.
     """
+    composite = composite_of(model)
+    if composite is None:
+        put_back(model, leaving_stacks(model, part))
+        return model
+    inside = composite.models_in(model) if part is None else composite.chosen(model, part)
+    leaving = [(found, leaving_stacks(found, None)) for found in inside.values() if hasattr(found.config, "pe_swap")]
+    if leaving:
+        for found, stacks in leaving:
+            put_back(found, stacks)
+        set_configs(model, composite_configs(composite, model, {}))
+        if not hasattr(model.config, "pe_swap"):
+            model.name_or_path = model.config.name_or_path
+    return model
+
+
+def leaving_stacks(model: PreTrainedModel, part: str | None) -> list[Stack]:
+    """Return the stacks that a restore puts back, none where nothing is swapped.
+
+    Raises:
+        SwapStateError: the module that was replaced is not at hand.
+    """
+    family = family_for(model)
+    leaving = [stack for stack in chosen_stacks(family, model, part) if holder_in(model, stack) is not None]
+    for stack in leaving:
+        require_own_forward(stack, base_model_of(model), model.config)
+        holder = holder_in(model, stack)
+        if holder is not None and holder.original is None:
+            raise SwapStateError(
+                f"This {type(model).__name__} was loaded already swapped, and its own position table is not in the checkpoint. Load the "
+                "model it was made from instead, or swap it to another scheme."
+            )
+    return leaving
+
+
+def put_back(model: PreTrainedModel, leaving: list[Stack]) -> None:
+    """Put the own positions of some stacks back, and the configuration that says so."""
+    if not leaving:
+        return
     family = family_for(model)
     swapped = {
         stack.name: holder
         for stack in family.stacks_in(family.base_model(model), model.config)
         if (holder := holder_in(model, stack)) is not None
     }
-    leaving = [stack for stack in chosen_stacks(family, model, part) if stack.name in swapped]
-    if not leaving:
-        return model
-    for stack in leaving:
-        require_own_forward(stack, base_model_of(model), model.config)
-        if swapped[stack.name].original is None:
-            raise SwapStateError(
-                f"This {type(model).__name__} was loaded already swapped, and its own position table is not in the checkpoint. Load the "
-                "model it was made from instead, or swap it to another scheme."
-            )
     staying = {name: holder for name, holder in swapped.items() if name not in {stack.name for stack in leaving}}
     configs = {}
     for config in own_configs(model):
@@ -491,4 +593,3 @@ def restore_positional(model: Model, *, part: str | None = None) -> Model:
     set_configs(model, configs)
     if not staying:
         model.name_or_path = model.config.name_or_path
-    return model

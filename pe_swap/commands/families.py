@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pe_swap.families import FAMILIES, Stack
+from pe_swap.families import COMPOSITES, FAMILIES, Stack
 from pe_swap.families.base import as_configured, encoder
 
 COUNTED = {"slots": "every token", "mask": "what the mask lets through", "tokens": "tokens that are not padding"}
@@ -37,6 +37,16 @@ def families_table() -> str:
     ]
     for name, part, kind, place, counted, attention in rows():
         lines.append(f"| `{name}` | {part} | {kind} | `{place}` | {counted} | {attention} |")
+    return "\n".join(lines)
+
+
+def composites_table() -> str:
+    """Return the models that are made of models as a table of the README."""
+    lines = ["| composite | part | where | a swap without `part=` is for it |", "|---|---|---|---|"]
+    for name in COMPOSITES.names():
+        for part in COMPOSITES[name].parts:
+            for_it = ("yes; no bias" if part.looks_both_ways else "yes") if part.is_default else "no"
+            lines.append(f"| `{name}` | `{part.name}` | `{part.path}` | {for_it} |")
     return "\n".join(lines)
 
 

@@ -246,13 +246,10 @@ def family_for(model: object) -> Family:
         )
     name = family_name(model.config.model_type)
     if name not in FAMILIES:
-        whole_models = all(isinstance(getattr(model, part, None), PreTrainedModel) for part in ("encoder", "decoder"))
-        way_out = (
-            "Swap its encoder and its decoder, then set model.config.encoder and model.config.decoder to the configurations of the two."
-            if whole_models
-            else "Use a model of a family in pe_swap.list_families(), or add a file there, as its README.md says."
+        raise UnsupportedModelError(
+            f"No family '{name}' ({type(model).__name__}) is described in pe_swap/families. Use a model of a family in "
+            "pe_swap.list_families(), or add a file there, as its README.md says."
         )
-        raise UnsupportedModelError(f"No family '{name}' ({type(model).__name__}) is described in pe_swap/families. {way_out}")
     return FAMILIES[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from functools import cache
 from types import ModuleType
@@ -67,4 +68,22 @@ def head_classes_of(model_type: str) -> tuple[type[PreTrainedModel], ...]:
         found
         for found in vars(modeling_of(model_type)).values()
         if isinstance(found, type) and issubclass(found, parent) and getattr(found, "forward", None) is not nn.Module.forward
+    )
+
+
+@cache
+def composite_classes_of(model_type: str) -> tuple[type[PreTrainedModel], ...]:
+    """Return every model class that is built from the configuration of a composite, in the order of their file.
+
+    The classes of its parts stand in the same file and have configurations of their own. Not every composite has a class of `AutoModel`.
+    """
+    config_class = config_class_of(model_type)
+    modeling = importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
+    return tuple(
+        found
+        for found in vars(modeling).values()
+        if isinstance(found, type)
+        and issubclass(found, PreTrainedModel)
+        and getattr(found, "config_class", None) is config_class
+        and getattr(found, "forward", None) is not nn.Module.forward
     )

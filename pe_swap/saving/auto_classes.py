@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import auto_factory, configuration_auto, modeling_auto, tokenization_auto
 
-from pe_swap.families import FAMILIES, SWAPPED_PREFIX, Family, family_name
+from pe_swap.families import COMPOSITES, FAMILIES, SWAPPED_PREFIX, Composite, Family, described, family_name
 
 CLASS_PREFIX = "PESwap"
 """What the name of a swapped form of a class starts with; the family's own name follows."""
@@ -50,7 +50,7 @@ def auto_classes() -> dict[str, Any]:
     }
 
 
-def heads_by_auto_class(family: Family) -> dict[str, Any]:
+def heads_by_auto_class(family: Family | Composite) -> dict[str, Any]:
     """Return, for every Auto class that knows the family, the head it builds."""
     heads = {}
     for name, auto_class in auto_classes().items():
@@ -60,7 +60,7 @@ def heads_by_auto_class(family: Family) -> dict[str, Any]:
     return heads
 
 
-def auto_map(family: Family) -> dict[str, str]:
+def auto_map(family: Family | Composite) -> dict[str, str]:
     """Return what tells `trust_remote_code=True` which class of the stub to use."""
     names = {name: swapped_name(head.__name__) for name, head in heads_by_auto_class(family).items()}
     return {
@@ -69,7 +69,7 @@ def auto_map(family: Family) -> dict[str, str]:
     }
 
 
-def stub_text(family: Family) -> str:
+def stub_text(family: Family | Composite) -> str:
     """Return the text of the stub: an import of pe_swap's own classes, and what to install."""
     names = sorted({reference.partition(".")[2] for reference in auto_map(family).values()})
     imported = "".join(f"        {name},\n" for name in names)
@@ -92,7 +92,7 @@ class _SwappedConfigs(dict[str, Any]):
         build: from a family to its swapped configuration class.
     """
 
-    def __init__(self, registered: dict[str, Any], build: Callable[[Family], Any]) -> None:
+    def __init__(self, registered: dict[str, Any], build: Callable[[Family | Composite], Any]) -> None:
         super().__init__(registered)
         self.build = build
 
@@ -100,17 +100,19 @@ class _SwappedConfigs(dict[str, Any]):
         """Tell whether `model_type` is registered, or a swapped family's."""
         if super().__contains__(model_type):
             return True
-        return isinstance(model_type, str) and model_type.startswith(SWAPPED_PREFIX) and family_name(model_type) in FAMILIES
+        if not isinstance(model_type, str) or not model_type.startswith(SWAPPED_PREFIX):
+            return False
+        return family_name(model_type) in FAMILIES or family_name(model_type) in COMPOSITES
 
     def __missing__(self, model_type: str) -> Any:
         """Build the class of a swapped family."""
         if model_type not in self:
             raise KeyError(model_type)
-        self[model_type] = self.build(FAMILIES[family_name(model_type)])
+        self[model_type] = self.build(described(model_type))
         return self[model_type]
 
 
-def register_config_classes(build: Callable[[Family], Any]) -> None:
+def register_config_classes(build: Callable[[Family | Composite], Any]) -> None:
     """Tell `AutoConfig` of every swapped family, without a class of any: what it costs does not grow with the families.
 
     `AutoConfig.register` wants the class itself, so what it writes into is replaced by a dictionary that builds it.
@@ -123,7 +125,7 @@ def register_config_classes(build: Callable[[Family], Any]) -> None:
         mapping._extra_content = _SwappedConfigs(mapping._extra_content, build)
 
 
-def register_heads(family: Family, config_class: Any, build: Callable[[Family, Any], Any]) -> None:
+def register_heads(family: Family | Composite, config_class: Any, build: Callable[[Family | Composite, Any], Any]) -> None:
     """Tell the Auto classes of models and tokenizers of one swapped family, as their documentation has custom models do.
 
     Args:

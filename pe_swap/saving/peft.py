@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from pe_swap.families import FAMILIES, SWAPPED_PREFIX
+from pe_swap.families import COMPOSITES, FAMILIES, SWAPPED_PREFIX
 
 
 def name_families() -> None:
@@ -17,6 +17,6 @@ def name_families() -> None:
     constants = sys.modules.get("peft.utils.constants")
     for name, table in vars(constants).items() if constants is not None else ():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict):
-            for family in FAMILIES.names():
+            for family in (*FAMILIES.names(), *COMPOSITES.names()):
                 if family in table:
                     table.setdefault(SWAPPED_PREFIX + family, table[family])

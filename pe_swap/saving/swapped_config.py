@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from pe_swap.assignment import FORMAT, checked_format, from_saved, saved_stacks, short
 from pe_swap.attention.names import library_name, name_for
 from pe_swap.errors import CheckpointError, SwapStateError
-from pe_swap.families import FAMILIES, Family, Stack, family_name
+from pe_swap.families import FAMILIES, Stack, described, family_name
 from pe_swap.families.native import Rotary
 from pe_swap.families.native.rotary import NATIVE, UNTURNED
 from pe_swap.patching.holder import SchemeHolder
@@ -39,7 +39,55 @@ from pe_swap.schemes.options import LARGEST_LENGTH
 from pe_swap.version import __version__
 
 
-class SwappedConfig:
+class SavedConfig:
+    """What the configurations of swapped models and of swapped composites share: how they are written, and read back.
+
+    A class that inherits from it has `plain`, `require_same_layers`, `said_in_card`, `from_dict` and `to_diff_dict`.
+    """
+
+    @property
+    def family(self: Any) -> Any:
+        """The family or the composite that the configuration is of."""
+        return described(type(self).model_type)
+
+    @classmethod
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Read a folder or a name on the Hub; see the family's class. An unswapped one gives the family's own configuration.
+
+        Tools have the class of a model's configuration read the folder that the model came from: PEFT does, to save an adapter.
+        """
+        content, _ = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if is_unswapped(cls, content):
+            return described(cls.model_type).config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        """Return all fields; see the family's class. PEFT asks for them to learn the `model_type`."""
+        name_families()
+        content: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return content
+
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `config.json`, the model card, and the stub where a load needs pe_swap; see the family's class.
+
+        Raises:
+            SwapStateError: layers were taken out of the model or added to it since the swap, so that it could not be loaded.
+        """
+        if self.plain() is None:
+            self.require_same_layers()
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = self.to_diff_dict()
+        if self.plain() is None:
+            (folder / f"{STUB}.py").write_text(stub_text(self.family), encoding="utf-8")
+            auto_class = auto_class_of(saved["architectures"], saved["auto_map"])
+        else:
+            auto_class = auto_class_of([], {})
+        update_model_card(folder, self.said_in_card(), auto_class, {})
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+
+
+class SwappedConfig(SavedConfig):
     """What a swapped model's configuration does beyond its family's; mixed in before the family's class."""
 
     def describe(self: Any, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -98,6 +146,11 @@ class SwappedConfig:
         config.architectures = [name.removeprefix(CLASS_PREFIX) for name in self.architectures or []] or None
         return config
 
+    def said_in_card(self: Any) -> dict[str, Any]:
+        """Return what the model card is written from."""
+        said: dict[str, Any] = self.pe_swap
+        return said
+
     def require_same_layers(self: Any) -> None:
         """Refuse a model whose layers are others than at the swap: nothing says which of them has which scheme.
 
@@ -112,11 +165,6 @@ class SwappedConfig:
                     f"This model was swapped with {len(entry['layers'])} layers and has {now} now, so nothing says which layer has which "
                     "scheme. Call swap_positional(model, ...) once more, for all layers."
                 )
-
-    @property
-    def family(self: Any) -> Family:
-        """What the configuration is of."""
-        return FAMILIES[family_name(type(self).model_type)]
 
     @property
     def _attn_implementation_internal(self: Any) -> str | None:
@@ -159,17 +207,6 @@ class SwappedConfig:
             )
 
     @classmethod
-    def from_pretrained(cls: Any, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Read a folder or a name on the Hub; see the family's class. An unswapped one gives the family's own configuration.
-
-        Tools have the class of a model's configuration read the folder that the model came from: PEFT does, to save an adapter.
-        """
-        content, _ = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if _is_unswapped(cls, content):
-            return FAMILIES[family_name(cls.model_type)].config_class.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-
-    @classmethod
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build from the content of `config.json`; see the family's class. An unswapped one gives the family's own configuration.
 
@@ -178,7 +215,7 @@ class SwappedConfig:
                 argument.
         """
         family = FAMILIES[family_name(cls.model_type)]
-        if _is_unswapped(cls, config_dict):
+        if is_unswapped(cls, config_dict):
             return family.config_class.from_dict(config_dict, **kwargs)
         if "pe_swap" not in config_dict:
             raise CheckpointError(
@@ -206,12 +243,6 @@ class SwappedConfig:
                     _refuse_longer(stack.length_field, built, entry["max_length"])
         return result
 
-    def to_dict(self: Any) -> dict[str, Any]:
-        """Return all fields; see the family's class. PEFT asks for them to learn the `model_type`."""
-        name_families()
-        content: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        return content
-
     def to_diff_dict(self: Any) -> dict[str, Any]:
         """Return what is written to `config.json`: the family's own, where its class with other `rope_parameters` is this model."""
         plain = self.plain()
@@ -227,25 +258,6 @@ class SwappedConfig:
         saved["architectures"] = [swapped_name(name) for name in saved.get("architectures") or []] or None
         saved["auto_map"] = auto_map(self.family)
         return saved
-
-    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `config.json`, the model card, and the stub where a load needs pe_swap; see the family's class.
-
-        Raises:
-            SwapStateError: layers were taken out of the model or added to it since the swap, so that it could not be loaded.
-        """
-        if self.plain() is None:
-            self.require_same_layers()
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = self.to_diff_dict()
-        if self.plain() is None:
-            (folder / f"{STUB}.py").write_text(stub_text(self.family), encoding="utf-8")
-            auto_class = auto_class_of(saved["architectures"], saved["auto_map"])
-        else:
-            auto_class = auto_class_of([], {})
-        update_model_card(folder, self.pe_swap, auto_class, {})
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
 
 
 def entry_of(holder: SchemeHolder, stack: Stack, config: Any, length: Any, guarded: Any) -> dict[str, Any]:
@@ -337,7 +349,7 @@ def require_entry(entry: Mapping[str, Any]) -> None:
         )
 
 
-def _is_unswapped(config_class: Any, content: Mapping[str, Any]) -> bool:
+def is_unswapped(config_class: Any, content: Mapping[str, Any]) -> bool:
     """Tell whether the content of a `config.json` is that of a model which is not swapped."""
     return "pe_swap" not in content and content.get("model_type") != config_class.model_type
 

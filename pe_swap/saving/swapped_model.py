@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pe_swap.assignment import checked_format, from_saved, saved_stacks, short
 from pe_swap.errors import CheckpointError
-from pe_swap.families import FAMILIES, Family, Stack, family_name, known_loss_type
+from pe_swap.families import FAMILIES, Family, Stack, described, family_name, known_loss_type
 from pe_swap.families.base import NO_LIMIT
 from pe_swap.patching.holder import Original, SchemeHolder
 from pe_swap.patching.install import assemble, attach, attention_hooks, token_table
@@ -23,7 +23,55 @@ from pe_swap.saving.swapped_config import BUILDING, require_entry, rope_paramete
 from pe_swap.schemes.geometry import Geometry, Native
 
 
-class SwappedModel:
+class LoadedModel:
+    """What the classes of loaded swapped models and of composites share: a weight that is missing or left over is an error."""
+
+    @classmethod
+    def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a saved swapped model; see the family's class.
+
+        Raises:
+            CheckpointError: weights are missing or superfluous, positional ones are of another shape, or a file is damaged. Where another
+                head is loaded than was saved, the weights of the one are missing and those of the other superfluous, as they should
+                be; transformers reports them.
+        """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise CheckpointError(
+                "use_safetensors is False, but swapped models are saved as safetensors only: pickled weights can run code. Leave the "
+                "argument out."
+            )
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                *args, output_loading_info=True, use_safetensors=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"The weights in '{args[0] if args else kwargs.get('pretrained_model_name_or_path')}' cannot be read: {error}. A file is "
+                "damaged or was cut short; copy or download the folder again."
+            ) from error
+        except RuntimeError as error:
+            # transformers reports the loading in a `finally`, and may raise there over the error that was on its way.
+            if isinstance(error.__context__, CheckpointError):
+                raise error.__context__ from None
+            raise
+        missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+        _require_positional_weights(model, "not in the checkpoint", missing)
+        _require_positional_weights(model, "of another shape", [entry[0] for entry in info["mismatched_keys"]])
+        _require_positional_weights(model, "not in the scheme", unexpected)
+        # Of a checkpoint with its old table, that table is left over.
+        _require_weights_of_the_saved_class(model, missing, set() if kwargs.get("beside_old_table") else unexpected)
+        return (model, info) if output_loading_info else model
+
+    def _move_missing_keys_from_meta_to_device(self: Any, missing_keys: Iterable[str], *args: Any, **kwargs: Any) -> None:
+        """Refuse missing positional weights before transformers allocates them at the size that `config.json` names.
+
+        A method of transformers' own, called by its loading; without it the same refusal comes later, in `from_pretrained`.
+        """
+        _require_positional_weights(self, "not in the checkpoint, or of another shape", missing_keys)
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)  # type: ignore[misc]
+
+
+class SwappedModel(LoadedModel):
     """What the classes of loaded swapped models do beyond their family's; mixed in before the family's class."""
 
     def __init__(self: Any, config: Any, *args: Any, beside_old_table: bool = False, **kwargs: Any) -> None:
@@ -78,50 +126,6 @@ class SwappedModel:
             entries[stack.name]["attention_hooks"] = sorted(attention_hooks(holder))
             entries[stack.name]["rope_parameters"] = rope_parameters_of(holder, unswapped)
         self.loss_type = known_loss_type(self)
-
-    @classmethod
-    def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load a saved swapped model; see the family's class.
-
-        Raises:
-            CheckpointError: weights are missing or superfluous, positional ones are of another shape, or a file is damaged. Where another
-                head is loaded than was saved, the weights of the one are missing and those of the other superfluous, as they should
-                be; transformers reports them.
-        """
-        if kwargs.pop("use_safetensors", None) is False:
-            raise CheckpointError(
-                "use_safetensors is False, but swapped models are saved as safetensors only: pickled weights can run code. Leave the "
-                "argument out."
-            )
-        try:
-            model, info = super().from_pretrained(  # type: ignore[misc]
-                *args, output_loading_info=True, use_safetensors=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"The weights in '{args[0] if args else kwargs.get('pretrained_model_name_or_path')}' cannot be read: {error}. A file is "
-                "damaged or was cut short; copy or download the folder again."
-            ) from error
-        except RuntimeError as error:
-            # transformers reports the loading in a `finally`, and may raise there over the error that was on its way.
-            if isinstance(error.__context__, CheckpointError):
-                raise error.__context__ from None
-            raise
-        missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-        _require_positional_weights(cls, "not in the checkpoint", missing)
-        _require_positional_weights(cls, "of another shape", [entry[0] for entry in info["mismatched_keys"]])
-        _require_positional_weights(cls, "not in the scheme", unexpected)
-        # Of a checkpoint with its old table, that table is left over.
-        _require_weights_of_the_saved_class(model, missing, set() if kwargs.get("beside_old_table") else unexpected)
-        return (model, info) if output_loading_info else model
-
-    def _move_missing_keys_from_meta_to_device(self: Any, missing_keys: Iterable[str], *args: Any, **kwargs: Any) -> None:
-        """Refuse missing positional weights before transformers allocates them at the size that `config.json` names.
-
-        A method of transformers' own, called by its loading; without it the same refusal comes later, in `from_pretrained`.
-        """
-        _require_positional_weights(type(self), "not in the checkpoint, or of another shape", missing_keys)
-        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)  # type: ignore[misc]
 
 
 def _empty_mean(entry: Mapping[str, Any], stack: Stack, geometry: Geometry) -> Tensor | None:
@@ -182,14 +186,22 @@ def _lengths(config: Any, stacks: Iterable[Stack], entries: Mapping[str, Any], u
             setattr(config, field, length)
 
 
-def _require_positional_weights(model_class: Any, what: str, keys: Iterable[str]) -> None:
+def _stacks(config: Any) -> list[Stack]:
+    """Return the stacks that a swapped configuration may say something of: of a composite, those of its swapped parts."""
+    family = described(config.model_type)
+    if isinstance(family, Family):
+        return list(family.stacks)
+    return [stack for inside in family.swapped_parts(config).values() for stack in _stacks(inside)]
+
+
+def _require_positional_weights(model: Any, what: str, keys: Iterable[str]) -> None:
     """Refuse a checkpoint if any of `keys`, which are wrong in some way, is a positional weight.
 
     Raises:
         CheckpointError: one is.
     """
-    paths = [stack.native.holder_path for stack in FAMILIES[family_name(model_class.config_class.model_type)].stacks]
-    unsaved = set(getattr(model_class, "_keys_to_ignore_on_save", None) or ())  # tables that a family computes (Marian)
+    paths = [stack.native.holder_path for stack in _stacks(model.config)]
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # tables that a family computes (Marian)
     wrong = sorted(key for key in keys if any(f".{path}." in f".{key}." for path in paths) and key not in unsaved)
     if wrong:
         raise CheckpointError(
@@ -239,7 +251,7 @@ def _saved_class(model: Any) -> Any:
     names = model.config.architectures
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     found = getattr(sys.modules[type(model).__module__], name, None) if name.startswith(CLASS_PREFIX) else None
-    return found if isinstance(found, type) and issubclass(found, SwappedModel) else type(model)
+    return found if isinstance(found, type) and issubclass(found, LoadedModel) else type(model)
 
 
 def _name_in_base_model(model: Any, name: str) -> str:
