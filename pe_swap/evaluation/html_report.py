@@ -21,6 +21,11 @@ from pe_swap.evaluation.rows import PerplexityRow, ProbeNote, ProbeRow
 
 PICTURE = re.compile(r"!\[(.*?)\]\((.*?)\)")
 
+INTERVAL = re.compile(r"\[(\S+), (\S+)\]")
+
+KEPT_WHOLE = r"[\1,&nbsp;\2]"
+"""An interval in a cell: on a narrow screen a line ends before it and not within."""
+
 ENVIRONMENT = (
     "versions",
     "commit",
@@ -44,8 +49,15 @@ th:first-child, td:first-child { position: sticky; left: 0; background: #fff; wh
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 12px; }
 figure { margin: 0; } img { width: 100%; max-width: 520px; height: auto; display: block; }
 figcaption { font-size: 0.875rem; color: #555; }
+summary { cursor: pointer; color: #0b5394; }
+@media (max-width: 600px) {
+body { padding: 0 10px 32px; } table { font-size: 0.75rem; } th, td { padding: 3px 6px; } .number { white-space: normal; }
+}
 li, p { overflow-wrap: anywhere; } pre { overflow-x: auto; font-size: 0.8rem; background: #f6f6f6; padding: 12px; }
 """
+
+LONG_TABLE = 16
+"""A table with more rows than this is folded: the pictures above it say the same, and a phone's page would be endless."""
 
 Captioned = Sequence[tuple[str, Figure]]
 
@@ -135,7 +147,8 @@ def _of_probe(rows: Sequence[ProbeRow], note: ProbeNote) -> Captioned:
         values = [float(row["value"] or 0.0) for row in chosen]
         for model in dict.fromkeys(row["model"] for row in chosen) if is_map else [""]:
             mine = [row for row in chosen if not is_map or row["model"] == model]
-            found.append((f"{model}: {words}" if is_map else words, probe_plot(mine, note, values)))
+            where = f", at {max(row['length'] for row in mine):,} tokens" if len(mine[0]["at"]) > 1 else ""
+            found.append((f"{model}: {words}{where}" if is_map else words, probe_plot(mine, note, values)))
     return found
 
 
@@ -176,15 +189,19 @@ def body(lines: Sequence[str], figures: Mapping[str, Captioned]) -> list[str]:
 
 
 def table(lines: Sequence[str]) -> list[str]:
-    """Return a Markdown table as HTML, in a frame that scrolls sideways on a narrow screen."""
+    """Return a Markdown table as HTML, in a frame that scrolls sideways on a narrow screen; a long one is folded."""
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
     classes = [' class="number"' if mark.endswith(":") else "" for mark in rows[1]]
     found = ['<div class="wide"><table>']
     for number, cells in enumerate([rows[0], *rows[2:]]):
         tag = "td" if number else "th"
-        shown = (f"<{tag}{kind}>{inline(cell)}</{tag}>" for kind, cell in zip(classes, cells, strict=True))
+        shown = (
+            f"<{tag}{kind}>{INTERVAL.sub(KEPT_WHOLE, inline(cell))}</{tag}>" for kind, cell in zip(classes, cells, strict=True)
+        )
         found.append(f"<tr>{''.join(shown)}</tr>")
-    return [*found, "</table></div>"]
+    found.append("</table></div>")
+    count = len(rows) - 2
+    return found if count <= LONG_TABLE else [f"<details><summary>Table of {count} rows</summary>", *found, "</details>"]
 
 
 def inline(text: str) -> str:

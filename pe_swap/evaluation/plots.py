@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pe_swap.evaluation.comparison import drawn_over
 from pe_swap.evaluation.rows import AccuracyRow, PerplexityRow, ProbeNote, ProbeRow
@@ -19,6 +20,12 @@ COLOURS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#5
 """Okabe and Ito's colours, told apart by the colour-blind, and a few more; the control comes first, in black."""
 
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+
+LEGEND_COLUMN = 2.1
+"""Inches of a legend's column."""
+
+LEGEND_CHARACTERS = 21
+"""Characters of a legend's line that fit into a column, beside the line that they explain, in the legend's size."""
 
 
 def png(figure: Figure) -> bytes:
@@ -59,7 +66,7 @@ def plot(rows: Sequence[PerplexityRow], trained_length: dict[str, int | None]) -
                 _panel(axes, [row for row in rows if row["protocol"] == protocol], models, kind, marked)
                 axes.set_title(protocol if kind == "perplexity" else "", loc="right", color="#555555")
         words = f"band: 95% interval over {drawn_over(rows)}" + (" (of the ratio: paired)" if has_ratios else "")
-        _legend(figure, words if any(row["ci_low"] is not None for row in rows) else "", columns=4)
+        _legend(figure, words if any(row["ci_low"] is not None for row in rows) else "")
     return figure
 
 
@@ -80,7 +87,7 @@ def panel_plot(
         _panel(figure.subplots(), rows, models, kind, marked)
         words = f"band: {'paired ' if kind == 'ratio' else ''}95% interval over {drawn_over(rows)}"
         low_key = "ci_low" if kind == "perplexity" else "ratio_low"
-        _legend(figure, words if any(row[low_key] is not None for row in rows) else "", columns=2)  # type: ignore[literal-required]
+        _legend(figure, words if any(row[low_key] is not None for row in rows) else "")  # type: ignore[literal-required]
     return figure
 
 
@@ -101,7 +108,7 @@ def position_plot(rows: Sequence[PerplexityRow], models: Sequence[str]) -> Figur
         axes.set_xlabel("place in the window" if rows[0]["protocol"] == "masked" else "tokens predicted from")
         axes.set_ylabel("mean loss, nats")
         axes.grid(axis="y", color="#eeeeee")
-        _legend(figure, "", columns=2)
+        _legend(figure, "")
     return figure
 
 
@@ -119,7 +126,7 @@ def training_plot(parts: Mapping[str, Mapping[str, Any]]) -> Figure | None:
         axes.set_xlabel("step")
         axes.set_ylabel("training loss, nats")
         axes.grid(axis="y", color="#eeeeee")
-        _legend(figure, "", columns=2)
+        _legend(figure, "")
     return figure
 
 
@@ -131,16 +138,13 @@ def recovery_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         for index, (label, curve) in enumerate(curves.items()):
             points = [(point["tokens"], point["perplexity"]) for point in curve if point["perplexity"] is not None]
             axes.plot(*zip(*points, strict=True), label=label, **line_style(index))
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        _logarithmic(axes)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("tokens trained on")
         axes.set_ylabel("perplexity")
         axes.grid(axis="y", color="#eeeeee")
-        _legend(figure, "", columns=2)
+        _legend(figure, "")
     return figure
 
 
@@ -149,12 +153,28 @@ def _small_figure(entries: int) -> Figure:
     return Figure(figsize=(4.2, 3.0 + 0.19 * ((entries + 1) // 2)), layout="constrained")
 
 
-def _legend(figure: Figure, band: str, columns: int) -> None:
-    """Put one legend below all panels: the lines of the first, and what bands are."""
+def _legend(figure: Figure, band: str) -> None:
+    """Put one legend below all panels: the lines of the first, and what bands are.
+
+    Long words are broken, as a legend that is wider than its figure is cut off, and the figure grows by the lines that this takes.
+    """
     handles, labels = figure.axes[0].get_legend_handles_labels()
     found = [*zip(handles, labels, strict=True), *([(Patch(color="#999999", alpha=0.3), band)] if band else [])]
-    shown, said = zip(*found, strict=True) if found else ((), ())
+    shown, whole = zip(*found, strict=True) if found else ((), ())
+    columns = max(2, int(figure.get_figwidth() / LEGEND_COLUMN))
+    said = [textwrap.fill(label, LEGEND_CHARACTERS) for label in whole]
+    figure.set_figheight(figure.get_figheight() + 0.14 * -(-sum(label.count("\n") for label in said) // columns))
     figure.legend(shown, said, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
+
+
+def _logarithmic(axes: Any) -> None:
+    """Make the vertical axis logarithmic; a range of less than 3 to 1 has even steps, as it may hold no power of ten and its parts."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    narrow, wide = MaxNLocator(5), LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9))
+    axes.yaxis.set_major_locator(narrow if high < 3 * low else wide)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _panel(axes: Any, rows: Sequence[PerplexityRow], models: Sequence[str], kind: str, marked: set[int]) -> None:
@@ -175,12 +195,10 @@ def _panel(axes: Any, rows: Sequence[PerplexityRow], models: Sequence[str], kind
     if len(marked) == 1:
         axes.axvline(next(iter(marked)), color="#999999", linestyle="--", linewidth=1, label="trained length")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     ticks = sorted({row["length"] for row in rows})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    _logarithmic(axes)
     axes.set_xlabel("context length, tokens")
     name = "perplexity" if not rows or rows[0]["protocol"] != "masked" else "exp(loss on masked tokens)"
     axes.set_ylabel(name if kind == "perplexity" else f"{name} / control's")
@@ -209,7 +227,7 @@ def probe_plot(rows: Sequence[ProbeRow], note: ProbeNote, scale: Sequence[float]
             )
             for axes, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
                 _probe_lines(axes, [row for row in measured if row["quantity"] == quantity], models, note)
-            _legend(figure, "", columns=4 if several else 2)
+            _legend(figure, "")
             return figure
         figure = Figure(figsize=(3.4 * len(models) + 0.8, 2.6 * len(quantities) + 0.4), layout="constrained")
         panels = figure.subplots(len(quantities), len(models), squeeze=False)
@@ -240,6 +258,8 @@ def _probe_lines(axes: Any, rows: Sequence[ProbeRow], models: Sequence[str], not
     axes.minorticks_off()
     axes.set_xlabel(f"{column.replace('_', ' ')}, tokens")
     axes.set_ylabel(rows[0]["quantity"].replace("_", " "))
+    if "accuracy" in rows[0]["quantity"]:
+        axes.set_ylim(-0.03, 1.03)
     axes.grid(axis="y", color="#eeeeee")
 
 
@@ -276,7 +296,7 @@ def accuracy_plot(rows: Sequence[AccuracyRow], trained: int) -> Figure:
         figure = Figure(figsize=(5.2 * len(kinds), 3.6 + 0.19 * ((len(models) + 4) // 4)), layout="constrained")
         for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
             _accuracy_lines(axes, rows, models, trained, kind)
-        _legend(figure, "", columns=2 * len(kinds))
+        _legend(figure, "")
     return figure
 
 
@@ -285,7 +305,7 @@ def accuracy_panel(rows: Sequence[AccuracyRow], models: Sequence[str], trained: 
     with mpl.rc_context(STYLE):
         figure = _small_figure(len(models) + 1)
         _accuracy_lines(figure.subplots(), rows, models, trained, kind)
-        _legend(figure, "", columns=2)
+        _legend(figure, "")
     return figure
 
 

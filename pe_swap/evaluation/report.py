@@ -227,7 +227,8 @@ def _effective_cell(entry: Any) -> str:
 
 def probe_section(name: str, note: ProbeNote, rows: Sequence[ProbeRow]) -> list[str]:
     """Return the lines of one probe: what it is, a table per quantity, what could not be measured."""
-    options = ", ".join(f"{option} {value}" for option, value in note["options"].items())
+    options = ", ".join(f"{option} {value}" for option, value in note["options"].items() if value is not None)
+    mean = "".join(f", mean over {place}s" for place in note["averaged"])
     lines = [f"## {name}", "", note["title"] + (f" Options: {options}." if options else ""), ""]
     measured = [row for row in rows if row["value"] is not None]
     if measured:
@@ -235,7 +236,7 @@ def probe_section(name: str, note: ProbeNote, rows: Sequence[ProbeRow]) -> list[
     for quantity, words in note["quantities"].items():
         chosen = [row for row in measured if row["quantity"] == quantity]
         if chosen:
-            lines += [f"{words}:", "", *_probe_table(chosen, note), ""]
+            lines += [f"{words}{mean}:", "", *_probe_table(chosen, note), ""]
     refused = dict.fromkeys(f"* {row['model']} at {row['length']:,}: {row['error']}" for row in rows if row["error"])
     return [*lines, *refused, *([""] if refused else [])]
 

@@ -11,7 +11,7 @@ import pytest
 from pe_swap.errors import ConfigError
 from pe_swap.evaluation.comparison import differs, require_control, with_ratios
 from pe_swap.evaluation.effective_length import effective_lengths
-from pe_swap.evaluation.plots import plot, probe_plot
+from pe_swap.evaluation.plots import panel_plot, plot, probe_plot
 from pe_swap.evaluation.report import (
     COLUMNS,
     markdown_table,
@@ -77,7 +77,7 @@ def test_the_plot_leaves_a_gap_and_marks_the_trained_length() -> None:
     assert [list(line.get_xdata()) for line in lines] == [[64, 128], [64]]
     assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "--"] == [[64, 64]]
     assert list(axes.texts) == []
-    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == [
+    assert [text.get_text().replace("\n", " ") for text in axes.figure.legends[0].get_texts()] == [
         "a", "control (to 64)", "trained length", "band: 95% interval over documents",
     ]  # fmt: skip
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
@@ -89,6 +89,20 @@ def test_a_narrow_range_still_has_numbers_on_its_axis() -> None:
     axes = figure.axes[0]
     low, high = axes.get_ylim()
     assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) >= 2
+
+
+@pytest.mark.parametrize("kind", ["perplexity", "ratio"])
+def test_a_legend_is_within_its_figure(kind: str) -> None:
+    """Beside words that are wider than its column; what sticks out is cut off in the file."""
+    rows = with_ratios(compared(), control=None, unit="perplexity", samples=50, seed=0)
+    for one in rows:
+        one["model"] = one["model"] if one["model"] == "control" else f"a model with a label of length, {one['model']}"
+    models = list(dict.fromkeys(one["model"] for one in rows))
+    for figure in (panel_plot(rows, models, {}, kind), plot(rows, {})):
+        figure.canvas.draw()
+        legend, whole = figure.legends[0].get_window_extent(), figure.bbox
+        assert whole.x0 <= legend.x0 < legend.x1 <= whole.x1
+        assert whole.y0 <= legend.y0 < figure.axes[-1].get_window_extent().y0
 
 
 def test_files(tmp_path: Path) -> None:
@@ -148,7 +162,7 @@ def test_ratios_stand_in_report_csv_and_plot(tmp_path: Path) -> None:
     figure = plot(rows, {})
     assert [axes.get_ylabel() for axes in figure.axes] == ["perplexity", "perplexity / control's"]
     assert "band: 95% interval over documents (of the ratio: paired)" in [
-        text.get_text() for text in figure.legends[0].get_texts()
+        text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()
     ]
 
 

@@ -45,9 +45,9 @@ class Diagnose(Probe):
     needs_vocabulary = False
     Options = DiagnoseOptions
     quantities: ClassVar[dict[str, str]] = {
-        "first_token_mass": "Mass on the first token, mean over heads",
-        "mean_distance": "Mean distance of what is read, tokens, mean over heads",
-        "entropy": "Entropy over that of an even spread, mean over heads",
+        "first_token_mass": "Mass on the first token",
+        "mean_distance": "Mean distance of what is read, tokens",
+        "entropy": "Entropy over that of an even spread",
     }
     averaged = ("head",)
 
