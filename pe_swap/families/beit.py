@@ -18,9 +18,14 @@ def has_table(config: Any) -> bool:
     return bool(config.use_absolute_position_embeddings and not biased)
 
 
-def first_bias(config: Any) -> str:
-    """Return where a bias is worked out."""
-    return "shared_position_bias" if config.use_shared_relative_position_bias else "layers.0.relative_position_bias"
+def biases(config: Any) -> list[list[str]]:
+    """Return where biases are worked out: one for all layers, one in each, or both."""
+    shared, each = (
+        ["shared_position_bias"],
+        [f"layers.{layer}.relative_position_bias" for layer in range(config.num_hidden_layers)],
+    )
+    asked = ((config.use_shared_relative_position_bias, shared), (config.use_relative_position_bias, each))
+    return [paths for is_there, paths in asked if is_there]
 
 
 register(
@@ -34,7 +39,7 @@ register(
             applies=applies,
         )
         for native, applies in (
-            (GridBias("", first_bias), has_bias),
+            (GridBias("", biases), has_bias),
             (Grid("embeddings.position_embeddings"), has_table),
         )
     ),

@@ -58,7 +58,8 @@ class Native:
         token_rms: root mean square of the token embeddings: the size of an input vector where there is no table.
         options: the model's own values by the name of the option that has them, such as `base`, `fraction`, `layout`, `rope_type`, or
             `num_buckets`.
-        bias_table: the model's own bias per bucket and head, `[num_buckets, num_heads]`, float32, or None.
+        bias_table: the model's own bias per bucket and head, `[num_buckets, num_heads]`, float32; of pairs of row and column distances,
+            `[num_layers or 1, entries, num_heads]`, as `joint` orders them; or None.
     """
 
     table: Tensor | None = None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pe_swap.errors import OptionError
 from pe_swap.schemes.base import Scheme
 from pe_swap.schemes.geometry import Geometry, Native
+from pe_swap.schemes.joint import JointTable
 from pe_swap.schemes.options import SchemeOptions
 from pe_swap.schemes.positions import Positions
 
@@ -28,7 +29,9 @@ SMALL = 2**22
 
 
 def built(scheme_class: type[Scheme], options: SchemeOptions, geometry: Geometry, layers: tuple[int, ...]) -> Scheme:
-    """Return the scheme for a model: the scheme itself, or on a grid one copy of it per axis, where it acts so."""
+    """Return the scheme for a model: the scheme itself, or on a grid one copy of it per axis, or a joint table, where it acts so."""
+    if geometry.sides and scheme_class.on_a_grid == "summed" and getattr(options, "table", None) == "joint":
+        return JointTable(options, geometry, layers)
     if geometry.sides and scheme_class.on_a_grid != "itself":
         return PerAxis(scheme_class, options, geometry, layers)
     return scheme_class(options, geometry, layers)
@@ -37,7 +40,7 @@ def built(scheme_class: type[Scheme], options: SchemeOptions, geometry: Geometry
 def resolved(options: SchemeOptions, on_a_grid: str | None, geometry: Geometry, native: Native) -> SchemeOptions:
     """Return resolved options; those of a scheme with a copy per axis follow the length of an axis."""
     if geometry.sides and on_a_grid != "itself":
-        geometry = replace(geometry, trained_length=geometry.longest_side, sides=())
+        geometry = replace(geometry, trained_length=geometry.longest_side)
     return options.resolve(geometry, native)
 
 

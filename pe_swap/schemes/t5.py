@@ -4,6 +4,9 @@ Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to
 section 2.1; buckets as in the authors' code: one per distance for small ones, logarithmic ones up to `max_distance`, one for the rest.
 Encoders split the buckets between keys before and keys after the query.
 
+On a grid there is a table per axis and their biases are added, or, with `table="joint"`, one table for pairs of distances (BEiT's; see
+`joint.py`).
+
 Differs from the paper: T5 does not divide scores by `sqrt(head_dim)`; most models do, and the bias is added after that.
 
 `python -m pe_swap show t5` draws it.
@@ -13,11 +16,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pe_swap.errors import OptionError
 from pe_swap.schemes.base import SCHEMES, Scheme
 from pe_swap.schemes.geometry import Geometry, Native
 from pe_swap.schemes.options import LARGEST_LENGTH, LARGEST_TABLE, SchemeOptions, native_or, none_is
@@ -60,6 +64,8 @@ class T5Options(SchemeOptions):
         start: `"recency"`, `-log(1 + n)` in every head with n where a bucket begins, so that a key n away weighs 1 / (1 + n);
             `"zero"`, no bias; `"model"`, the model's own bias; or None for `"model"` in a model with a bias in the same buckets, else
             `"recency"` in decoders and `"zero"` in encoders.
+        table: on a grid, `"per_axis"`, buckets of rows and buckets of columns, whose biases are added; `"joint"`, an entry for every pair
+            of a row and a column distance in each layer, without buckets; None is `"joint"` in a model that has such a bias (BEiT).
     """
 
     scheme: ClassVar[str] = "t5"
@@ -69,6 +75,7 @@ class T5Options(SchemeOptions):
     start: str | None = field(
         default=None, metadata=none_is("the model's own, else 'recency' in decoders and 'zero' in encoders")
     )
+    table: str | None = field(default=None, metadata=none_is("on a grid, the model's own or 'per_axis'"))
 
     def __post_init__(self) -> None:
         """Check the values, and what they are together where both are given."""
@@ -76,6 +83,9 @@ class T5Options(SchemeOptions):
         self.require_int("num_buckets", 4, LARGEST_TABLE)
         self.require_int("max_distance", 2, LARGEST_LENGTH)
         self.require_choice("start", ("recency", "zero", "model"))
+        self.require_choice("table", ("per_axis", "joint"))
+        if self.table == "joint":
+            self._require_no_buckets()
         if self.num_buckets is None:
             return
         if self.num_buckets % 2:
@@ -85,13 +95,38 @@ class T5Options(SchemeOptions):
                 "max_distance", f"above num_buckets / 2 = {self.num_buckets // 2}, the distances with a bucket each"
             )
 
+    def _require_no_buckets(self) -> None:
+        """Refuse what a joint table does not read."""
+        if self.start == "recency":
+            raise self.refuse("start", "'zero' or 'model' beside table='joint'")
+        for option in ("num_buckets", "max_distance"):
+            if getattr(self, option) is not None and not isinstance(self, ResolvedT5Options):
+                raise self.refuse(option, "None beside table='joint', which has an entry for every pair of distances")
+
     def resolve(self, geometry: Geometry, native: Native) -> ResolvedT5Options:
-        """Return the options with the buckets and the start written out."""
-        has_own = native.bias_table is not None and all(
-            getattr(self, option) in (None, native.options.get(option)) for option in ("num_buckets", "max_distance")
-        )
+        """Return the options with the buckets, the start and the table of a grid written out.
+
+        Raises:
+            OptionError: a table of a grid where tokens stand in one row.
+        """
+        asked = [getattr(self, option) for option in ("num_buckets", "max_distance")]
+        own = [native.options.get(option) for option in ("num_buckets", "max_distance")]
+        table = self.table
+        if geometry.sides and table is None:
+            table = "joint" if native.options.get("table") == "joint" and asked == [None, None] else "per_axis"
+        elif table is not None and not geometry.sides:
+            raise OptionError(
+                f"t5: option 'table' is {table!r}, and this model's tokens stand in one row. Leave it out; it is for images."
+            )
+        has_own = native.bias_table is not None and table == native.options.get("table")
+        has_own = has_own and all(wanted in (None, value) for wanted, value in zip(asked, own, strict=True))
         start = "model" if has_own else "recency" if geometry.is_causal else "zero"
-        return self.written_out(ResolvedT5Options, native, start=start)
+        return self.written_out(ResolvedT5Options, native, start=start, table=table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values, without those that say nothing: of a table in a text, of buckets in a joint one."""
+        unread = {None: ("table",), "joint": ("num_buckets", "max_distance")}.get(self.table, ())
+        return {name: value for name, value in super().to_dict().items() if name not in unread}
 
 
 @dataclass(frozen=True, kw_only=True)

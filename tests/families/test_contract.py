@@ -19,6 +19,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 import pe_swap
 from pe_swap.families import FAMILIES, base_model_of
 from pe_swap.families.classes import modeling_of
+from pe_swap.families.native import GridBias
 from pe_swap.patching.install import holders_of
 from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, parameters_of
 from pe_swap.schemes import SCHEMES
@@ -112,7 +113,7 @@ def silenced(family: str, model: PreTrainedModel) -> Any:
         return silent_alibi(family)
     with torch.no_grad():
         for stack in FAMILIES[family].stacks_of(model.config):
-            if stack.native.own_scheme is None:  # a table of biases in every layer
+            if isinstance(stack.native, GridBias):  # a table of biases in every layer
                 for name, parameter in model.named_parameters():
                     parameter.mul_(0.0 if name.endswith("relative_position_bias_table") else 1.0)
                 continue

@@ -76,6 +76,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("rope", {"frequencies": "alternating", "fraction": 0.5, "rope_type": "linear", "factor": 2.0}),
     ("rope", {"frequencies": "mixed", "fraction": 0.5, "layout": "interleaved"}),
     ("shaw", {"variant": "key_query", "value": True}),
+    ("t5", {"table": "joint"}),
 ]
 """Further forms, in one family."""
 
@@ -116,6 +117,41 @@ def test_learned_is_the_family_s_own_table_at_every_size(family: str) -> None:
     assert holders_of(model)[0].scheme_at(0).keeps_function
     pe_swap.restore_positional(model)
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    "biased", [("use_relative_position_bias",), ("use_shared_relative_position_bias",), ("both",)], ids="".join
+)
+def test_t5_is_beit_s_own_bias_at_every_size(biased: tuple[str], tmp_path: Path) -> None:
+    """Its tables are of pairs of row and column distances; BEiT resamples them for another grid, and so does the scheme."""
+    names = ("use_relative_position_bias", "use_shared_relative_position_bias")
+    model = tiny("beit", **{name: biased[0] in (name, "both") for name in names})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("relative_position_bias_table"):
+                parameter.normal_()
+    sizes = ((24, 24), (32, 32), (16, 20), (36, 29))
+    expected = [states(model, images(2, *size)) for size in sizes]
+    assert difference(states(pe_swap.swap_positional(model, "t5", table="per_axis"), images(2)), expected[0]) > 1e-3
+    pe_swap.swap_positional(model, "t5")
+    for size, own in zip(sizes, expected, strict=True):
+        assert difference(states(model, images(2, *size)), own) <= ROUNDING, size
+    assert holders_of(model)[0].scheme_at(0).keeps_function
+    assert model.config.pe_swap["schemes"][0]["options"] == {"start": "model", "table": "joint"}
+    disturb(model)
+    before = states(model, images(2))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(states(auto_class("beit").from_pretrained(tmp_path).eval(), images(2)), before)
+    pe_swap.restore_positional(model)
+    assert torch.equal(states(model, images(2)), expected[0])
+
+
+def test_t5_is_beit_s_own_bias_where_the_trained_grid_is_no_square() -> None:
+    model = tiny("beit", image_size=[24, 32])
+    with torch.no_grad():
+        model.beit.layers[0].relative_position_bias.relative_position_bias_table.normal_()
+    expected = states(model, images(2, 24, 32))
+    assert difference(states(pe_swap.swap_positional(model, "t5"), images(2, 24, 32)), expected) <= ROUNDING
 
 
 def test_sizes_of_two_numbers() -> None:
@@ -372,6 +408,13 @@ def test_a_bias_of_the_absolute_distance_cannot_tell_an_image_from_its_mirror(sc
         ("rope", {"sliding_window": 4}, OptionError, "'sliding_window' is 4, but a window counts the tokens of a row"),
         ("rope", {"trained_length": 99}, OptionError, "trained_length is 99, but the positions of this ViT"),
         ("rope", {"axes": 2}, OptionError, "axes is 2"),
+        ("t5", {"table": "joint", "num_buckets": 32}, OptionError, "'num_buckets' is 32; it must be None beside table='joint'"),
+        (
+            "t5",
+            {"table": "joint", "start": "model"},
+            OptionError,
+            "'start' is 'model'; it must be 'zero', as this model has no bias of",
+        ),
         ("learned", {"max_length": 40}, OptionError, "'max_length' is 40, but this model's positions are a grid"),
         ("learned", {"extend": "tile"}, OptionError, "'extend' is 'tile'; it must be 'interpolate', 'bicubic'"),
     ],
@@ -387,17 +430,18 @@ def test_what_a_model_of_images_does_not_take(scheme: str, options: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("scheme", "options", "text"),
     [
-        ({"axes": 2}, "axes is 2, but the positions of this BertForMaskedLM have 1"),
-        ({"frequencies": "mixed"}, "'frequencies' is 'mixed', and this model's tokens stand in one row"),
-        ({"coordinates": "centered"}, "'coordinates' is 'centered', and this model's tokens stand in one row"),
+        ("rope", {"axes": 2}, "axes is 2, but the positions of this BertForMaskedLM have 1"),
+        ("rope", {"frequencies": "mixed"}, "'frequencies' is 'mixed', and this model's tokens stand in one row"),
+        ("rope", {"coordinates": "centered"}, "'coordinates' is 'centered', and this model's tokens stand in one row"),
+        ("t5", {"table": "joint"}, "'table' is 'joint', and this model's tokens stand in one row"),
     ],
 )
-def test_what_a_model_of_texts_does_not_take(options: dict[str, Any], text: str) -> None:
+def test_what_a_model_of_texts_does_not_take(scheme: str, options: dict[str, Any], text: str) -> None:
     model = tiny("bert")
     with pytest.raises(OptionError, match=text):
-        pe_swap.swap_positional(model, "rope", **options)
+        pe_swap.swap_positional(model, scheme, **options)
     assert not hasattr(model.config, "pe_swap")
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pe_swap.families.native.base import NativePositions, find
@@ -142,12 +144,13 @@ class GridBias(AddedBias):
 
     Attributes:
         stack: see `AddedBias`.
-        place: from the configuration to the path of the first module that works the bias out.
+        places: from the configuration to the paths of the modules that work biases out, a list for each bias that a layer adds: one path
+            per layer, or one for all.
     """
 
-    place: Callable[[Any], str]
+    places: Callable[[Any], list[list[str]]]
 
-    own_scheme = None
+    own_scheme = "t5"
     argument = "attention_mask"
     each_layer = True
 
@@ -156,12 +159,24 @@ class GridBias(AddedBias):
         return None
 
     def require_native(self, base_model: nn.Module) -> nn.Module:
-        """Return the first module that works the bias out; all stay where they are.
+        """Return the modules that work biases out, lists in a list as in `places`; all stay where they are.
 
         Raises:
-            FamilyError: it is not there.
+            FamilyError: one is not there.
         """
-        return find(base_model, self.place(base_model.config))
+        lists = self.places(base_model.config)
+        return nn.ModuleList(nn.ModuleList(find(base_model, path) for path in paths) for paths in lists)
+
+    def bias_table(self, native: nn.Module | None) -> Tensor | None:
+        """Return the biases of pairs of distances, `[layers or 1, entries, heads]`, float32, as `schemes/joint.py` orders them."""
+        if native is None:
+            return None
+        biases = [torch.stack([table_of_pairs(module) for module in modules.children()]) for modules in native.children()]
+        return sum(biases[1:], biases[0])
+
+    def options(self, config: Any, layer: int, native: nn.Module | None) -> Mapping[str, Any]:
+        """Return what its tables are, by the name of `t5`'s option."""
+        return {"table": "joint"}
 
     def length_to_build(self, config: Any) -> None:
         """Return None: nothing is as long as the input."""
@@ -170,3 +185,18 @@ class GridBias(AddedBias):
     def neutral(self, hidden_states: Tensor) -> None:
         """Return None: no mask."""
         return None
+
+
+@torch.no_grad()
+def table_of_pairs(module: Any) -> Tensor:
+    """Return the table that a bias module of BEiT reads at its trained size, `[entries, heads]`, float32.
+
+    The module keeps rows and columns of a trained grid that is no square in each other's place and resamples them at every call; what comes
+    of that at the trained size is what the model does there.
+    """
+    weight: Tensor = module.relative_position_bias_table.detach().float()
+    rows, columns = (2 * side - 1 for side in module.window_size)
+    of_pairs, rest = weight[: rows * columns], weight[rows * columns :]
+    as_kept = of_pairs.reshape(1, columns, rows, -1).permute(0, 3, 1, 2)
+    read = F.interpolate(as_kept, size=(rows, columns), mode="bilinear", align_corners=False)
+    return torch.cat((read[0].flatten(1).T, rest))
