@@ -15,6 +15,7 @@ register_composites(
         "aya_vision",
         "cohere2_vision",
         "internvl",
+        "lfm2_vl",
         "llava",
         "llava_next",
         "llava_next_video",

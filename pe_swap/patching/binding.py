@@ -18,7 +18,8 @@ class LayerBinding:
     Attributes:
         holder_ref: where the model's schemes are.
         index: which of them serves the layer.
-        layer: index of the layer.
+        layer: index of the layer among those with attention.
+        cache_layer: index of the layer in a cache, which counts layers without attention too.
         hooks: the hooks of the scheme that act in the attention function.
         parameters: names of the parameters of the attention module's `forward`, in order; read here, once, and not in every call.
         cache_argument: which of them is the cache, or None where the module takes none (encoders).
@@ -29,6 +30,7 @@ class LayerBinding:
     holder_ref: HolderRef
     index: int
     layer: int
+    cache_layer: int
     hooks: frozenset[str]
     parameters: tuple[str, ...]
     cache_argument: str | None

@@ -109,14 +109,14 @@ def slots_in(cache: Cache, binding: LayerBinding, q_len: int) -> CacheSlots:
         UnsupportedBackendError: the layer stores no keys of its own.
     """
     layers = cache.layers
-    if binding.layer < len(layers) and not hasattr(layers[binding.layer], "get_seq_length"):
+    if binding.cache_layer < len(layers) and not hasattr(layers[binding.cache_layer], "get_seq_length"):
         raise UnsupportedBackendError(
             f"Layer {binding.layer} carries the scheme '{binding.scheme.name}', but stores no keys in the cache "
-            f"({type(layers[binding.layer]).__name__}): it reads those of another layer, whose positions pe_swap does not know. Swap "
+            f"({type(layers[binding.cache_layer]).__name__}): it reads those of another layer, whose positions pe_swap does not know. Swap "
             "only layers that store their keys (layers=[...]), or use_cache=False."
         )
-    num_keys, first_key = cache.get_mask_sizes(q_len, binding.layer)
-    return CacheSlots(cache.get_seq_length(binding.layer), first_key, num_keys)
+    num_keys, first_key = cache.get_mask_sizes(q_len, binding.cache_layer)
+    return CacheSlots(cache.get_seq_length(binding.cache_layer), first_key, num_keys)
 
 
 def shared_call(

@@ -230,6 +230,7 @@ def attach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolde
                         holder_ref,
                         index,
                         layer,
+                        cache_layer(module, layer),
                         hooks,
                         parameters_of(module),
                         taken,
@@ -246,6 +247,12 @@ def attach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolde
         for layer, module in enumerate(stack.attention_modules(base_model, config)):
             if stack.native.kind == "rotary" or layer_hooks(holder, layer):
                 set_class(module, attention_class(stack.attention_class))
+
+
+def cache_layer(module: Any, layer: int) -> int:
+    """Return the index under which an attention module keeps its keys in a cache: its own, where it has one."""
+    own = getattr(module, "layer_idx", None)
+    return own if isinstance(own, int) else layer
 
 
 def set_class(module: nn.Module, new: type[nn.Module]) -> None:

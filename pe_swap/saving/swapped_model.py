@@ -62,6 +62,15 @@ class LoadedModel:
         _require_weights_of_the_saved_class(model, missing, set() if kwargs.get("beside_old_table") else unexpected)
         return (model, info) if output_loading_info else model
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say that weights are initialised by transformers' own code, as they are.
+
+        A method of transformers' own. For classes outside its package it takes a module without weights of its own for initialised, and
+        would leave buffers as they were allocated that a family computes at such a module (Falcon-H1).
+        """
+        return False
+
     def _move_missing_keys_from_meta_to_device(self: Any, missing_keys: Iterable[str], *args: Any, **kwargs: Any) -> None:
         """Refuse missing positional weights before transformers allocates them at the size that `config.json` names.
 

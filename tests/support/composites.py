@@ -31,6 +31,7 @@ PARTS: dict[str, tuple[str, str]] = {
     "gemma3": ("gemma3_text", "siglip_vision_model"),
     "idefics3": ("llama", "idefics3_vision"),
     "internvl": ("qwen2", "internvl_vision"),
+    "lfm2_vl": ("lfm2", "siglip2_vision_model"),
     "lighton_ocr": ("qwen3", "pixtral"),
     "llava": ("llama", "clip_vision_model"),
     "llava_next": ("llama", "clip_vision_model"),

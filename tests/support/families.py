@@ -67,10 +67,18 @@ EXPERTS = {
 }  # fmt: skip
 """Sizes of a mixture of experts, by every name that families have for them; a family takes those that it knows."""
 
+STATE_SPACE = {"mamba_n_heads": 12, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+CONVOLUTIONS = {
+    **LLAMA_LIKE,
+    "num_hidden_layers": 4,
+    "layer_types": ["full_attention", "conv", "full_attention", "full_attention"],
+}
+
 TINY: dict[str, dict[str, Any]] = {
     "albert": {**BERT_LIKE, "embedding_size": 48, "num_hidden_groups": 2},
     "apertus": LLAMA_LIKE,
     "arcee": LLAMA_LIKE,
+    "bamba": {**LLAMA_LIKE, **STATE_SPACE, "num_hidden_layers": 4, "attn_layer_indices": [0, 2, 3]},
     "bart": {**PARTS, **LENGTH},
     "bert": BERT_LIKE,
     "biogpt": BERT_LIKE,
@@ -147,17 +155,30 @@ TINY: dict[str, dict[str, Any]] = {
     "ernie4_5": {**LLAMA_LIKE, "head_dim": 8},
     "ernie4_5_moe": {**LLAMA_LIKE, **EXPERTS},
     "exaone_moe": {**LLAMA_LIKE, **WINDOW, **EXPERTS},
+    "falcon_h1": {**LLAMA_LIKE, **STATE_SPACE, "mamba_d_ssm": 192, "head_dim": 8},
     "flex_olmo": {**LLAMA_LIKE, **EXPERTS},
     "glm4_moe": {**LLAMA_LIKE, **EXPERTS, "head_dim": 8},
     "granitemoe": {**LLAMA_LIKE, **EXPERTS},
+    "granitemoehybrid": {
+        **LLAMA_LIKE, **EXPERTS, **STATE_SPACE, "num_hidden_layers": 4, "position_embedding_type": "rope",
+        "layer_types": ["attention", "mamba", "attention", "attention"], "shared_intermediate_size": 32,
+    },
     "granitemoeshared": {**LLAMA_LIKE, **EXPERTS},
     "hyperclovax": {**LLAMA_LIKE, "head_dim": 8},
     "jais2": {**LLAMA_LIKE, "head_dim": 8},
+    "lfm2": CONVOLUTIONS,
+    "lfm2_moe": {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1},
     "laguna": {**LLAMA_LIKE, **WINDOW, **EXPERTS, "head_dim": 8},
     "mellum": {**LLAMA_LIKE, **WINDOW, **EXPERTS, "head_dim": 8},
     "minimax_m2": {**LLAMA_LIKE, **EXPERTS, "head_dim": 8},
     "ministral3": {**LLAMA_LIKE, "head_dim": 8},
     "olmoe": {**LLAMA_LIKE, **EXPERTS},
+    "qwen3_next": {
+        **LLAMA_LIKE, **EXPERTS, "num_hidden_layers": 4, "head_dim": 16,
+        "layer_types": ["full_attention", "linear_attention", "full_attention", "full_attention"],
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "shared_expert_intermediate_size": 32,
+    },
     "solar_open": {**LLAMA_LIKE, **EXPERTS, "head_dim": 8},
     "vaultgemma": {**LLAMA_LIKE, **WINDOW, "head_dim": 8},
 }  # fmt: skip
