@@ -32,7 +32,7 @@ from pe_swap.patching.install import (
 from pe_swap.plans import layers_from, parts_of
 from pe_swap.saving.class_names import swapped_config_class
 from pe_swap.saving.relative_key_bert import require_absolute_positions
-from pe_swap.saving.swapped_config import entry_of
+from pe_swap.saving.swapped_config import entry_of, set_class
 from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions
 from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, on_a_grid, two_sided
 from pe_swap.schemes.geometry import Geometry, Native
@@ -445,7 +445,7 @@ def composite_configs(composite: Composite, model: PreTrainedModel, configs: Map
     changed = {}
     for config in own_configs(model):
         new = copy.deepcopy(config)
-        new.__class__ = swapped_config_class(composite)
+        set_class(new, swapped_config_class(composite))
         for name, part in parts.items():
             setattr(new, fields[name], part)
         swapped = composite.swapped_parts(new)
@@ -453,7 +453,7 @@ def composite_configs(composite: Composite, model: PreTrainedModel, configs: Map
             new.describe(swapped)
         else:
             del new.pe_swap
-            new.__class__ = composite.config_class
+            set_class(new, composite.config_class)
         changed[id(config)] = new
     return changed
 
@@ -469,7 +469,7 @@ def swapped_config(family: Family, config: Any, holders: Mapping[str, SchemeHold
     """
     new = copy.deepcopy(config)
     before = saved_stacks(config.pe_swap) if getattr(config, "pe_swap", None) is not None else {}
-    new.__class__ = swapped_config_class(family)
+    set_class(new, swapped_config_class(family))
     entries = {}
     for stack in family.stacks_of(config):
         if stack.name in holders:

@@ -18,7 +18,7 @@ from pe_swap.assignment import FORMAT, saved_stacks, short
 from pe_swap.errors import CheckpointError
 from pe_swap.families import FAMILIES, SWAPPED_PREFIX, Composite, Family, described, family_name, known_loss_type
 from pe_swap.saving.auto_classes import CLASS_PREFIX, auto_map, swapped_name
-from pe_swap.saving.swapped_config import SavedConfig, is_unswapped
+from pe_swap.saving.swapped_config import SavedConfig, is_unswapped, set_class
 from pe_swap.saving.swapped_model import LoadedModel
 from pe_swap.version import __version__
 
@@ -62,7 +62,7 @@ class SwappedCompositeConfig(SavedConfig):
             if part.name in parts:
                 setattr(config, part.field, parts[part.name])
         del config.pe_swap
-        config.__class__ = self.family.config_class
+        set_class(config, self.family.config_class)
         return config
 
     def require_same_layers(self: Any) -> None:

@@ -39,6 +39,13 @@ from pe_swap.schemes.options import LARGEST_LENGTH
 from pe_swap.version import __version__
 
 
+def set_class(config: Any, config_class: Any) -> None:
+    """Make a configuration one of another class; one that was read from a folder has its `model_type` as a field too."""
+    config.__class__ = config_class
+    if "model_type" in vars(config):
+        vars(config)["model_type"] = config_class.model_type
+
+
 class SavedConfig:
     """What the configurations of swapped models and of swapped composites share: how they are written, and read back.
 
@@ -127,7 +134,7 @@ class SwappedConfig(SavedConfig):
             if entry is not None and stack.length_field is not None:
                 setattr(config, stack.length_field, entry["length"])
         del config.pe_swap
-        config.__class__ = self.family.config_class
+        set_class(config, self.family.config_class)
         config._attn_implementation = implementation
         return config
 

@@ -304,6 +304,14 @@ def test_from_config_builds_the_scheme_with_fresh_weights(case: str, family: str
     assert copy.deepcopy(config) == config
 
 
+def test_a_model_from_a_folder_says_that_it_is_swapped_as_one_that_was_built_does(tmp_path: Path) -> None:
+    """Transformers writes the `model_type` that it reads into the configuration, where it hides the class's."""
+    build("gpt2").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert pe_swap.swap_positional(model, "alibi").config.model_type == "pe_swap_gpt2"
+    assert pe_swap.restore_positional(model).config.model_type == "gpt2"
+
+
 def test_a_pickled_model_is_the_model(tmp_path: Path) -> None:
     """Data loaders and launchers send models to their processes by pickle."""
     model = mixed("gpt2")
