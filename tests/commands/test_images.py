@@ -136,6 +136,19 @@ def test_what_does_not_go_together_is_refused(quick: Path, tmp_path: Path, capsy
         assert not (tmp_path / "out").exists(), change
 
 
+def test_a_training_that_diverges_is_named_and_not_measured(
+    quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(quick.read_text())
+    del content["base"]
+    content["train"]["learning_rate"] = 1e30
+    quick.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert call("--config", str(quick), "--out", str(tmp_path / "out")) == 2
+    assert "Rows of control, rope are errors" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["accuracies"] == []
+    assert "* rope diverged, so it is not measured. Train it again" in (tmp_path / "out" / "report.md").read_text()
+
+
 # --- what it is made of ---------------------------------------------------------------------------------------------------------
 
 
