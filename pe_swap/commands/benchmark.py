@@ -218,10 +218,11 @@ def _peer(config: BenchmarkConfig, model_type: str, longest: int) -> PreTrainedM
 
 def forward_run(model: PreTrainedModel, ids: Tensor) -> Run:
     """Return one forward pass without gradients."""
+    given = _without_cache(model)
 
     def run() -> None:
         with torch.no_grad():
-            model(ids, **_without_cache(model))
+            model(ids, **given)
 
     return run
 
@@ -235,9 +236,11 @@ def train_run(model: PreTrainedModel, ids: Tensor) -> Run:
         table: Tensor = model.get_input_embeddings().weight
         return F.cross_entropy((hidden @ table.T)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
+    given = _without_cache(model)
+
     def run() -> None:
         model.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss_of(model(ids, **_without_cache(model)).last_hidden_state))
+        torch.autograd.backward(loss_of(model(ids, **given).last_hidden_state))
 
     return run
 

