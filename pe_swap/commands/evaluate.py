@@ -26,7 +26,7 @@ from pe_swap.evaluation.seeds import joined, joined_probes
 from pe_swap.evaluation.text import tokens_and_bytes, where_first_token_stands
 from pe_swap.runs import data as text
 from pe_swap.runs.config import DataSection, EvalConfig, MeasureSection, build, resolved
-from pe_swap.runs.models import content_hashes, is_causal_configuration, load_model, scheme_name
+from pe_swap.runs.models import content_hashes, is_causal_configuration, load_model, require_text_model, scheme_name
 from pe_swap.runs.output import require_kind, require_output_folder
 from pe_swap.runs.progress import EveryMinute, on_terminal
 from pe_swap.runs.records import Stopwatch, environment, fingerprint, read_record, write_record
@@ -298,9 +298,12 @@ def require_model(name: str) -> Any:
 
     Raises:
         CheckpointError: there is none under that name.
+        UnsupportedModelError: it is no language model.
     """
     try:
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        require_text_model(config)
+        return config
     except PESwapError:
         raise
     except (OSError, ValueError, KeyError) as error:

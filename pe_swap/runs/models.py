@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from pe_swap.errors import CheckpointError, ConfigError, DataError, PESwapError, UnsupportedModelError
-from pe_swap.families import FAMILIES, family_name
+from pe_swap.families import COMPOSITES, FAMILIES, family_name
 from pe_swap.families.native import Table
 from pe_swap.patching.install import holder_in, holder_of
 from pe_swap.registry import did_you_mean
@@ -96,11 +96,16 @@ def is_headless(name: str) -> bool:
 
 
 def require_text_model(config: Any) -> None:
-    """Refuse a model of images where text goes in.
+    """Refuse a model of images, or one that is made of several models, where text goes in.
 
     Raises:
         UnsupportedModelError: it is one.
     """
+    if family_name(config.model_type) in COMPOSITES:
+        raise UnsupportedModelError(
+            f"A model of type '{config.model_type}' is made of several models, and the scripts train and measure a language model by itself. "
+            "Swap it in Python with swap_positional(model, ...), and train it with its own data."
+        )
     if takes_images(config):
         raise UnsupportedModelError(
             f"A model of type '{config.model_type}' reads images, and the data are text. Name a language model, or data.images in a "

@@ -14,8 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import pe_swap
+from pe_swap.commands.evaluate import evaluate
 from pe_swap.errors import CheckpointError, SwapStateError, UnsupportedModelError
 from pe_swap.families import COMPOSITES, FAMILIES
+from pe_swap.runs.config import DataSection, EvalConfig
+from pe_swap.runs.models import load_model
 from pe_swap.saving import class_names
 from pe_swap.saving.auto_classes import CLASS_PREFIX
 from tests.support.composites import IMAGE_TOKEN, tiny_composite
@@ -265,3 +268,13 @@ def test_a_missing_positional_weight_of_a_part_is_refused(tmp_path: Path) -> Non
     )
     with pytest.raises(CheckpointError, match="positional weights do not fit"):
         AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+def test_scripts_take_a_language_model_by_itself(tmp_path: Path) -> None:
+    built("llava").save_pretrained(tmp_path / "llava")
+    with pytest.raises(UnsupportedModelError, match="A model of type 'llava' is made of several models"):
+        load_model(str(tmp_path / "llava"))
+    config = EvalConfig(models=[str(tmp_path / "llava")], lengths=[8], data=DataSection(sotu=True), out=str(tmp_path / "out"))
+    with pytest.raises(UnsupportedModelError, match="A model of type 'llava' is made of several models"):
+        evaluate(config)
+    assert not (tmp_path / "out").exists()
