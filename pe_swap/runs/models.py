@@ -103,8 +103,8 @@ def require_text_model(config: Any) -> None:
     """
     if family_name(config.model_type) in COMPOSITES:
         raise UnsupportedModelError(
-            f"A model of type '{config.model_type}' is made of several models, and the scripts train and measure a language model by itself. "
-            "Swap it in Python with swap_positional(model, ...), and train it with its own data."
+            f"A model of type '{config.model_type}' is made of several models, and the scripts train and measure a language model by "
+            "itself. Swap it in Python with swap_positional(model, ...), and train it with its own data."
         )
     if takes_images(config):
         raise UnsupportedModelError(
