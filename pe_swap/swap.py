@@ -88,29 +88,48 @@ def swap_positional(
         FamilyError: a module is not where the family says.
         SwapStateError: a model whose configuration and modules say different things.
     """
-    wanted = wanted_parts(scheme, plan, layers, options)
     composite = composite_of(model)
-    if composite is None:
-        prepared = [prepare(model, wanted, options, part, trained_length, keep_mean)]
-    else:
-        inside = composite.chosen(model, part)
-        prepared = []
-        for name, found in inside.items():
-            prepared.append(prepare(found, wanted, options, None, trained_length, keep_mean))
-            for holder in prepared[-1].holders.values():
-                for acting in holder:
-                    composite.require_fits(name, acting)
+    inside = {"": model} if composite is None else composite.chosen(model, part)
+    for found in inside.values():
+        require_no_axes(found, options)
+    wanted = wanted_parts(scheme, plan, layers, options)
+
+    # Resolve and build, of every model inside: nothing is changed yet.
+    prepared: list[Prepared] = []
+    for name, found in inside.items():
+        prepared.append(prepare(found, wanted, part if composite is None else None, trained_length, keep_mean))
+        if composite is not None:
+            for acting in prepared[-1].schemes():
+                composite.require_fits(name, acting)
     for each in prepared:
-        if not any(scheme.tells_order for holder in each.holders.values() for scheme in holder):
+        if not any(acting.tells_order for acting in each.schemes()):
             warn_of_no_order(each.changes)
-    configs = {id(config): new for each in prepared for config, new in each.configs}
-    whole = {} if composite is None else composite_configs(composite, model, configs)
+    replaced = {id(config): new for each in prepared for config, new in each.configs}
+    of_whole = {} if composite is None else composite_configs(composite, model, replaced)
+
+    # Commit: nothing below can fail.
     for each in prepared:
         commit(each)
     if composite is not None:
-        set_configs(model, whole)
+        set_configs(model, of_whole)
         model.name_or_path = ""
     return model
+
+
+def require_no_axes(model: PreTrainedModel, options: Mapping[str, Any]) -> None:
+    """Refuse `axes` among the options: a model's positions have as many as they have.
+
+    Raises:
+        OptionError: it is given.
+        UnsupportedModelError: the model is of no known family.
+    """
+    family = family_for(model)
+    if "axes" in options:
+        axes = 2 if family.takes_images else 1
+        raise OptionError(
+            f"axes is {options['axes']!r}, but the positions of this {type(model).__name__} have {axes}, and a scheme takes them as they "
+            "are. Leave axes out."
+        )
 
 
 @dataclass(frozen=True)
@@ -129,11 +148,14 @@ class Prepared:
     holders: dict[str, SchemeHolder]
     configs: list[tuple[Any, Any]]
 
+    def schemes(self) -> list[Scheme]:
+        """Return all schemes that will act in the model."""
+        return [scheme for holder in self.holders.values() for scheme in holder]
+
 
 def prepare(
     model: PreTrainedModel,
     wanted: list[Part],
-    options: Mapping[str, Any],
     part: str | None,
     trained_length: int | None,
     keep_mean: bool | None,
@@ -141,12 +163,6 @@ def prepare(
     """Return a swap of a model, worked out and built; the model is not changed."""
     family = family_for(model)
     require_absolute_positions(model.config, type(model).__name__)
-    if "axes" in options:
-        axes = 2 if family.takes_images else 1
-        raise OptionError(
-            f"axes is {options['axes']!r}, but the positions of this {type(model).__name__} have {axes}, and a scheme takes them as they "
-            "are. Leave axes out."
-        )
     changes = [resolve(model, stack, wanted, trained_length, keep_mean) for stack in chosen_stacks(family, model, part)]
     holders = {change.stack.name: build(model, change) for change in changes}
     for stack in family.stacks_in(family.base_model(model), model.config):

@@ -347,7 +347,7 @@ def test_positional_parameters_get_their_own_learning_rate(case: str, as_the_res
     model = swapped("gpt2", case)
     trainer = PositionalTrainer(
         model=model,
-        args=training._arguments(config(tmp_path).train, 0, tmp_path),
+        args=training.training_arguments(config(tmp_path).train, 0, tmp_path),
         train_dataset=[{"input_ids": [5, 6]}],
         data_collator=causal_batch,
         positional_learning_rate=0.5,
