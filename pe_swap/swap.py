@@ -59,8 +59,8 @@ def swap_positional(
     and leaves the model bit for bit as it was. Swapping again replaces the scheme.
 
     Args:
-        model: a transformers model of a family in `list_families()`, with any head: the model that is going to be saved, not the base
-            model inside it.
+        model: a transformers model of a family in `list_families()`, with any head, or a composite of such models (LLaVA, CLIP): the
+            model that is going to be saved, not the one inside it.
         scheme: a name in `list_schemes()`, the options of a scheme, or a scheme, whose options are taken.
         plan: a name in `pe_swap.plans.PLANS`, in place of a scheme: which layers get which scheme, as published models mix them.
         layers: the layers that get the scheme, where not all do: indices, or in words "every:4" (the fourth, eighth, ...), "not every:4",

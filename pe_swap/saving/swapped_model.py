@@ -241,7 +241,7 @@ def _require_weights_of_the_saved_class(model: Any, missing: set[str], unexpecte
             saved_model = saved_class(copy.deepcopy(model.config))
         saved = {_name_in_base_model(saved_model, name) for name in saved_model.state_dict()}
         missing = {name for name in missing if _name_in_base_model(model, name) in saved}
-        unexpected = {name for name in unexpected if _name_in_base_model(saved_model, name) not in saved}
+        unexpected = {name for name in unexpected if not _is_one_of(saved, _name_in_base_model(saved_model, name))}
     name = saved_class.__name__
     if missing:
         raise CheckpointError(
@@ -266,6 +266,11 @@ def _saved_class(model: Any) -> Any:
 def _name_in_base_model(model: Any, name: str) -> str:
     """Return a weight's name as the base model has it, so that those of two heads compare; a head's own weights keep their names."""
     return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _is_one_of(saved: set[str], name: str) -> bool:
+    """Tell whether a weight is one of the saved class; a file may have it under another path before that name (a LLaVA's head)."""
+    return name in saved or any(name.endswith(f".{own}") for own in saved if "." in own)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -11,7 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForImageClassification, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 
 import pe_swap
 from pe_swap.commands.evaluate import evaluate
@@ -155,6 +161,15 @@ def test_a_swapped_composite_generates_as_it_does_without_a_cache(backend: str, 
     given = {"input_ids": ids, "pixel_values": images(2, 32, 32), "attention_mask": torch.ones_like(ids), "max_new_tokens": 12}
     wanted = again.generate(**given, do_sample=False, use_cache=False)
     assert torch.equal(again.generate(**given, do_sample=False), wanted)
+
+
+def test_a_base_model_is_taken_out_of_a_composite_with_a_head(tmp_path: Path) -> None:
+    model = pe_swap.swap_positional(built("llava"), "t5")
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    ids = token_ids(2, 24)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).last_hidden_state, model.model(input_ids=ids).last_hidden_state)
 
 
 @needs_later_families
