@@ -146,16 +146,27 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
         record["perplexity"]["after_training"] = perplexity(model, evaluator) if trained else None
         if config.train.eval_steps:
             record["perplexity"]["by_step"] = _by_step(config, record, measured)
-    diverged = trained and has_diverged(model, record)
+    close_record(record, model, config, watch, write)
+    return record
+
+
+def close_record(
+    record: dict[str, Any], model: PreTrainedModel, config: FinetuneConfig, watch: Stopwatch, write: Callable[[], None]
+) -> None:
+    """Write into the record of a run whether its training came to something, and how long all took.
+
+    Raises:
+        DivergedError: it did not.
+    """
+    diverged = config.train.max_steps > 0 and has_diverged(model, record)
     record |= {"status": "diverged" if diverged else "done", "seconds": watch.seconds}
     write()
     if diverged:
         raise DivergedError(
-            f"The training in '{out}' diverged: its losses or weights are not finite, and the model saved there is of no use "
+            f"The training in '{config.out}' diverged: its losses or weights are not finite, and the model saved there is of no use "
             f"(train.learning_rate {config.train.learning_rate:g}). Train again with a lower --train.learning_rate, or more "
             "--train.warmup_steps."
         )
-    return record
 
 
 def _by_step(config: FinetuneConfig, record: dict[str, Any], measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

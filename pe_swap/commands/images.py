@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from pe_swap.commands.evaluate import distinct, part_folder, trained_seeds
-from pe_swap.commands.finetune import has_diverged, open_output, processes, record_writer, run_fingerprint
-from pe_swap.errors import ConfigError, DivergedError
+from pe_swap.commands.finetune import close_record, open_output, processes, record_writer, run_fingerprint
+from pe_swap.errors import ConfigError
 from pe_swap.evaluation.accuracy import accuracy_row, joined_accuracies, with_differences
 from pe_swap.evaluation.measures import ImageMeasure, chosen, measure
 from pe_swap.evaluation.rows import PROTOCOL_VERSION, AccuracyRow
@@ -126,15 +126,7 @@ def finetune_on_images(config: FinetuneConfig, images: Images) -> dict[str, Any]
     )
     trained = config.train.max_steps > 0
     record["accuracy"]["after_training"] = accuracy(model, images) if trained else None
-    diverged = trained and has_diverged(model, record)
-    record |= {"status": "diverged" if diverged else "done", "seconds": watch.seconds}
-    write()
-    if diverged:
-        raise DivergedError(
-            f"The training in '{out}' diverged: its losses or weights are not finite, and the model saved there is of no use "
-            f"(train.learning_rate {config.train.learning_rate:g}). Train again with a lower --train.learning_rate, or more "
-            "--train.warmup_steps."
-        )
+    close_record(record, model, config, watch, write)
     return record
 
 

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from pe_swap.assignment import FORMAT, saved_stacks, short
 from pe_swap.errors import CheckpointError
 from pe_swap.families import FAMILIES, SWAPPED_PREFIX, Composite, Family, described, family_name, known_loss_type
-from pe_swap.saving.auto_classes import CLASS_PREFIX, auto_map, swapped_name
+from pe_swap.saving.auto_classes import CLASS_PREFIX
 from pe_swap.saving.swapped_config import SavedConfig, is_unswapped, set_class
 from pe_swap.saving.swapped_model import LoadedModel
 from pe_swap.version import __version__
@@ -49,7 +49,7 @@ class SwappedCompositeConfig(SavedConfig):
     def plain(self: Any) -> Any:
         """Return the composite's own configuration that is this model, or None where a part has none; see `SwappedConfig.plain`."""
         parts = {name: config.plain() for name, config in self.family.swapped_parts(self).items()}
-        if any(config is None for config in parts.values()):
+        if not parts or None in parts.values():
             return None
         config = self._with_parts(parts)
         config.architectures = [name.removeprefix(CLASS_PREFIX) for name in self.architectures or []] or None
@@ -110,24 +110,14 @@ class SwappedCompositeConfig(SavedConfig):
             parts[fields[name]] = CONFIG_MAPPING[model_type].from_dict(content)
         return super().from_dict({**config_dict, **parts}, **kwargs)  # type: ignore[misc]
 
-    def to_diff_dict(self: Any) -> dict[str, Any]:
-        """Return what is written to `config.json`: the composite's own, where its class with other `rope_parameters` is this model."""
-        plain = self.plain()
-        if plain is not None:
-            said: dict[str, Any] = plain.to_diff_dict()
-            return said
-        saved: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
-        if "pe_swap" not in saved:
-            return saved
+    def write_positions(self: Any, saved: dict[str, Any]) -> None:
+        """Write what the parts write of themselves, each with its sentence, into what is saved, and which of them are swapped."""
         fields = {part.name: part.field for part in self.family.parts}
         parts = self.family.swapped_parts(self)
         for name, config in parts.items():
             content = config.to_diff_dict()
             saved[fields[name]] = {key: value for key, value in content.items() if key not in ("architectures", "auto_map")}
         saved["pe_swap"] = {**self.pe_swap, "parts": sorted(name for name, config in parts.items() if config.plain() is None)}
-        saved["architectures"] = [swapped_name(name) for name in saved.get("architectures") or []] or None
-        saved["auto_map"] = auto_map(self.family)
-        return saved
 
 
 class SwappedComposite(LoadedModel):

@@ -49,7 +49,7 @@ def set_class(config: Any, config_class: Any) -> None:
 class SavedConfig:
     """What the configurations of swapped models and of swapped composites share: how they are written, and read back.
 
-    A class that inherits from it has `plain`, `require_same_layers`, `said_in_card`, `from_dict` and `to_diff_dict`.
+    A class that inherits from it has `plain`, `require_same_layers`, `said_in_card`, `from_dict` and `write_positions`.
     """
 
     @property
@@ -73,6 +73,19 @@ class SavedConfig:
         name_families()
         content: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return content
+
+    def to_diff_dict(self: Any) -> dict[str, Any]:
+        """Return what is written to `config.json`: the library's own, where its class with other `rope_parameters` is this model."""
+        plain = self.plain()
+        if plain is not None:
+            said: dict[str, Any] = plain.to_diff_dict()
+            return said
+        saved: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
+        if "pe_swap" in saved:
+            self.write_positions(saved)
+            saved["architectures"] = [swapped_name(name) for name in saved.get("architectures") or []] or None
+            saved["auto_map"] = auto_map(self.family)
+        return saved
 
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `config.json`, the model card, and the stub where a load needs pe_swap; see the family's class.
@@ -250,21 +263,11 @@ class SwappedConfig(SavedConfig):
                     _refuse_longer(stack.length_field, built, entry["max_length"])
         return result
 
-    def to_diff_dict(self: Any) -> dict[str, Any]:
-        """Return what is written to `config.json`: the family's own, where its class with other `rope_parameters` is this model."""
-        plain = self.plain()
-        if plain is not None:
-            said: dict[str, Any] = plain.to_diff_dict()
-            return said
-        saved: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
-        if "pe_swap" not in saved:
-            return saved
+    def write_positions(self: Any, saved: dict[str, Any]) -> None:
+        """Write the sentence for the family's own class into what is saved."""
         for stack in self.family.stacks_of(self):
             if stack.name in saved_stacks(self.pe_swap):
                 saved[_saved_field(type(self), stack.guard_field)] = LENGTH_SENTENCE
-        saved["architectures"] = [swapped_name(name) for name in saved.get("architectures") or []] or None
-        saved["auto_map"] = auto_map(self.family)
-        return saved
 
 
 def entry_of(holder: SchemeHolder, stack: Stack, config: Any, length: Any, guarded: Any) -> dict[str, Any]:
