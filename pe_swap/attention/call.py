@@ -15,6 +15,9 @@ from pe_swap.errors import SchemeContractError
 from pe_swap.schemes.base import Scheme
 from pe_swap.schemes.positions import Positions, slots_from, unkept
 
+RESERVED_DISTANCES = 256
+"""In decoding, biases are computed for the next multiple of so many distances, once for as many tokens."""
+
 
 def key_ids(query_slots: Tensor, key_slots: Tensor, query_ids: Tensor) -> Tensor:
     """Return the position ids of a cache's keys, `[batch or 1, kv_len]`, int64.
@@ -150,13 +153,27 @@ class AttentionCall:
         Entry `n` belongs to the pairs whose key index minus query index in the call is `n - (q_len - 1)`.
         """
         call, scheme, layer = self.call, self.scheme, self.layer
+        served = None if scheme.bias_is_shared else layer
 
-        def compute() -> Tensor:
-            distance_of_first = call.first_key_slot - call.query_slots[0].to(device)
-            bias = scheme.windowed_bias(torch.arange(1 - q_len, kv_len, device=device) + distance_of_first, layer=layer)
+        def bias_from(first: int | Tensor, number: int) -> Tensor:
+            """Return the bias of so many distances from `first` on."""
+            bias = scheme.windowed_bias(slots_from(first, number, device), layer=layer)
             return bias.contiguous()  # in a transposed table the distances of a head lie apart, which halves the kernel's speed
 
-        served = None if scheme.bias_is_shared else layer
+        def compute() -> Tensor:
+            number = q_len + kv_len - 1
+            if call.first_query is None:
+                return bias_from(call.first_key_slot - call.query_slots[0].to(device) + (1 - q_len), number)
+            if q_len > 1 or call.first_query != kv_len - 1 or call.kept is None:
+                return bias_from(1 - q_len - call.first_query, number)
+            # A token decoded with a cache: the next one needs the same distances, and one more.
+            reserved = -(-number // RESERVED_DISTANCES) * RESERVED_DISTANCES
+            inputs = (reserved, *scheme.parameters())
+            kept: Tensor = call.kept.keep(
+                ("bias", self.scheme_index, served, device), inputs, lambda: bias_from(1 - reserved, reserved)
+            )
+            return kept[:, reserved - number :]
+
         key = ("bias", self.scheme_index, served, call.first_key_slot, q_len, kv_len, device)
         return call.shared.get(key, (call.query_slots,), compute)
 

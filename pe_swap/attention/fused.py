@@ -65,6 +65,8 @@ def of_one_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
     Zeros change no product; those of the values give zeros in the output, after its own numbers.
     """
     width = max(key.shape[-1], value.shape[-1])
+    if query.shape[-1] == width == key.shape[-1] == value.shape[-1]:
+        return query, key, value
     query, key, value = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
     return query, key, value
 

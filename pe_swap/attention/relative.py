@@ -81,12 +81,14 @@ def relative_bias_attention(
             *of_one_width(query, key, value), bias, attention_mask, is_causal, scaling, first_visible
         )
         return output[..., :value_width]
+    if q_len == 1:  # in decoding each small call counts
+        first = 0 if first_visible is None else first_visible(0)
+        if first > 0:
+            key, value, bias = key[:, :, first:], value[:, :, first:], bias[:, first:]
+            attention_mask = block_of(attention_mask, slice(None), slice(first, None))
+        mask = kernel_mask(bias[None, :, None], attention_mask)
+        return fused_attention(query, key, value, mask, scaling=scaling, dropout=dropout)
     blocks = forward_blocks(q_len, key.shape[2], is_causal, attention_mask, first_visible)
-    if q_len == 1:
-        ((_, _, kv_start, kv_stop),) = blocks
-        keys = slice(kv_start, kv_stop)
-        mask = kernel_mask(bias[None, :, None, keys], block_of(attention_mask, slice(None), keys))
-        return fused_attention(query, key[:, :, keys], value[:, :, keys], mask, scaling=scaling, dropout=dropout)
     reversed_query = query.flip(2)
     outputs = []
     for start, stop, kv_start, kv_stop in reversed(blocks):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from pe_swap.schemes.base import SCHEMES
 from pe_swap.schemes.geometry import Geometry, Native
 from pe_swap.schemes.options import LARGEST_LENGTH, none_is
-from pe_swap.schemes.rotary import ResolvedRotaryOptions, RotaryOptions, RotaryScheme, turning_dimensions
+from pe_swap.schemes.rotary import LAYOUT_ON_A_GRID, ResolvedRotaryOptions, RotaryOptions, RotaryScheme, turning_dimensions
 from pe_swap.schemes.sinusoids import inverse_frequencies
 
 
@@ -53,7 +53,8 @@ class HopeOptions(RotaryOptions):
 
     def resolve(self, geometry: Geometry, native: Native) -> ResolvedHopeOptions:
         """Return the options with the longest period written out; a trained length below 7 leaves the fastest plane turning."""
-        return self.written_out(ResolvedHopeOptions, native, longest_period=max(float(geometry.longest_side), 7.0))
+        values: dict[str, Any] = {"layout": LAYOUT_ON_A_GRID} if geometry.sides else {}
+        return self.written_out(ResolvedHopeOptions, native, longest_period=max(float(geometry.longest_side), 7.0), **values)
 
 
 @dataclass(frozen=True, kw_only=True)

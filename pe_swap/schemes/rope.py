@@ -62,6 +62,7 @@ from pe_swap.schemes.hf_rope import RotaryConfig, transformers_frequencies
 from pe_swap.schemes.options import LARGEST_LENGTH, is_integer, is_number, native_or, none_is
 from pe_swap.schemes.parameters import layer_parameters, of_layer
 from pe_swap.schemes.rotary import (
+    LAYOUT_ON_A_GRID,
     ResolvedRotaryOptions,
     RotaryOptions,
     RotaryScheme,
@@ -330,7 +331,8 @@ class RopeOptions(RotaryOptions):
         """Return the options with the model's own values, and the original length where the rope type reads it, written out."""
         values: dict[str, Any] = {}
         if geometry.sides:
-            values = {"base": BASE_ON_A_GRID, "coordinates": native.options.get("coordinates", "index")}
+            layout = "half" if self.frequencies == "alternating" else LAYOUT_ON_A_GRID  # Pixtral's, or that of Heo et al.
+            values = {"base": BASE_ON_A_GRID, "layout": layout, "coordinates": native.options.get("coordinates", "index")}
         for option in () if geometry.sides else ("coordinates", "frequencies"):
             if getattr(self, option) is not None:
                 raise OptionError(

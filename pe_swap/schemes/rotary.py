@@ -20,6 +20,9 @@ from pe_swap.schemes.options import LARGEST_BASE, SchemeOptions, native_or
 LARGE = 2**16
 """Numbers in a tensor from which on allocating its temporaries costs more than a few more calls (measured on a CPU)."""
 
+LAYOUT_ON_A_GRID = "interleaved"
+"""The layout for images where the model has none, and the options name none: that of the code of Heo et al. (ECCV 2024)."""
+
 Rotation = tuple[Tensor, Tensor]
 """Cosines and signed sines; see `rotation_by`."""
 
@@ -62,8 +65,11 @@ def turn(x: Tensor, rotation: Rotation, layout: str) -> Tensor:
         if x.dtype.itemsize < 4:
             return turn(x.float(), rotation, layout).to(x.dtype)
         cosine, signed_sine = cosine.to(x.dtype), signed_sine.to(x.dtype)
-    if x.numel() >= LARGE and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad):
-        return turn_in_one_buffer(x, cosine, signed_sine, layout)
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # type: ignore[attr-defined, no-untyped-call]
+        if layout == "interleaved":
+            return turn_as_complex(x, cosine, signed_sine)
+        if x.numel() >= LARGE and not (torch.is_grad_enabled() and x.requires_grad):
+            return turn_halves_in_one_buffer(x, cosine, signed_sine)
     # each dimension's partner, [batch, heads, length, rotary_dim]
     partner = x.roll(rotary_dim // 2, dims=-1) if layout == "half" else x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
     return torch.addcmul(x * cosine, partner, signed_sine)
@@ -100,7 +106,7 @@ class RotaryOptions(SchemeOptions):
 
     Attributes:
         base: the slowest plane turns by nearly `1 / base` radians per position.
-        layout: `"half"` or `"interleaved"`: which dimensions share a plane.
+        layout: `"half"` or `"interleaved"`: which dimensions share a plane. `"half"` in a row of tokens, `"interleaved"` in images.
     """
 
     base: float | None = field(default=None, metadata=native_or(10000))
@@ -200,11 +206,24 @@ class RotaryScheme(Scheme):
 # --- Faster forms of the same numbers ---
 
 
-def turn_in_one_buffer(x: Tensor, cosine: Tensor, signed_sine: Tensor, layout: str) -> Tensor:
-    """Return what `turn` does, with one allocation instead of three; its backward pass, and its small calls, would be slower."""
+def turn_as_complex(x: Tensor, cosine: Tensor, signed_sine: Tensor) -> Tensor:
+    """Return what `turn` does in the layout `"interleaved"`: a plane is a complex number, times `cos + i sin`.
+
+    One pass over `x` instead of three. Compilers and tracers have no complex numbers.
+    """
+    if x.storage_offset() % 2 or x.stride(-1) != 1 or any(stride % 2 for stride in x.stride()[:-1]):
+        x = x.clone(memory_format=torch.contiguous_format)
+    rotation = torch.complex(cosine[..., ::2], signed_sine[..., 1::2])
+    return torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * rotation).flatten(-2)
+
+
+def turn_halves_in_one_buffer(x: Tensor, cosine: Tensor, signed_sine: Tensor) -> Tensor:
+    """Return what `turn` does in the layout `"half"`, with one allocation instead of three.
+
+    Its backward pass, and its small calls, would be slower.
+    """
     half = x.shape[-1] // 2
-    first, second = (slice(half), slice(half, None)) if layout == "half" else (slice(0, None, 2), slice(1, None, 2))
     out = x * cosine
-    out[..., first].addcmul_(x[..., second], signed_sine[..., first])
-    out[..., second].addcmul_(x[..., first], signed_sine[..., second])
+    out[..., :half].addcmul_(x[..., half:], signed_sine[..., :half])
+    out[..., half:].addcmul_(x[..., :half], signed_sine[..., half:])
     return out

@@ -17,7 +17,7 @@ from pe_swap.attention.kept_with_cache import Kept
 from pe_swap.patching.install import holder_of, positional_parameters
 from tests.support.models import ROUNDING, swapped, token_ids, with_cache
 
-CASES = ["transformer-xl", "deberta", "deberta-log", "deberta-clip"]
+CASES = ["transformer-xl", "deberta", "deberta-log", "deberta-clip", "t5"]
 
 
 def counting(value: object = None) -> tuple[Callable[[], object], list[object]]:
@@ -172,4 +172,15 @@ def test_a_table_of_distances_grows_with_the_cache(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(scheme, "distance_vectors", lambda distance: rows.append(len(distance)) or vectors(distance))
     parts = [step(model, cache, part) for part in ids.split((3, *[1] * 11), dim=1)]
     assert rows == [3, 4, 8, 12, 16]
+    torch.testing.assert_close(torch.cat(parts, dim=1), uncached(model, ids), **ROUNDING)
+
+
+def test_biases_of_decoded_tokens_are_computed_for_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pe_swap.attention.call.RESERVED_DISTANCES", 4)
+    model, ids, cache = swapped("gpt2", "t5"), token_ids(1, 14), DynamicCache()
+    scheme = holder_of(model).scheme_at(0)
+    distances, bias = [], scheme.relative_bias
+    monkeypatch.setattr(scheme, "relative_bias", lambda of, *, layer: distances.append(len(of)) or bias(of, layer=layer))
+    parts = [step(model, cache, part) for part in ids.split((3, *[1] * 11), dim=1)]
+    assert distances == [5, 4, 8, 12, 16]  # of 3 queries and 3 keys, then of 4 keys, 5 to 8, 9 to 12 and 13 to 14
     torch.testing.assert_close(torch.cat(parts, dim=1), uncached(model, ids), **ROUNDING)

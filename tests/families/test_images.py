@@ -74,7 +74,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("none", {"qk_norm": True}),
     ("rope", {"coordinates": "centered", "logit_scale": "log_n"}),
     ("rope", {"frequencies": "alternating", "fraction": 0.5, "rope_type": "linear", "factor": 2.0}),
-    ("rope", {"frequencies": "mixed", "fraction": 0.5, "layout": "interleaved"}),
+    ("rope", {"frequencies": "mixed", "fraction": 0.5, "layout": "half"}),
     ("shaw", {"variant": "key_query", "value": True}),
     ("t5", {"table": "joint"}),
 ]
@@ -278,9 +278,23 @@ def turned(scheme: Scheme, x: Tensor, prefix: int, sides: tuple[int, int]) -> Te
     return scheme.transform_query_key(x, prepared, role="query", layer=0)
 
 
+def test_the_axial_rotation_by_default_is_rope_vit_s() -> None:
+    """Planes are neighbouring dimensions read as complex numbers, half of them for each axis, with a base of 100 (arXiv:2403.13298)."""
+    sides, prefix = (5, 7), 1
+    x = torch.randn(1, 2, prefix + 35, 16)
+    inv_freq = 100.0 ** (-torch.arange(0, 16, 4, dtype=torch.float64) / 16)
+    row, column = torch.meshgrid(torch.arange(5.0), torch.arange(7.0), indexing="ij")
+    angles = torch.cat([side.double().flatten()[:, None] * inv_freq for side in (row, column)], dim=-1)
+    as_complex = torch.view_as_complex(x[:, :, prefix:].double().unflatten(-1, (8, 2)))
+    expected = torch.view_as_real(as_complex * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+    found = turned(on_a_grid("rope", sides, head_dim=16), x, prefix, sides)
+    torch.testing.assert_close(found[:, :, prefix:].double(), expected, atol=2e-6, rtol=0)
+    assert torch.equal(found[:, :, :prefix], x[:, :, :prefix])
+
+
 def test_the_axial_rotation_is_qwen2_vl_s() -> None:
     sides = (5, 7)
-    scheme = on_a_grid("rope", sides, head_dim=16, base=10000.0)
+    scheme = on_a_grid("rope", sides, head_dim=16, base=10000.0, layout="half")
     x = torch.randn(1, 2, 35, 16)
     config = Qwen2VLVisionConfig(embed_dim=32, num_heads=2)
     config.num_attention_heads = 2
@@ -299,13 +313,13 @@ def test_the_rotation_by_alternating_frequencies_is_pixtral_s() -> None:
     expected, _ = modeling_pixtral.apply_rotary_pos_emb(x, x, cosine, sine, unsqueeze_dim=0)
     found = turned(scheme, x, 0, sides)
     torch.testing.assert_close(found, expected)
-    axial = turned(on_a_grid("rope", sides, head_dim=16, base=10000.0), x, 0, sides)
+    axial = turned(on_a_grid("rope", sides, head_dim=16, base=10000.0, layout="half"), x, 0, sides)
     assert difference(found, axial) > 0.1, "columns turn by other frequencies"
 
 
 def test_the_rotation_by_centered_coordinates_is_dinov3_s() -> None:
     sides, prefix = (5, 7), 4
-    scheme = on_a_grid("rope", (6, 6), head_dim=16, coordinates="centered")
+    scheme = on_a_grid("rope", (6, 6), head_dim=16, coordinates="centered", layout="half")
     x = torch.randn(2, 2, prefix + 35, 16)
     config = DINOv3ViTConfig(hidden_size=32, num_attention_heads=2, patch_size=4)
     cosine, sine = modeling_dinov3_vit.DINOv3ViTRopePositionEmbedding(config).eval()(torch.zeros(2, 3, 20, 28))
