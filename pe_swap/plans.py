@@ -1,4 +1,4 @@
-"""Named plans: which layers get which scheme, as published models mix them."""
+"""Which layers get which scheme: as a caller says it, and in named plans, as published models mix them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pe_swap.assignment import options_from
 from pe_swap.errors import LayerError, OptionError
 from pe_swap.registry import did_you_mean
-from pe_swap.schemes import SCHEMES, SchemeOptions, build_options
+from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions, build_options
 
 LAYERS_BY_NAME = ("every:N", "not every:N", "first_half", "second_half")
 """What `layers` may say in words: layers N - 1, 2 N - 1, ..., all others, and the halves, of which the first is the shorter one."""
@@ -40,6 +41,27 @@ PLANS: dict[str, Plan] = {
     ),
 }
 """By name."""
+
+
+Part = tuple[SchemeOptions, Iterable[int] | str | None]
+"""A scheme, and the layers that get it."""
+
+
+def wanted_parts(
+    scheme: str | SchemeOptions | Scheme | None, plan: str | None, layers: Any, options: Mapping[str, Any]
+) -> list[Part]:
+    """Return what a swap is asked for: one scheme, or those of a plan.
+
+    Raises:
+        OptionError: neither scheme nor plan, or both; layers beside a plan, which names them itself.
+    """
+    if plan is None:
+        return [(options_from(scheme, options), layers)]
+    if scheme is not None:
+        raise OptionError(f"A swap takes a scheme or a plan, and got {scheme!r} and the plan '{plan}'. Leave one of them out.")
+    if layers is not None:
+        raise OptionError(f"layers is {layers!r} beside the plan '{plan}', which names the layers itself. Leave one of them out.")
+    return [*parts_of(plan, options)]
 
 
 def parts_of(plan: str, options: Mapping[str, Any]) -> list[tuple[SchemeOptions, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import warnings
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pe_swap.assignment import Assignment, extend, options_from, saved_stacks, starting_from_table
+from pe_swap.assignment import Assignment, extend, starting_from_table
 from pe_swap.attention.names import require_honoured
 from pe_swap.errors import FamilyError, OptionError, SwapStateError, UnsupportedModelError
-from pe_swap.families import Composite, Family, Stack, base_model_of, composite_of, family_for, known_loss_type
+from pe_swap.families import Family, Stack, base_model_of, composite_of, family_for, known_loss_type
 from pe_swap.patching.devices import bring_back_offloaded
 from pe_swap.patching.holder import Original, SchemeHolder
 from pe_swap.patching.install import (
@@ -29,10 +28,9 @@ from pe_swap.patching.install import (
     require_own_forward,
     token_table,
 )
-from pe_swap.plans import layers_from, parts_of
-from pe_swap.saving.class_names import swapped_config_class
+from pe_swap.plans import Part, layers_from, wanted_parts
+from pe_swap.saving.module_configs import composite_configs, own_configs, set_configs, swapped_config, swapped_configs
 from pe_swap.saving.relative_key_bert import require_absolute_positions
-from pe_swap.saving.swapped_config import entry_of, set_class
 from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions
 from pe_swap.schemes.base import INPUT_HOOKS, hooks_of, on_a_grid, two_sided
 from pe_swap.schemes.geometry import Geometry, Native
@@ -171,7 +169,8 @@ def prepare(
             holders[stack.name] = untouched
     hooks = frozenset[str]().union(*(attention_hooks(holder) for holder in holders.values()))
     require_honoured(model.config._attn_implementation, hooks)
-    configs = swapped_configs(family, model, {change.stack.name: change for change in changes}, holders)
+    lengths = {change.stack.name: None if change.original is None else change.original.length for change in changes}
+    configs = swapped_configs(family, model, holders, lengths)
     return Prepared(model, changes, holders, configs)
 
 
@@ -199,27 +198,6 @@ def forget_dequantized_gguf(model: PreTrainedModel) -> None:
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
     if getattr(method, "value", method) == "gguf" and not quantizer.packed_modules:
         quantizer.remove_quantization_config(model)
-
-
-Part = tuple[SchemeOptions, Iterable[int] | str | None]
-"""A scheme, and the layers that get it."""
-
-
-def wanted_parts(
-    scheme: str | SchemeOptions | Scheme | None, plan: str | None, layers: Any, options: Mapping[str, Any]
-) -> list[Part]:
-    """Return what a swap is asked for: one scheme, or those of a plan.
-
-    Raises:
-        OptionError: neither scheme nor plan, or both; layers beside a plan, which names them itself.
-    """
-    if plan is None:
-        return [(options_from(scheme, options), layers)]
-    if scheme is not None:
-        raise OptionError(f"A swap takes a scheme or a plan, and got {scheme!r} and the plan '{plan}'. Leave one of them out.")
-    if layers is not None:
-        raise OptionError(f"layers is {layers!r} beside the plan '{plan}', which names the layers itself. Leave one of them out.")
-    return [*parts_of(plan, options)]
 
 
 @dataclass(frozen=True)
@@ -279,7 +257,8 @@ def resolve(
     base_model = base_model_of(model)
     current = holder_in(model, stack)
     config = model.config if current is None else model.config.unswapped()
-    kind = stack.native
+    kind, paths = stack.native, stack.paths(config)
+    parts = [(options, None if layers is None else layers_from(layers, len(paths))) for options, layers in parts]
     if current is None:
         module = kind.require_native(base_model)
         length = getattr(config, stack.length_field) if stack.length_field else None
@@ -290,6 +269,16 @@ def resolve(
         original = current.original
         if any(layers is not None for _, layers in parts):
             model.config.require_same_layers()
+    before = None if current is None else current.assignment
+    kept: tuple[int | None, ...] = tuple(range(len(before.options))) if before is not None else ()
+    for options, chosen in parts:
+        if chosen is None and options.scheme == kind.own_scheme:
+            has_own = [layer for layer in range(len(paths)) if kind.acts_in(config, layer)]
+            if len(has_own) < len(paths):  # the model's own plan: layers without positions stay without
+                before, chosen = None, has_own
+        before, from_before = extend(before, options, chosen, len(paths))
+        kept = tuple(None if at is None else kept[at] for at in from_before)
+    assert before is not None
     found = None if original is None else original.module
     table = kind.table(config, found)
     if stack.patches is not None:
@@ -312,25 +301,14 @@ def resolve(
             f"This {type(model).__name__} has positions for {len(table)} patches, and image_size and patch_size of its configuration say "
             f"{' x '.join(map(str, geometry.sides))}. Set them to those that the model was trained with."
         )
-    paths = stack.paths(config)
+    added_to_tokens = kind.kind != "table" and stack.patches is None and bool(INPUT_HOOKS & hooks_of(SCHEMES[parts[0][0].scheme]))
     native = Native(
         table=table,
-        token_rms=None if kind.kind in ("table", "grid") else token_size(stack, base_model, parts[0][0]),
+        token_rms=token_size(stack, base_model) if added_to_tokens else None,
         options=kind.options(config, 0, found),
         bias_table=kind.bias_table(found),
     )
     natives = [dataclasses.replace(native, options=kind.options(config, layer, found)) for layer in range(len(paths))]
-    before = None if current is None else current.assignment
-    kept: tuple[int | None, ...] = tuple(range(len(before.options))) if before is not None else ()
-    for options, layers in parts:
-        chosen = None if layers is None else layers_from(layers, len(paths))
-        if chosen is None and options.scheme == kind.own_scheme:
-            has_own = [layer for layer in range(len(paths)) if kind.acts_in(config, layer)]
-            if len(has_own) < len(paths):  # the model's own plan: layers without positions stay without
-                before, chosen = None, has_own
-        before, from_before = extend(before, options, chosen, len(paths))
-        kept = tuple(None if at is None else kept[at] for at in from_before)
-    assert before is not None
     assignment, origins = before.resolve(geometry, natives)
     mean = None
     if current is not None and keep_mean is None and any(at is not None for at in kept):
@@ -393,12 +371,10 @@ def mean_row(model: PreTrainedModel, table: Tensor | None, current: SchemeHolder
     )
 
 
-def token_size(stack: Stack, base_model: nn.Module, options: SchemeOptions) -> float | None:
-    """Return the root mean square of the token embeddings as the model makes them, over its vocabulary, for a scheme on the input."""
-    if not INPUT_HOOKS & hooks_of(SCHEMES[options.scheme]):
-        return None
+def token_size(stack: Stack, base_model: nn.Module) -> float | None:
+    """Return the root mean square of the token embeddings as the model makes them, over its vocabulary; None where they are no numbers."""
     tokens = token_table(stack, base_model)
-    if tokens.weight.is_meta or stack.patches is not None:
+    if tokens.weight.is_meta:
         return None
     with torch.no_grad():
         return root_mean_square(tokens.module(torch.arange(min(len(tokens.weight), 4096), device=tokens.weight.device)))
@@ -435,93 +411,6 @@ def build(model: PreTrainedModel, change: Change) -> SchemeHolder:
     holder.to(device=like.device, dtype=like.dtype)
     holder.kept = kept
     return holder.train(model.training)
-
-
-def swapped_configs(
-    family: Family, model: PreTrainedModel, changes: dict[str, Change], holders: dict[str, SchemeHolder]
-) -> list[tuple[Any, Any]]:
-    """Return every configuration object that the model's modules have, each with a copy that says what the model is swapped to.
-
-    Other models that share a configuration keep it. An encoder-decoder may have one object per stack.
-    """
-    lengths = {name: None if change.original is None else change.original.length for name, change in changes.items()}
-    return [(config, swapped_config(family, config, holders, lengths)) for config in own_configs(model)]
-
-
-def composite_configs(composite: Composite, model: PreTrainedModel, configs: Mapping[int, Any]) -> dict[int, Any]:
-    """Return, for every configuration object of a composite, a copy that holds the configurations that its parts will have.
-
-    Args:
-        composite: the composite.
-        model: a model of it.
-        configs: by the identity of a part's configuration, the one that takes its place.
-    """
-    parts = {name: configs.get(id(inside.config), inside.config) for name, inside in composite.models_in(model).items()}
-    fields = {part.name: part.field for part in composite.parts}
-    changed = {}
-    for config in own_configs(model):
-        new = copy.deepcopy(config)
-        set_class(new, swapped_config_class(composite))
-        for name, part in parts.items():
-            setattr(new, fields[name], part)
-        swapped = composite.swapped_parts(new)
-        if swapped:
-            new.describe(swapped)
-        else:
-            del new.pe_swap
-            set_class(new, composite.config_class)
-        changed[id(config)] = new
-    return changed
-
-
-def swapped_config(family: Family, config: Any, holders: Mapping[str, SchemeHolder], lengths: Mapping[str, Any]) -> Any:
-    """Return a copy of a configuration, swapped or not, that says what its model is swapped to.
-
-    Args:
-        family: the family.
-        config: the configuration as it is.
-        holders: what holds the schemes of each swapped stack, by the stack's name.
-        lengths: for stacks that are swapped now for the first time, what their length field said.
-    """
-    new = copy.deepcopy(config)
-    before = saved_stacks(config.pe_swap) if getattr(config, "pe_swap", None) is not None else {}
-    set_class(new, swapped_config_class(family))
-    entries = {}
-    for stack in family.stacks_of(config):
-        if stack.name in holders:
-            old = before.get(stack.name)
-            length = lengths.get(stack.name) if old is None else old["length"]
-            guarded = getattr(config, stack.guard_field) if old is None else old["guarded"]
-            unswapped = config if not before else config.unswapped()
-            entries[stack.name] = entry_of(holders[stack.name], stack, unswapped, length, guarded)
-    new.describe(entries)
-    return new
-
-
-def own_configs(model: PreTrainedModel) -> list[Any]:
-    """Return the configuration objects of a model's modules, each once, that are of the model's own class."""
-    inside_holders = {id(module) for module in kept_modules(model)}
-    configs = {id(model.config): model.config}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if type(config) is type(model.config) and id(module) not in inside_holders:
-            configs[id(config)] = config
-    return list(configs.values())
-
-
-def kept_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the modules inside holders that keep the unswapped configuration, by which they work out their numbers."""
-    holders = [module for module in model.modules() if isinstance(module, SchemeHolder)]
-    return [module for holder in holders for module in holder.kept.modules()]
-
-
-def set_configs(model: PreTrainedModel, configs: dict[int, Any]) -> None:
-    """Give every module of the model the new configuration in place of the one it has."""
-    inside_holders = {id(module) for module in kept_modules(model)}
-    for module in model.modules():
-        new = configs.get(id(getattr(module, "config", None)))
-        if new is not None and id(module) not in inside_holders:
-            module.config = new
 
 
 def warn_of_no_order(changes: list[Change]) -> None:
