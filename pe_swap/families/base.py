@@ -219,6 +219,10 @@ class Family:
         return self.stacks_of(config)[-1].is_causal(config)
 
 
+WAITING: dict[str, str] = {}
+"""Families whose file in the installed transformers is another than described here, each with the first version where it is the same."""
+
+
 def register(model_type: str, *stacks: Stack, since: str = "5.16", is_own_base: bool = False) -> None:
     """File a family under its `model_type`, where the installed transformers has it.
 
@@ -228,7 +232,10 @@ def register(model_type: str, *stacks: Stack, since: str = "5.16", is_own_base: 
         since: the first version of transformers whose file of the family is as the stacks say.
         is_own_base: see `Family`.
     """
-    if model_type not in CONFIG_MAPPING_NAMES or Version(transformers.__version__) < Version(since):
+    if model_type not in CONFIG_MAPPING_NAMES:
+        return
+    if Version(transformers.__version__) < Version(since):
+        WAITING[model_type] = since
         return
     FAMILIES.register(model_type)(Family(model_type, stacks, is_own_base))
 
@@ -245,12 +252,31 @@ def family_for(model: object) -> Family:
             "model first, for instance with AutoModelForCausalLM.from_pretrained(...); swap before you wrap it."
         )
     name = family_name(model.config.model_type)
-    if name not in FAMILIES:
-        raise UnsupportedModelError(
-            f"No family '{name}' ({type(model).__name__}) is described in pe_swap/families. Use a model of a family in "
-            "pe_swap.list_families(), or add a file there, as its README.md says."
-        )
+    require_family(name, type(model).__name__)
     return FAMILIES[name]
+
+
+def require_family(name: str, what: str) -> None:
+    """Refuse a family that no file here describes, or none for the installed transformers.
+
+    Args:
+        name: the family.
+        what: of what model it is, for the error.
+
+    Raises:
+        UnsupportedModelError: it is one.
+    """
+    if name in FAMILIES:
+        return
+    if name in WAITING:
+        raise UnsupportedModelError(
+            f"The family '{name}' ({what}) is described for transformers {WAITING[name]} or later, whose file of it is another than in "
+            f"{transformers.__version__}, which is installed. Update transformers."
+        )
+    raise UnsupportedModelError(
+        f"No family '{name}' ({what}) is described in pe_swap/families. Use a model of a family in "
+        "pe_swap.list_families(), or add a file there, as its README.md says."
+    )
 
 
 def base_model_of(model: PreTrainedModel) -> Any:

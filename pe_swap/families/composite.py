@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from pe_swap.errors import UnsupportedModelError
-from pe_swap.families.base import FAMILIES, SWAPPED_PREFIX, Family, family_name
+from pe_swap.families.base import FAMILIES, SWAPPED_PREFIX, Family, family_name, require_family
 from pe_swap.families.classes import composite_classes_of, config_class_of
 from pe_swap.registry import Registry
 from pe_swap.schemes.base import ATTENTION_HOOKS, Scheme
@@ -108,12 +108,8 @@ class Composite:
                     f"part is {part!r}, and the parts of this {type(model).__name__} are {' and '.join(map(repr, inside))}. Leave it out "
                     f"(then it is {' and '.join(map(repr, default))}), or name one of them."
                 )
-            inner = family_name(inside[name].config.model_type)
-            if inner not in FAMILIES:
-                raise UnsupportedModelError(
-                    f"No family '{inner}' ({type(inside[name]).__name__}, the {name} part of this {type(model).__name__}) is described in "
-                    "pe_swap/families. Use a model of a family in pe_swap.list_families(), or add a file there, as its README.md says."
-                )
+            of_part = f"{type(inside[name]).__name__}, the {name} part of this {type(model).__name__}"
+            require_family(family_name(inside[name].config.model_type), of_part)
         return {name: inside[name] for name in names}
 
 

@@ -15,7 +15,6 @@ register_composites(
         "aya_vision",
         "cohere2_vision",
         "internvl",
-        "lfm2_vl",
         "llava",
         "llava_next",
         "llava_next_video",
@@ -29,6 +28,7 @@ register_composites(
 register_composites(
     ("gemma3", "paligemma"), Part("text", "text_config", "language_model", looks_both_ways=True), VISION, since="5.24"
 )
+register_composites(("lfm2_vl",), TEXT, VISION, since="5.24")  # as its text model
 register_composites(("lighton_ocr",), TEXT, Part("vision", "vision_config", "vision_encoder", is_default=False))
 register_composites(("idefics3", "smolvlm", "modernvbert"), Part("text", "text_config", "text_model"))
 register_composites(("qwen2_audio", "voxtral"), TEXT)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DINOv3ViTConfig, PreTrainedModel
 from transformers.models.dinov3_vit import modeling_dinov3_vit
 from transformers.models.pixtral import modeling_pixtral
-from transformers.models.pixtral.modeling_pixtral import PixtralVisionConfig, PixtralVisionRotaryEmbedding
+from transformers.models.pixtral.modeling_pixtral import PixtralVisionConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEmbedding, apply_rotary_pos_emb_vision
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
@@ -308,7 +308,9 @@ def test_the_rotation_by_alternating_frequencies_is_pixtral_s() -> None:
     sides = (5, 7)
     scheme = on_a_grid("rope", sides, head_dim=16, base=10000.0, frequencies="alternating")
     x = torch.randn(1, 2, 35, 16)
-    rotation = PixtralVisionRotaryEmbedding(PixtralVisionConfig(hidden_size=32, num_attention_heads=2))
+    # transformers 5.16 has it by another name.
+    rotary_class = getattr(modeling_pixtral, "PixtralVisionRotaryEmbedding", None) or modeling_pixtral.PixtralRotaryEmbedding
+    rotation = rotary_class(PixtralVisionConfig(hidden_size=32, num_attention_heads=2))
     cosine, sine = rotation(x, PatchLayout(0, (1, 1), sides).position_ids(sides, CPU)[0])
     expected, _ = modeling_pixtral.apply_rotary_pos_emb(x, x, cosine, sine, unsqueeze_dim=0)
     found = turned(scheme, x, 0, sides)
