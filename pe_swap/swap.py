@@ -279,7 +279,7 @@ def resolve(
         before, from_before = extend(before, options, chosen, len(paths))
         kept = tuple(None if at is None else kept[at] for at in from_before)
     assert before is not None
-    found = None if original is None else original.module
+    found = None if original is None else original.with_numbers(token_table(stack, base_model).weight)
     table = kind.table(config, found)
     if stack.patches is not None:
         if trained_length is not None:

@@ -114,12 +114,16 @@ class Original:
     loss_type: str | None
     config: Any
 
+    def with_numbers(self, like: Tensor) -> nn.Module:
+        """Return the module with its frequencies: a load builds it on `meta`, and fills only what the model still holds."""
+        if any(buffer.is_meta for buffer in self.module.buffers()) and not like.is_meta:
+            build: Any = type(self.module)
+            self.module = build(self.config).to(like.device)
+        return self.module
+
     def current(self, like: Tensor) -> nn.Module:
         """Return the module as the model would hold it now, had it never been swapped: moved and cast with the rest."""
-        if any(buffer.is_meta for buffer in self.module.buffers()):  # built by a load, and called by no layer
-            build: Any = type(self.module)
-            self.module = build(self.config)
-        self.module.to(device=like.device)
+        self.with_numbers(like).to(device=like.device)
         return self.module if like.dtype == self.dtype else self.module.to(dtype=like.dtype)
 
 

@@ -33,7 +33,7 @@ from pe_swap.families import FAMILIES
 from pe_swap.patching.install import holder_of
 from pe_swap.saving.auto_classes import heads_by_auto_class
 from tests.support.covering import PAIRS, covering_pairs
-from tests.support.families import EOS, auto_class, config_of, described_alike, inputs_of
+from tests.support.families import EOS, auto_class, config_of, described_alike, inputs_of, outputs, tiny
 from tests.support.memory import Largest
 from tests.support.models import CASES, MATRIX_FAMILIES, build, disturb, swapped, token_ids
 from tests.support.processes import python
@@ -459,3 +459,17 @@ def test_a_loaded_model_swaps_on_and_its_limits_follow(tmp_path: Path) -> None:
     assert again.config.n_positions == 2**20
     assert holder_of(again).max_length is None
     assert_same(loaded, again, token_ids(1, 90))
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in ("llama", "gemma3_text", "modernbert", "dinov3_vit", "lfm2") if name in FAMILIES]
+)
+def test_a_loaded_rotary_model_swaps_on_and_back_to_its_own_rotation(family: str, tmp_path: Path) -> None:
+    """A load leaves the model's own rotation without numbers, where no layer of the loaded model has it."""
+    ids = token_ids(2, 9)
+    expected = outputs(tiny(family), ids)
+    pe_swap.swap_positional(tiny(family), "none").save_pretrained(tmp_path)
+    loaded = auto_class(family).from_pretrained(tmp_path).eval()
+    for scheme in ("rope", "hope", "rope"):
+        found = outputs(pe_swap.swap_positional(loaded, scheme), ids)
+    assert torch.equal(found, expected)
