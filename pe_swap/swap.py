@@ -79,7 +79,7 @@ def swap_positional(
     Raises:
         UnknownNameError: no scheme has that name.
         OptionError: an option that does not exist, breaks its rule, or does not fit the model; `keep_mean` without a table, or beside a
-            scheme that starts from the table.
+            scheme that starts from the table; a plan that leaves layers with the model's own positions, where those are a table.
         LayerError: layers out of range, or given for a scheme that acts on the input.
         UnsupportedModelError: not a transformers model, no known family, or a causal scheme for an encoder.
         UnsupportedBackendError: an attention implementation that cannot honour the scheme.
@@ -99,6 +99,8 @@ def swap_positional(
         if composite is not None:
             for acting in prepared[-1].schemes():
                 composite.require_fits(name, acting)
+    if plan is not None:
+        require_plan_fits(plan, model, [change for each in prepared for change in each.changes])
     for each in prepared:
         if not any(acting.tells_order for acting in each.schemes()):
             warn_of_no_order(each.changes)
@@ -112,6 +114,20 @@ def swap_positional(
         set_configs(model, of_whole)
         model.name_or_path = ""
     return model
+
+
+def require_plan_fits(plan: str, model: PreTrainedModel, changes: list[Change]) -> None:
+    """Refuse a plan whose other layers keep the model's own positions, in a model that loses them as a whole.
+
+    Raises:
+        OptionError: its positions are a table, and some layer would be left without any.
+    """
+    for change in changes:
+        if None in change.assignment.layers and not change.stack.native.keeps_layers:
+            raise OptionError(
+                f"The plan '{plan}' leaves layers with the positions that they have, and those of this {type(model).__name__} are a table "
+                "that all layers share and that goes as a whole. Swap all layers to a scheme first, such as rope."
+            )
 
 
 def require_no_axes(model: PreTrainedModel, options: Mapping[str, Any]) -> None:

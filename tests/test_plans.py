@@ -135,3 +135,13 @@ def test_what_is_refused_leaves_the_model_as_it_was(arguments: dict[str, Any], e
         pe_swap.swap_positional(model, **arguments)
     assert torch.equal(outputs(model, ids), expected)
     assert "pe_swap" not in model.config.to_dict()
+
+
+def test_a_plan_that_leaves_layers_as_they_are_is_refused_where_positions_are_a_table() -> None:
+    model, ids = tiny("gpt2", num_hidden_layers=4), token_ids(1, 9)
+    expected = outputs(model, ids)
+    with pytest.raises(OptionError, match="a table that all layers share"):
+        pe_swap.swap_positional(model, plan="nope_every_4")
+    assert torch.equal(outputs(model, ids), expected)
+    pe_swap.swap_positional(pe_swap.swap_positional(model, "rope"), plan="nope_every_4")
+    assert model.config.pe_swap["layers"] == [0, 0, 0, 1]
