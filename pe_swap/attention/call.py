@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pe_swap.attention.kept_with_cache import Kept
+from pe_swap.attention.kept_with_cache import Inputs, Kept
 from pe_swap.attention.shared_in_call import SharedInCall
 from pe_swap.errors import SchemeContractError
 from pe_swap.schemes.base import Scheme
-from pe_swap.schemes.positions import Positions, slots_from, unkept
+from pe_swap.schemes.positions import Positions, slots_from
 
 RESERVED_DISTANCES = 256
 """In decoding, biases are computed for the next multiple of so many distances, once for as many tokens."""
@@ -57,6 +57,15 @@ class CallShared:
     shared: SharedInCall
     kept: Kept | None
     sides: tuple[int, ...] = ()
+
+    def keep(self, key: Hashable, inputs: Inputs, compute: Callable[[], Any]) -> Any:
+        """Return `compute()`, or what an earlier call with the same cache computed for this very scheme; see `Kept.keep`.
+
+        Another swap, or another model, may go on with a cache.
+        """
+        if self.kept is None:
+            return compute()
+        return self.kept.keep(key, (self.scheme.options, self.scheme.geometry, *inputs), compute)
 
 
 @dataclass(frozen=True)
@@ -102,8 +111,7 @@ class AttentionCall:
             query_slots, query_ids = call.query_slots.to(device), call.query_ids.to(device)
             key_slots = slots_from(call.first_key_slot, kv_len, device)
             ids = query_ids if self.keys_are_the_queries(kv_len) else key_ids(query_slots, key_slots, query_ids)
-            keep = unkept if call.kept is None else call.kept.keep
-            return Positions(query_slots, key_slots, query_ids, ids, share_across_layers=share, keep=keep, sides=call.sides)
+            return Positions(query_slots, key_slots, query_ids, ids, share_across_layers=share, keep=call.keep, sides=call.sides)
 
         def share(key: Hashable, compute: Callable[[], Any]) -> Any:
             whole_key = (key, self.has_cache, call.first_key_slot, kv_len, device)
@@ -169,9 +177,8 @@ class AttentionCall:
             # A token decoded with a cache: the next one needs the same distances, and one more.
             reserved = -(-number // RESERVED_DISTANCES) * RESERVED_DISTANCES
             inputs = (reserved, *scheme.parameters())
-            kept: Tensor = call.kept.keep(
-                ("bias", self.scheme_index, served, device), inputs, lambda: bias_from(1 - reserved, reserved)
-            )
+            key = ("bias", self.scheme_index, served, device)
+            kept: Tensor = call.keep(key, inputs, lambda: bias_from(1 - reserved, reserved))
             return kept[:, reserved - number :]
 
         key = ("bias", self.scheme_index, served, call.first_key_slot, q_len, kv_len, device)

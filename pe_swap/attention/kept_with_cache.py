@@ -48,10 +48,10 @@ class Kept:
 
 
 def is_same(x: Tensor | Hashable, y: Tensor | Hashable) -> bool:
-    """Tell whether two values are equal; tensors in dtype, device and every number."""
+    """Tell whether two values are equal; tensors in dtype, device, shape and every number, of which those on `meta` have none."""
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return not isinstance(x, Tensor) and not isinstance(y, Tensor) and x == y
-    return x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
+    return x.dtype == y.dtype and x.device == y.device and x.shape == y.shape and (x.is_meta or torch.equal(x, y))
 
 
 _KEPT: weakref.WeakKeyDictionary[Cache, Kept] = weakref.WeakKeyDictionary()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+import pe_swap
 from pe_swap.attention import kept_with_cache
 from pe_swap.attention.kept_with_cache import Kept
 from pe_swap.patching.install import holder_of, positional_parameters
@@ -60,6 +61,7 @@ def test_a_result_is_worked_out_once_for_each_state_of_what_it_is_of() -> None:
     assert [times(weight, weight), times(weight)] == [11, 12]
     found.keep("other", (weight,), work_out)
     assert times(weight) == 13
+    assert [times(weight.to("meta")), times(weight.to("meta")), times(weight[:2].to("meta"))] == [14, 14, 15]
 
 
 def test_nothing_is_kept_with_gradients() -> None:
@@ -143,6 +145,16 @@ def test_weights_written_to_between_two_calls_act_on_the_second(case: str, famil
         assert (after - before).abs().max() > 1e-3
         torch.testing.assert_close(step(model, cache, ids[:, 7:])[:, -1], after, **ROUNDING)
         before = after
+
+
+def test_a_cache_that_goes_on_under_another_scheme_keeps_nothing_of_the_last_one() -> None:
+    """Neither `alibi` nor `sandwich` has weights by which they could be told apart."""
+    model, ids, cache = swapped("gpt2", "alibi"), token_ids(1, 9), DynamicCache()
+    for part in ids[:, :8].split((6, 1, 1), dim=1):
+        step(model, cache, part)
+    swapped_on = pe_swap.swap_positional(model, "sandwich")
+    without_kept = copy.deepcopy(cache)
+    assert torch.equal(step(swapped_on, cache, ids[:, 8:]), step(swapped_on, without_kept, ids[:, 8:]))
 
 
 @pytest.mark.parametrize("case", CASES)
