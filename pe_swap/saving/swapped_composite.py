@@ -147,6 +147,7 @@ class SwappedComposite(LoadedModel):
                 family = FAMILIES[family_name(parts[name].model_type)]
                 swapped = self.swapped_class(family, type(plain))._from_config(parts[name])
                 self.base_model.set_submodule(fields[name].path, swapped)
+        self.tie_weights()  # a head is tied to the embeddings of the model that has just gone
         self.loss_type = known_loss_type(self)
 
 

@@ -203,6 +203,16 @@ def _stacks(config: Any) -> list[Stack]:
     return [stack for inside in family.swapped_parts(config).values() for stack in _stacks(inside)]
 
 
+def _unswapped_parts(config: Any) -> list[str]:
+    """Return where a composite's other models are, whose tables may have the name of a swapped part's (CLIP)."""
+    family = described(config.model_type)
+    return (
+        []
+        if isinstance(family, Family)
+        else [part.path for part in family.parts if part.name not in family.swapped_parts(config)]
+    )
+
+
 def _require_positional_weights(model: Any, what: str, keys: Iterable[str]) -> None:
     """Refuse a checkpoint if any of `keys`, which are wrong in some way, is a positional weight.
 
@@ -210,8 +220,15 @@ def _require_positional_weights(model: Any, what: str, keys: Iterable[str]) -> N
         CheckpointError: one is.
     """
     paths = [stack.native.holder_path for stack in _stacks(model.config)]
+    others = [f".{path}." for path in _unswapped_parts(model.config)]
     unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # tables that a family computes (Marian)
-    wrong = sorted(key for key in keys if any(f".{path}." in f".{key}." for path in paths) and key not in unsaved)
+    wrong = sorted(
+        key
+        for key in keys
+        if any(f".{path}." in f".{key}." for path in paths)
+        and not any(path in f".{key}." for path in others)
+        and key not in unsaved
+    )
     if wrong:
         raise CheckpointError(
             f"The checkpoint's positional weights do not fit the scheme in its config.json ({what}: {_listed(wrong)}). Loading it would "

@@ -27,7 +27,7 @@ from pe_swap.runs.config import DataSection, EvalConfig
 from pe_swap.runs.models import load_model
 from pe_swap.saving import class_names
 from pe_swap.saving.auto_classes import CLASS_PREFIX
-from tests.support.composites import IMAGE_TOKEN, tiny_composite
+from tests.support.composites import IMAGE_TOKEN, config_of_composite, tiny_composite
 from tests.support.families import images, token_ids
 
 SCHEMES = {"modernvbert": "alibi", "clip": "rope", "siglip": "rope", "gemma3": "hope", "paligemma": "hope"}
@@ -170,6 +170,25 @@ def test_a_base_model_is_taken_out_of_a_composite_with_a_head(tmp_path: Path) ->
     ids = token_ids(2, 24)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).last_hidden_state, model.model(input_ids=ids).last_hidden_state)
+
+
+def test_a_composite_built_from_its_configuration_ties_what_the_model_does() -> None:
+    config = config_of_composite("llava")
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    model = pe_swap.swap_positional(AutoModelForImageTextToText.from_config(config), "t5")
+    fresh = AutoModelForImageTextToText.from_config(model.config)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert fresh.lm_head.weight is fresh.get_input_embeddings().weight
+
+
+@needs_later_families
+def test_an_image_classifier_is_taken_out_of_a_clip_whose_texts_keep_their_table(tmp_path: Path) -> None:
+    model = pe_swap.swap_positional(tiny_composite("clip", "CLIPModel"), "alibi")
+    model.save_pretrained(tmp_path)
+    classifier = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        found, expected = (of.vision_model(images(2, 32, 32)).last_hidden_state for of in (classifier, model))
+    assert torch.equal(found, expected)
 
 
 @needs_later_families
