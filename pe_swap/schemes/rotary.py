@@ -71,7 +71,11 @@ def turn(x: Tensor, rotation: Rotation, layout: str) -> Tensor:
         if x.numel() >= LARGE and not (torch.is_grad_enabled() and x.requires_grad):
             return turn_halves_in_one_buffer(x, cosine, signed_sine)
     # each dimension's partner, [batch, heads, length, rotary_dim]
-    partner = x.roll(rotary_dim // 2, dims=-1) if layout == "half" else x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
+    partner = (
+        x.roll(rotary_dim // 2, dims=-1)
+        if layout == "half"
+        else x.reshape(*x.shape[:-1], rotary_dim // 2, 2).flip(-1).flatten(-2)
+    )
     return torch.addcmul(x * cosine, partner, signed_sine)
 
 
@@ -214,7 +218,7 @@ def turn_as_complex(x: Tensor, cosine: Tensor, signed_sine: Tensor) -> Tensor:
     if x.storage_offset() % 2 or x.stride(-1) != 1 or any(stride % 2 for stride in x.stride()[:-1]):
         x = x.clone(memory_format=torch.contiguous_format)
     rotation = torch.complex(cosine[..., ::2], signed_sine[..., 1::2])
-    return torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)) * rotation).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(x.view(*x.shape[:-1], x.shape[-1] // 2, 2)) * rotation).flatten(-2)
 
 
 def turn_halves_in_one_buffer(x: Tensor, cosine: Tensor, signed_sine: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ def test_memory_that_lies_in_any_way_is_turned_the_same(layout: str) -> None:
         before = other.clone()
         assert torch.equal(turn(other, rotation, layout), expected)
         assert torch.equal(other, before)
+    assert turn(x[:0], rotation, layout).shape == (0, 3, 5, 8)
 
 
 def test_strided_views_and_unturned_dimensions() -> None:
