@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pe_swap.attention.kept_with_cache import Inputs, Kept
+from pe_swap.attention.kept_with_cache import Inputs, Kept, weights_of
 from pe_swap.attention.shared_in_call import SharedInCall
 from pe_swap.errors import SchemeContractError
 from pe_swap.schemes.base import Scheme
@@ -176,7 +176,7 @@ class AttentionCall:
                 return bias_from(1 - q_len - call.first_query, number)
             # A token decoded with a cache: the next one needs the same distances, and one more.
             reserved = -(-number // RESERVED_DISTANCES) * RESERVED_DISTANCES
-            inputs = (reserved, *scheme.parameters())
+            inputs = (reserved, *weights_of(scheme))
             key = ("bias", self.scheme_index, served, device)
             kept: Tensor = call.keep(key, inputs, lambda: bias_from(1 - reserved, reserved))
             return kept[:, reserved - number :]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 Inputs = tuple[Tensor | Hashable, ...]
@@ -52,6 +52,15 @@ def is_same(x: Tensor | Hashable, y: Tensor | Hashable) -> bool:
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return not isinstance(x, Tensor) and not isinstance(y, Tensor) and x == y
     return x.dtype == y.dtype and x.device == y.device and x.shape == y.shape and (x.is_meta or torch.equal(x, y))
+
+
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """Return all tensors of a module: its parameters and buffers, and what a stand-in on another device has in their place."""
+    found: list[Tensor] = []
+    for inside in module.modules():
+        for named in (inside._parameters, inside._buffers, vars(inside)):
+            found += [x for x in named.values() if isinstance(x, Tensor)]
+    return found
 
 
 _KEPT: weakref.WeakKeyDictionary[Cache, Kept] = weakref.WeakKeyDictionary()

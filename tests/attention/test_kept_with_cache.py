@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 import pe_swap
 from pe_swap.attention import kept_with_cache
 from pe_swap.attention.kept_with_cache import Kept
+from pe_swap.patching import devices
 from pe_swap.patching.install import holder_of, positional_parameters
 from tests.support.models import ROUNDING, swapped, token_ids, with_cache
 
@@ -155,6 +156,19 @@ def test_a_cache_that_goes_on_under_another_scheme_keeps_nothing_of_the_last_one
     swapped_on = pe_swap.swap_positional(model, "sandwich")
     without_kept = copy.deepcopy(cache)
     assert torch.equal(step(swapped_on, cache, ids[:, 8:]), step(swapped_on, without_kept, ids[:, 8:]))
+
+
+@pytest.mark.parametrize("case", ["t5", "kerple"])
+def test_weights_of_a_layer_on_another_device_are_compared_too(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a layer has a stand-in of its scheme, whose weights are no parameters."""
+    monkeypatch.setattr("pe_swap.patching.hooks.on_device", devices._stand_in)
+    monkeypatch.setattr(nn.Parameter, "to", lambda weight, *_: weight.clone(), raising=False)  # as to another device
+    model, ids, cache = swapped("gpt2", case, num_hidden_layers=1), token_ids(1, 9), DynamicCache()
+    for part in ids[:, :8].split((6, 1, 1), dim=1):
+        step(model, cache, part)
+    for _, parameter in positional_parameters(model):
+        parameter.data.add_(torch.randn_like(parameter))
+    torch.testing.assert_close(step(model, cache, ids[:, 8:])[:, -1], uncached(model, ids)[:, -1], **ROUNDING)
 
 
 @pytest.mark.parametrize("case", CASES)
