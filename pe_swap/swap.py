@@ -295,7 +295,7 @@ def resolve(
         before, from_before = extend(before, options, chosen, len(paths))
         kept = tuple(None if at is None else kept[at] for at in from_before)
     assert before is not None
-    found = None if original is None else original.with_numbers(token_table(stack, base_model).weight)
+    found = None if original is None else original.with_numbers(token_table(stack, base_model).device)
     table = kind.table(config, found)
     if stack.patches is not None:
         if trained_length is not None:
@@ -422,9 +422,8 @@ def build(model: PreTrainedModel, change: Change) -> SchemeHolder:
         change.mean,
         change.prefix,
     )
-    like = holder.tokens.weight
     kept, holder.kept = holder.kept, nn.ModuleDict()
-    holder.to(device=like.device, dtype=like.dtype)
+    holder.to(device=holder.tokens.device, dtype=holder.tokens.weight.dtype)
     holder.kept = kept
     return holder.train(model.training)
 

@@ -74,6 +74,12 @@ class TokenTable(ModuleRef):
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         return weight
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are looked up: the weight's device, or the one to which accelerate brings a weight that it keeps elsewhere."""
+        weight, brought_to = self.weight, getattr(getattr(self.module, "_hf_hook", None), "execution_device", None)
+        return torch.device(brought_to) if weight.is_meta and brought_to is not None else weight.device
+
 
 @dataclass(frozen=True)
 class HolderRef(ModuleRef):
@@ -114,17 +120,18 @@ class Original:
     loss_type: str | None
     config: Any
 
-    def with_numbers(self, like: Tensor) -> nn.Module:
+    def with_numbers(self, device: torch.device) -> nn.Module:
         """Return the module with its frequencies: a load builds it on `meta`, and fills only what the model still holds."""
-        if any(buffer.is_meta for buffer in self.module.buffers()) and not like.is_meta:
+        if any(buffer.is_meta for buffer in self.module.buffers()) and device.type != "meta":
             build: Any = type(self.module)
-            self.module = build(self.config).to(like.device)
+            self.module = build(self.config).to(device)
         return self.module
 
-    def current(self, like: Tensor) -> nn.Module:
+    def current(self, tokens: TokenTable) -> nn.Module:
         """Return the module as the model would hold it now, had it never been swapped: moved and cast with the rest."""
-        self.with_numbers(like).to(device=like.device)
-        return self.module if like.dtype == self.dtype else self.module.to(dtype=like.dtype)
+        device, dtype = tokens.device, tokens.weight.dtype
+        self.with_numbers(device).to(device=device)
+        return self.module if dtype == self.dtype else self.module.to(dtype=dtype)
 
 
 def stand_in_weight(max_length: int | None) -> Tensor:
@@ -226,7 +233,7 @@ class SchemeHolder(Holder):
     @property
     def device(self) -> torch.device:
         """The device of the token embeddings."""
-        return self.tokens.weight.device
+        return self.tokens.device
 
     def train(self, mode: bool = True) -> SchemeHolder:
         """Switch between training and evaluation, as every module.
@@ -277,7 +284,7 @@ class SchemeHolder(Holder):
     def replaced(self) -> nn.Module:
         """The model's own positions, that a swap in this process has replaced."""
         assert self.original is not None
-        return self.original.current(self.tokens.weight)
+        return self.original.current(self.tokens)
 
     def _vectors_of_schemes(self, position_ids: Tensor) -> Tensor:
         """Return what the scheme on the input adds, and the mean that was kept; see `vectors`."""
@@ -301,9 +308,9 @@ class SchemeHolder(Holder):
         weight, sides = self.tokens.weight, self.patches.sides(height, width)
         scheme = self.input_hook("encode")
         if scheme is not None:
-            vectors = scheme.encode_grid(sides, weight.device)
+            vectors = scheme.encode_grid(sides, self.device)
         else:
-            vectors = weight.new_zeros(1, sides[0] * sides[1], self.geometry.input_size)
+            vectors = torch.zeros(1, sides[0] * sides[1], self.geometry.input_size, dtype=weight.dtype, device=self.device)
         if self.mean is not None:
             vectors = vectors + self.mean
         if self.prefix is None:

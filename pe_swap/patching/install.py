@@ -295,12 +295,12 @@ def detach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolde
     elif stack.patches is not None:
         unhook_embeddings(find(base_model, EMBEDDINGS))
     if isinstance(stack.native, Grid) and holder.original is not None:
-        stack.native.put_back(base_model, holder.original.current(holder.tokens.weight))
+        stack.native.put_back(base_model, holder.original.current(holder.tokens))
     elif isinstance(stack.native, AddedBias):
         owner, _, attribute = stack.native.holder_path.rpartition(".")
         delattr(base_model.get_submodule(owner), attribute)
     elif holder.original is not None:
-        base_model.set_submodule(stack.native.holder_path, holder.original.current(holder.tokens.weight))
+        base_model.set_submodule(stack.native.holder_path, holder.original.current(holder.tokens))
 
 
 def holder_of(model: PreTrainedModel, part: str = "") -> SchemeHolder | None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+import pe_swap
 from pe_swap.patching.devices import on_device
 from pe_swap.patching.install import holder_of
 from pe_swap.schemes.base import ATTENTION_HOOKS
@@ -66,6 +67,18 @@ def test_a_rotary_model_offloaded_as_a_whole(case: str, tmp_path: Path) -> None:
         disk_offload(model, tmp_path)
         assert any(parameter.is_meta for parameter in holder_of(model).parameters())
         assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_model_whose_token_embeddings_are_on_disk_is_swapped_and_swapped_on_after_a_load(tmp_path: Path) -> None:
+    ids, model = token_ids(2, 20), build("llama")
+    placed = {"model.embed_tokens": "disk", **dict.fromkeys(("model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")}
+    for step, scheme in enumerate(("t5", "rope")):  # the second on what the first has saved
+        model.save_pretrained(folder := tmp_path / str(step))
+        loaded = auto_class("llama").from_pretrained(folder, device_map=placed, offload_folder=tmp_path / f"offloaded {step}")
+        assert loaded.get_input_embeddings().weight.is_meta
+        with torch.no_grad():
+            found, expected = (pe_swap.swap_positional(each, scheme)(ids).logits for each in (loaded, model))
+        assert torch.equal(found, expected)
 
 
 def spread(model: PreTrainedModel, mode: FakeTensorMode) -> PreTrainedModel:
