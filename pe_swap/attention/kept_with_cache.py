@@ -1,10 +1,12 @@
-"""What a scheme keeps from one call to the next: projections of its weights, and tables of distances.
+"""What is kept from one call to the next: projections of a scheme's weights, tables of distances, and biases of distances.
 
 Without this, each decoded token would compute them again for the whole table. They are kept for as long as the cache lives, and no
 longer. Neither the model nor the cache holds them, so that copies and files of either stay what they would be.
 
 What it buys: decoding one token in a model of 4 layers, 768 wide, 12 heads, on one CPU thread, takes 1.44 times as long without it for
 `deberta` with 1,024 tokens cached and 1.16 times with 4,096; for `transformer_xl` 1.83 and 2.03 times (medians of 54 pairs of calls).
+With 1,024 tokens cached, `t5` takes 1.05 times as long without its biases, and `alibi` and `kerple` 1.02 times (24 pairs, each of 24
+tokens).
 """
 
 from __future__ import annotations
