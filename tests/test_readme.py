@@ -28,12 +28,9 @@ from pe_swap.schemes.base import ATTENTION_HOOKS, INPUT_HOOKS
 from tests.support.floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
-READMES = sorted(
-    path
-    for path in ROOT.rglob("README.md")
-    if path.relative_to(ROOT).parts[0] != "runs" and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
-)
-"""All but those of saved models and of tools."""
+ROOMS = ("pe_swap", "scripts", "configs", "tests")
+READMES = [ROOT / "README.md", *sorted(path for room in ROOMS for path in (ROOT / room).rglob("README.md"))]
+"""The project's own, and none of a virtual environment, a saved model or a tool beside them."""
 
 TABLE_OF = re.compile(r"^<!-- table of: python -m pe_swap (.*?) -->\n((?:^\|.*\n)+)", flags=re.MULTILINE)
 """A table that a command prints, below a comment that names the command."""
