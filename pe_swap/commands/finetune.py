@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from pe_swap.errors import ConfigError, DivergedError
+from pe_swap.errors import ConfigError, DataError, DivergedError
 from pe_swap.evaluation.evaluator import Evaluator
 from pe_swap.runs import data
 from pe_swap.runs.config import DataSection, FinetuneConfig, MeasureSection, TrainSection, resolved
@@ -32,6 +32,7 @@ from pe_swap.runs.models import (
 from pe_swap.runs.output import OutputFolder, require_free, require_output_folder
 from pe_swap.runs.recall import asked_places, words_tokenizer
 from pe_swap.runs.records import RECORD, Stopwatch, environment, fingerprint, is_main_process, read_record, write_record
+from pe_swap.training.callbacks import measured_rows
 from pe_swap.training.resume import (
     complete_checkpoints,
     output_of_run,
@@ -112,9 +113,12 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
     if transition.fade_steps:
         require_fading(model)
     record["scheme"] = scheme_name(model)
+    measured: list[dict[str, Any]] = []
     if evaluator is not None:
-        after = before if config.scheme.is_control else perplexity(model, evaluator)
-        record["perplexity"] = {"length": evaluator.measure.lengths[0], "before_swap": before, "after_swap": after}
+        length, *others = evaluator.measure.lengths
+        swapped = {length: before} if config.scheme.is_control and not others else perplexities(model, evaluator)
+        measured += measured_rows(0, swapped)
+        record["perplexity"] = {"length": length, "before_swap": before, "after_swap": swapped[length]}
     write = record_writer(output, record)
 
     def start() -> None:
@@ -136,16 +140,19 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
         asked=asked_places(config.data.recall, config.data.block_size) if config.data.recall else None,
         resume=config.resume,
         teacher=teacher,
-        measure=None if evaluator is None else lambda: perplexity(model, evaluator),
+        measure=None if evaluator is None else lambda: perplexities(model, evaluator),
         on_start=start,
         on_checkpoint=write,
     )
-    measured = record["training"].pop("measured")
-    trained = config.train.max_steps > 0
+    measured += record["training"].pop("measured")
     if evaluator is not None:
-        record["perplexity"]["after_training"] = perplexity(model, evaluator) if trained else None
+        trained = config.train.max_steps > 0
+        end = perplexities(model, evaluator) if trained else {}
+        record["perplexity"]["after_training"] = end[record["perplexity"]["length"]] if trained else None
         if config.train.eval_steps:
-            record["perplexity"]["by_step"] = _by_step(config, record, measured)
+            before_end = [row for row in measured if row["step"] < config.train.max_steps]
+            rows = [*before_end, *measured_rows(config.train.max_steps, end)]
+            record["perplexity"]["by_step"] = _by_step(config, record, rows)
     close_record(record, model, config, watch, write)
     return record
 
@@ -170,21 +177,15 @@ def close_record(
 
 
 def _by_step(config: FinetuneConfig, record: dict[str, Any], measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the perplexity by step and by tokens trained on: after the swap, after the steps that were asked for, at the end.
+    """Return what was measured by step, with the tokens trained on until then.
 
     `faded` is the factor that the old positions still had in a measurement.
     """
-    section, found = config.train, record["perplexity"]
+    section = config.train
     tokens = section.batch_size * section.gradient_accumulation_steps * record["processes"] * config.data.block_size
-    points = {
-        0: found["after_swap"],
-        **{row["step"]: row["perplexity"] for row in measured},
-        section.max_steps: found["after_training"],
-    }
     fade = section.transition.fade_steps
     return [
-        {"step": step, "tokens": step * tokens, "perplexity": points[step], "faded": faded(step, fade) if step else 0.0}
-        for step in sorted(points)
+        {**row, "tokens": row["step"] * tokens, "faded": faded(row["step"], fade) if row["step"] else 0.0} for row in measured
     ]
 
 
@@ -239,32 +240,52 @@ def record_writer(output: OutputFolder, record: dict[str, Any]) -> Callable[[], 
 
 
 def _evaluator(config: FinetuneConfig, documents: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> Evaluator:
-    """Return the short evaluation at the trained length that every record holds."""
-    length = min(config.data.block_size, max(len(document) for document in documents))
-    measure = MeasureSection(lengths=[length], max_document_tokens=16 * length, max_documents=20)
+    """Return the short evaluation that every record holds: at the trained length, then at `train.eval_lengths`.
+
+    Raises:
+        DataError: no document is long enough for one of them.
+    """
+    section = config.train
+    documents = documents[: section.eval_max_documents]
+    longest = max(len(document) for document in documents)
+    length = min(config.data.block_size, longest)
+    tokens = section.eval_max_document_tokens or 16 * length
+    lengths = list(dict.fromkeys([length, *section.eval_lengths]))
+    if too_long := [length for length in lengths if length > min(tokens, longest)]:
+        raise DataError(
+            f"A context of {too_long[0]:,} tokens cannot be measured while training: of a held-out document at most {tokens:,} tokens are "
+            f"taken (train.eval_max_document_tokens), and the longest has {longest:,}. Name shorter train.eval_lengths, or take more "
+            "tokens."
+        )
+    measure = MeasureSection(lengths=lengths, max_document_tokens=tokens, max_documents=section.eval_max_documents)
     return Evaluator(documents, tokenizer, measure, config.seed)
 
 
 def _before_swap(config: FinetuneConfig, text: data.Text, model: PreTrainedModel, evaluator: Evaluator) -> float | None:
     """Return the perplexity before the swap; of the same files on the same text it is measured once."""
+    length = evaluator.measure.lengths[0]
     files = content_hashes(config.model)
     if not files or is_configuration(config.model):
-        return perplexity(model, evaluator)
+        return perplexity(model, evaluator, length)
     key = fingerprint([files, content_hashes(config.tokenizer), config.vocab_size, resolved(evaluator.measure), config.seed])
     if key not in text.perplexities:
-        text.perplexities[key] = perplexity(model, evaluator)
+        text.perplexities[key] = perplexity(model, evaluator, length)
     return text.perplexities[key]
 
 
-def perplexity(model: PreTrainedModel, evaluator: Evaluator) -> float | None:
-    """Return the perplexity at the evaluator's first length, or None where the model cannot take it."""
+def perplexity(model: PreTrainedModel, evaluator: Evaluator, length: int) -> float | None:
+    """Return the perplexity at one of the evaluator's lengths, or None where the model cannot take it; an encoder's is that of `masked`."""
     was_training = model.training
     model.eval()
     protocol = "nonoverlapping" if is_causal(model) else "masked"
-    measured = evaluator.measured(model, protocol, evaluator.measure.lengths[0])
+    found: float | None = evaluator.measured(model, protocol, length)["perplexity"]
     model.train(was_training)
-    found: float | None = measured["perplexity"]
     return found
+
+
+def perplexities(model: PreTrainedModel, evaluator: Evaluator) -> dict[int, float | None]:
+    """Return the `perplexity` by length, at all of the evaluator's."""
+    return {length: perplexity(model, evaluator, length) for length in evaluator.measure.lengths}
 
 
 def has_diverged(model: PreTrainedModel, record: dict[str, Any]) -> bool:

@@ -113,8 +113,13 @@ def pictures(record: Mapping[str, Any]) -> dict[str, Captioned]:
     measured = curves(record.get("parts") or {})
     if measured:
         seeds = record.get("seeds") or []
+        seeded = f", with seed {seeds[0]}" if len(seeds) > 1 else ""
         found["recovery.png"] = [
-            ("Perplexity by tokens trained on" + (f", with seed {seeds[0]}" if len(seeds) > 1 else ""), recovery_plot(measured))
+            (
+                "Perplexity by tokens trained on" + (f", {length:,} tokens of context" if len(measured) > 1 else "") + seeded,
+                recovery_plot({length: by_label}),
+            )
+            for length, by_label in measured.items()
         ]
     notes: Mapping[str, ProbeNote] = record.get("measures") or {}
     for name, note in notes.items():

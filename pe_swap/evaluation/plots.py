@@ -130,20 +130,26 @@ def training_plot(parts: Mapping[str, Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def recovery_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Return perplexity against tokens trained on, a line per model, small; a point that is not finite is left out."""
+def recovery_plot(curves: Mapping[int, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+    """Return perplexity against tokens trained on, a panel per length and a line per model; a point without perplexity is left out."""
     with mpl.rc_context(STYLE):
-        figure = _small_figure(len(curves))
-        axes = figure.subplots()
-        for index, (label, curve) in enumerate(curves.items()):
-            points = [(point["tokens"], point["perplexity"]) for point in curve if point["perplexity"] is not None]
-            axes.plot(*zip(*points, strict=True), label=label, **line_style(index))
-        _logarithmic(axes)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("tokens trained on")
-        axes.set_ylabel("perplexity")
-        axes.grid(axis="y", color="#eeeeee")
+        entries = max(map(len, curves.values()))
+        figure = (
+            Figure(figsize=(4.2 * len(curves), 3.4 + 0.19 * (entries // (2 * len(curves)))), layout="constrained")
+            if len(curves) > 1
+            else _small_figure(entries)
+        )
+        for axes, (length, by_label) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+            for index, (label, curve) in enumerate(by_label.items()):
+                points = [(point["tokens"], point["perplexity"]) for point in curve if point["perplexity"] is not None]
+                axes.plot([tokens for tokens, _ in points], [found for _, found in points], label=label, **line_style(index))
+            _logarithmic(axes)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.set_title(f"{length:,} tokens of context" if len(curves) > 1 else "", loc="right", color="#555555")
+            axes.set_xlabel("tokens trained on")
+            axes.set_ylabel("perplexity")
+            axes.grid(axis="y", color="#eeeeee")
         _legend(figure, "")
     return figure
 

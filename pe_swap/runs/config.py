@@ -228,10 +228,17 @@ class TrainSection(Section):
     eval_steps: list[PositiveInt] = Field(
         default=[], description="steps after which the held-out text is measured, beside the start and the end"
     )
+    eval_lengths: list[PositiveInt] = Field(
+        default=[], description="context lengths measured at after eval_steps, beside block_size"
+    )
+    eval_max_documents: PositiveInt = Field(default=20, description="held-out documents measured on while training, at most")
+    eval_max_document_tokens: PositiveInt | None = Field(
+        default=None, description="first tokens of each of them, at most; else 16 times block_size"
+    )
     report_to: list[str] = Field(default=["none"], description="trackers, such as tensorboard")
     transition: TransitionSection = TransitionSection()
 
-    @field_validator("eval_steps")
+    @field_validator("eval_steps", "eval_lengths")
     @classmethod
     def _require_once(cls, values: list[int]) -> list[int]:
         return require_once(values)

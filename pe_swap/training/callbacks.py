@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,14 +41,19 @@ class LossTotal(TrainerCallback, ExportableState):  # type: ignore[misc]  # tran
         self.total = torch.tensor(state.stateful_callbacks[type(self).__name__]["args"]["total"], dtype=torch.float64)
 
 
+def measured_rows(step: int, found: Mapping[int, float | None]) -> list[dict[str, Any]]:
+    """Return the rows of what was measured by length after a step."""
+    return [{"step": step, "length": length, "perplexity": perplexity} for length, perplexity in found.items()]
+
+
 class PerplexityAtSteps(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is untyped here
     """What was measured after given steps; in the checkpoints too, so that a run which is continued has every row once.
 
     Attributes:
-        rows: step and perplexity, None where it is not finite.
+        rows: step, length and perplexity, None where it is not finite or the model does not take the length.
     """
 
-    def __init__(self, steps: Sequence[int], measure: Callable[[], float | None]) -> None:
+    def __init__(self, steps: Sequence[int], measure: Callable[[], Mapping[int, float | None]]) -> None:
         self.rows: list[dict[str, Any]] = []
         self._steps = frozenset(steps)
         self._measure = measure
@@ -68,7 +73,7 @@ class PerplexityAtSteps(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Measure if this is one of the steps; the Trainer saves its checkpoint after this."""
         if state.global_step in self._steps:
-            self.rows.append({"step": state.global_step, "perplexity": self._measure()})
+            self.rows += measured_rows(state.global_step, self._measure())
 
 
 class ProgressLines(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here

@@ -56,6 +56,7 @@ def require_image_training(section: TrainSection) -> None:
         for name, value, default in (
             ("positions", section.positions, None),
             ("eval_steps", section.eval_steps, []),
+            ("eval_lengths", section.eval_lengths, []),
             ("transition", section.transition, TransitionSection()),
         )
         if value != default

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
     ) -> None:
         super().__init__(*args, **kwargs)
         self.transition = Transition(TransitionSection(), None, 1) if transition is None else transition
-        self.measured = PerplexityAtSteps((), lambda: None) if measured is None else measured
+        self.measured = PerplexityAtSteps((), dict) if measured is None else measured
         self.add_callback(self.measured)
         self.positional_learning_rate = positional_learning_rate
         self.positions = positions
@@ -183,7 +183,7 @@ def train(
     asked: Sequence[int] | None = None,
     resume: bool = False,
     teacher: PreTrainedModel | None = None,
-    measure: Callable[[], float | None] | None = None,
+    measure: Callable[[], Mapping[int, float | None]] | None = None,
     on_start: Callable[[], None] = _nothing,
     on_checkpoint: Callable[[], None] = _nothing,
 ) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def train(
             all documents by default.
         resume: continue from the last checkpoint there. On the same machine the numbers are those of a run never interrupted.
         teacher: the unswapped model, where `section.transition` needs it; see `teacher_of`.
-        measure: returns the perplexity of the model as it is now, for the steps `section.eval_steps`.
+        measure: returns the perplexity of the model as it is now by length, for the steps `section.eval_steps`.
         on_start: called after all checks of the input, before the first step and before anything is written.
         on_checkpoint: called after each checkpoint is written.
 
@@ -368,6 +368,11 @@ def require_training_settings(section: TrainSection) -> None:
         raise ConfigError(
             f"train.eval_steps names step {late:,}, and training ends at step {section.max_steps:,} (train.max_steps). Name steps up to "
             "that."
+        )
+    if section.eval_lengths and not section.eval_steps:
+        raise ConfigError(
+            f"train.eval_lengths names {', '.join(map(str, section.eval_lengths))}, and train.eval_steps names no step to measure after. "
+            "Name steps, or leave the lengths out."
         )
     if section.transition.fade_steps > section.max_steps:
         raise ConfigError(

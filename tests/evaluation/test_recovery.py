@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from pe_swap.evaluation.plots import recovery_plot
 from pe_swap.evaluation.recovery import recovery, recovery_table
 
 
+def points(length: int, *perplexities: float | None) -> list[dict[str, Any]]:
+    return [{"step": 10 * i, "tokens": 640 * i, "length": length, "perplexity": p} for i, p in enumerate(perplexities)]
+
+
 def part(*perplexities: float | None) -> dict[str, Any]:
-    return {"perplexity": {"by_step": [{"step": 10 * i, "tokens": 640 * i, "perplexity": p} for i, p in enumerate(perplexities)]}}
+    return {"perplexity": {"by_step": points(64, *perplexities)}}
 
 
 def test_recovered_is_the_first_measured_point_within_the_bound_of_the_control_s_end() -> None:
@@ -31,3 +36,30 @@ def test_recovered_is_the_first_measured_point_within_the_bound_of_the_control_s
     assert "**control**" in lines[0]
     assert lines[2:5] == ["| model | within 5% | within 1% |", "|---|---:|---:|", "| back | 10 (640); 0 (0) | -; 10 (640) |"]
     assert recovery({0: parts}, None) == recovery({0: {"control": parts["lost"]}}, "control") == recovery_table([]) == []
+
+
+def test_each_length_has_its_own_recovery_and_beyond_its_table_the_control_counts_at_its_last_length() -> None:
+    def both(at_64: list[float], at_128: list[float | None], at_256: list[float | None]) -> dict[str, Any]:
+        return {"perplexity": {"by_step": points(64, *at_64) + points(128, *at_128) + points(256, *at_256)}}
+
+    parts = {"control": both([30.0, 20.0], [29.0, 19.0], [None, None]), "swapped": both([21.0, 20.0], [40.0, 19.9], [21.0, 19.1])}
+    rows = recovery({0: parts}, "control")
+    assert [(row["length"], row["bound"], row["control_length"], row["control_perplexity"], row["step"]) for row in rows] == [
+        (64, 1.05, 64, 20.0, 0),
+        (64, 1.01, 64, 20.0, 10),
+        (128, 1.05, 128, 19.0, 10),
+        (128, 1.01, 128, 19.0, None),
+        (256, 1.05, 128, 19.0, 10),  # 21.0 would be within 5% of the 20.0 at 64
+        (256, 1.01, 128, 19.0, 10),
+    ]
+    text = "\n".join(recovery_table(rows))
+    assert text.count("| swapped |") == 3
+    assert "At 128 tokens of context" in text
+    assert "(perplexity 19.00, at 128 tokens, as it takes no 256)" in text
+
+
+def test_a_picture_has_a_panel_per_length_and_no_line_where_a_model_takes_none() -> None:
+    one = recovery_plot({64: {"control": points(64, 30.0, 20.0), "lost": points(64, 40.0, None)}})
+    two = recovery_plot({64: {"control": points(64, 30.0, 20.0)}, 128: {"control": points(128, None, None)}})
+    assert [[len(line.get_xdata()) for line in axes.lines] for axes in one.axes] == [[2, 1]]
+    assert [[len(line.get_xdata()) for line in axes.lines] for axes in two.axes] == [[2], [0]]

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning"
 
 def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unmeasured = finetune(config(tmp_path, out=str(tmp_path / "unmeasured")))
-    section = {**config(tmp_path).train.model_dump(), "eval_steps": [2, 4, 5, 6]}
+    section = {**config(tmp_path).train.model_dump(), "eval_steps": [2, 4, 5, 6], "eval_lengths": [32]}
     whole = finetune(config(tmp_path, train=section, out=str(tmp_path / "whole")))
     assert whole["training"] == unmeasured["training"], "to measure on the way changes nothing of the training"
     with monkeypatch.context() as patch:
@@ -46,9 +46,10 @@ def test_a_killed_run_resumes_to_the_same_numbers_bit_for_bit(tmp_path: Path, mo
     assert resumed["training"] == whole["training"]
     assert resumed["perplexity"] == whole["perplexity"]
     found = whole["perplexity"]
-    assert [(row["step"], row["tokens"]) for row in found["by_step"]] == [(step, 32 * step) for step in (0, 2, 4, 5, 6)]
-    assert [row["perplexity"] for row in found["by_step"][::4]] == [found["after_swap"], found["after_training"]]
-    assert len({row["perplexity"] for row in found["by_step"]}) == 5
+    by_step = [(row["step"], row["length"], row["tokens"]) for row in found["by_step"]]
+    assert by_step == [(step, length, 32 * step) for step in (0, 2, 4, 5, 6) for length in (found["length"], 32)]
+    assert [row["perplexity"] for row in found["by_step"][::8]] == [found["after_swap"], found["after_training"]]
+    assert len({row["perplexity"] for row in found["by_step"]}) == 10
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -81,6 +82,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, monkeypat
     [
         ({"train": {"max_steps": 6, "eval_steps": [3, 7]}}, r"eval_steps names step 7, and training ends at step 6"),
         ({"train": {"max_steps": 6, "eval_steps": [3]}, "data": {"recall": {}}}, r"data\.recall has random words"),
+        ({"train": {"max_steps": 6, "eval_lengths": [32]}}, r"eval_lengths names 32, and train\.eval_steps names no step"),
     ],
 )
 def test_steps_that_cannot_be_measured(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
