@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pe_swap.commands.evaluate import evaluate
-from pe_swap.commands.finetune import finetune, require_measurable, run_fingerprint
+from pe_swap.commands.finetune import finetune, run_fingerprint
+from pe_swap.commands.held_out import require_measurable
 from pe_swap.commands.images import evaluate_on_images, finetune_on_images, require_image_comparison, require_image_models
 from pe_swap.errors import CheckpointError, ConfigError, DivergedError
 from pe_swap.evaluation.accuracy_report import write_accuracy_report

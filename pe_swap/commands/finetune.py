@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from pe_swap.errors import ConfigError, DataError, DivergedError
-from pe_swap.evaluation.evaluator import Evaluator
+from pe_swap.commands.held_out import before_swap, by_step, held_out_evaluator, perplexities, require_measurable
+from pe_swap.errors import ConfigError, DivergedError
 from pe_swap.runs import data
-from pe_swap.runs.config import DataSection, FinetuneConfig, MeasureSection, TrainSection, resolved
+from pe_swap.runs.config import FinetuneConfig, resolved
 from pe_swap.runs.models import (
     apply_scheme,
     content_hashes,
     described,
-    is_causal,
     is_causal_configuration,
     is_configuration,
     is_headless,
@@ -41,7 +40,7 @@ from pe_swap.training.resume import (
     settings_that_matter,
 )
 from pe_swap.training.trainer import require_training_settings, train
-from pe_swap.training.transition import faded, needs_no_head, needs_teacher, require_fading, require_transition, teacher_of
+from pe_swap.training.transition import needs_no_head, needs_teacher, require_fading, require_transition, teacher_of
 
 
 def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
     require_vocabulary(model, tokenizer)
     if not with_head and config.train.eval_steps:
         raise ConfigError(f"train.eval_steps measures perplexity, and '{config.model}' has no head for words. Leave it out.")
-    evaluator = None if config.data.recall or not with_head else _evaluator(config, eval_documents, tokenizer)
+    evaluator = None if config.data.recall or not with_head else held_out_evaluator(config, eval_documents, tokenizer)
     record: dict[str, Any] = {
         "kind": "finetune",
         "status": "running",
@@ -107,7 +106,7 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
         positions=config.train.positions,
         block_size=config.data.block_size,
     )
-    before = None if evaluator is None else _before_swap(config, text, model, evaluator)
+    before = None if evaluator is None else before_swap(config, text, model, evaluator)
     teacher = teacher_of(model, transition) if needs_teacher(transition) else None
     apply_scheme(model, config.scheme)
     if transition.fade_steps:
@@ -115,8 +114,8 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
     record["scheme"] = scheme_name(model)
     measured: list[dict[str, Any]] = []
     if evaluator is not None:
-        length, *others = evaluator.measure.lengths
-        swapped = {length: before} if config.scheme.is_control and not others else perplexities(model, evaluator)
+        length = evaluator.measure.lengths[0]
+        swapped = perplexities(model, evaluator, {length: before} if config.scheme.is_control else {})
         measured += measured_rows(0, swapped)
         record["perplexity"] = {"length": length, "before_swap": before, "after_swap": swapped[length]}
     write = record_writer(output, record)
@@ -152,7 +151,7 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
         if config.train.eval_steps:
             before_end = [row for row in measured if row["step"] < config.train.max_steps]
             rows = [*before_end, *measured_rows(config.train.max_steps, end)]
-            record["perplexity"]["by_step"] = _by_step(config, record, rows)
+            record["perplexity"]["by_step"] = by_step(config, record["processes"], rows)
     close_record(record, model, config, watch, write)
     return record
 
@@ -173,31 +172,6 @@ def close_record(
             f"The training in '{config.out}' diverged: its losses or weights are not finite, and the model saved there is of no use "
             f"(train.learning_rate {config.train.learning_rate:g}). Train again with a lower --train.learning_rate, or more "
             "--train.warmup_steps."
-        )
-
-
-def _by_step(config: FinetuneConfig, record: dict[str, Any], measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what was measured by step, with the tokens trained on until then.
-
-    `faded` is the factor that the old positions still had in a measurement.
-    """
-    section = config.train
-    tokens = section.batch_size * section.gradient_accumulation_steps * record["processes"] * config.data.block_size
-    fade = section.transition.fade_steps
-    return [
-        {**row, "tokens": row["step"] * tokens, "faded": faded(row["step"], fade) if row["step"] else 0.0} for row in measured
-    ]
-
-
-def require_measurable(section: TrainSection, source: DataSection) -> None:
-    """Refuse to measure perplexity in the course of a training that has no text to measure it on.
-
-    Raises:
-        ConfigError: it is asked for.
-    """
-    if section.eval_steps and source.recall is not None:
-        raise ConfigError(
-            "train.eval_steps measures perplexity on held-out text, and data.recall has random words in place of it. Leave eval_steps out."
         )
 
 
@@ -237,55 +211,6 @@ def record_writer(output: OutputFolder, record: dict[str, Any]) -> Callable[[], 
             write_record(output.path, record)
 
     return write
-
-
-def _evaluator(config: FinetuneConfig, documents: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> Evaluator:
-    """Return the short evaluation that every record holds: at the trained length, then at `train.eval_lengths`.
-
-    Raises:
-        DataError: no document is long enough for one of them.
-    """
-    section = config.train
-    documents = documents[: section.eval_max_documents]
-    longest = max(len(document) for document in documents)
-    length = min(config.data.block_size, longest)
-    tokens = section.eval_max_document_tokens or 16 * length
-    lengths = list(dict.fromkeys([length, *section.eval_lengths]))
-    if too_long := [length for length in lengths if length > min(tokens, longest)]:
-        raise DataError(
-            f"A context of {too_long[0]:,} tokens cannot be measured while training: of a held-out document at most {tokens:,} tokens are "
-            f"taken (train.eval_max_document_tokens), and the longest has {longest:,}. Name shorter train.eval_lengths, or take more "
-            "tokens."
-        )
-    measure = MeasureSection(lengths=lengths, max_document_tokens=tokens, max_documents=section.eval_max_documents)
-    return Evaluator(documents, tokenizer, measure, config.seed)
-
-
-def _before_swap(config: FinetuneConfig, text: data.Text, model: PreTrainedModel, evaluator: Evaluator) -> float | None:
-    """Return the perplexity before the swap; of the same files on the same text it is measured once."""
-    length = evaluator.measure.lengths[0]
-    files = content_hashes(config.model)
-    if not files or is_configuration(config.model):
-        return perplexity(model, evaluator, length)
-    key = fingerprint([files, content_hashes(config.tokenizer), config.vocab_size, resolved(evaluator.measure), config.seed])
-    if key not in text.perplexities:
-        text.perplexities[key] = perplexity(model, evaluator, length)
-    return text.perplexities[key]
-
-
-def perplexity(model: PreTrainedModel, evaluator: Evaluator, length: int) -> float | None:
-    """Return the perplexity at one of the evaluator's lengths, or None where the model cannot take it; an encoder's is that of `masked`."""
-    was_training = model.training
-    model.eval()
-    protocol = "nonoverlapping" if is_causal(model) else "masked"
-    found: float | None = evaluator.measured(model, protocol, length)["perplexity"]
-    model.train(was_training)
-    return found
-
-
-def perplexities(model: PreTrainedModel, evaluator: Evaluator) -> dict[int, float | None]:
-    """Return the `perplexity` by length, at all of the evaluator's."""
-    return {length: perplexity(model, evaluator, length) for length in evaluator.measure.lengths}
 
 
 def has_diverged(model: PreTrainedModel, record: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, default_data_collator
 
 from pe_swap.errors import ConfigError
 from pe_swap.families.native.grid import two_sides
-from pe_swap.runs.config import TrainSection, TransitionSection
+from pe_swap.runs.config import TrainSection
 from pe_swap.runs.images import LabelledImages
 from pe_swap.runs.output import OutputFolder, whole_folder
 from pe_swap.runs.records import is_main_process
@@ -51,16 +51,9 @@ def require_image_training(section: TrainSection) -> None:
     Raises:
         ConfigError: one is given.
     """
-    given = [
-        name
-        for name, value, default in (
-            ("positions", section.positions, None),
-            ("eval_steps", section.eval_steps, []),
-            ("eval_lengths", section.eval_lengths, []),
-            ("transition", section.transition, TransitionSection()),
-        )
-        if value != default
-    ]
+    of_text = ("positions", "eval_steps", "eval_lengths", "eval_max_documents", "eval_max_document_tokens", "transition")
+    defaults = TrainSection()
+    given = [name for name in of_text if getattr(section, name) != getattr(defaults, name)]
     if given:
         raise ConfigError(f"train.{given[0]} is for text, and data.images has none. Leave it out.")
 

@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from pe_swap.commands import compare as comparing
 from pe_swap.commands import evaluate as evaluating
-from pe_swap.commands import finetune as finetuning
+from pe_swap.commands import held_out
 from pe_swap.errors import PESwapError
 from pe_swap.evaluation import html_report, report
 from pe_swap.evaluation.evaluator import DIVERGED
@@ -87,11 +87,24 @@ class Compared:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
-    folder, measured, original = tmp_path_factory.mktemp("compared"), [], finetuning.perplexity
+    folder, measured, original = tmp_path_factory.mktemp("compared"), [], held_out.perplexity
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetuning, "perplexity", lambda *args: measured.append(original(*args)) or measured[-1])
+        patch.setattr(held_out, "perplexity", lambda *args: measured.append(original(*args)) or measured[-1])
         quick = write_quick(folder, write_texts(folder))
-        assert call("compare", "--config", str(quick), "--train.eval_steps", "1", "--out", str(folder / "out")) == 0
+        assert (
+            call(
+                "compare",
+                "--config",
+                str(quick),
+                "--train.eval_steps",
+                "1",
+                "--train.eval_lengths",
+                "32",
+                "--out",
+                str(folder / "out"),
+            )
+            == 0
+        )
     return Compared(folder / "out", measured)
 
 
@@ -107,11 +120,11 @@ def test_compare_then_evaluate_then_finetune(compared: Compared, tmp_path: Path,
     assert (out / "perplexity.png").stat().st_size > 1000
     assert {"record.json", "report.md", "results.csv", "perplexity.png", "recovery.png"} <= {path.name for path in out.iterdir()}
     recovery = json.loads((out / "record.json").read_text())["recovery"]
-    assert [(row["model"], row["bound"], row["control"], row["last_step"]) for row in recovery] == [
-        ("alibi", 1.05, "control", 2), ("alibi", 1.01, "control", 2),
+    assert [(row["model"], row["length"], row["bound"], row["control_length"], row["last_step"]) for row in recovery] == [
+        ("alibi", 12, 1.05, 12, 2), ("alibi", 12, 1.01, 12, 2), ("alibi", 32, 1.05, 12, 2), ("alibi", 32, 1.01, 12, 2),
     ]  # fmt: skip
-    assert "| model | within 5% | within 1% |" in (out / "report.md").read_text()
-    assert "Perplexity by tokens trained on" in (out / "report.html").read_text()
+    assert (out / "report.md").read_text().count("| model | within 5% | within 1% |") == 2
+    assert "Perplexity by tokens trained on, 32 tokens of context" in (out / "report.html").read_text()
     rows = json.loads((out / "record.json").read_text())["results"]
     assert all(set(COLUMNS) <= row.keys() for row in rows)
     assert [(row["model"], row["length"]) for row in rows if row["error"]] == [("control", 32)] * 2
@@ -146,8 +159,8 @@ def test_a_comparison_measures_its_base_once(compared: Compared) -> None:
         == parts["control"]["perplexity"]["after_swap"]
         != parts["alibi"]["perplexity"]["after_swap"]
     )
-    # Base: before and after training. Control: before, after one step, after training. Alibi: after the swap, then as the control.
-    assert len(compared.measured) == 2 + 3 + 3
+    # Base: before and after training. Both others at two lengths: after the swap, after one step, after training.
+    assert len(compared.measured) == 2 + 6 + 6
 
 
 def test_compare_does_not_redo_what_is_done(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,10 +83,18 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path: Path, monkeypat
         ({"train": {"max_steps": 6, "eval_steps": [3, 7]}}, r"eval_steps names step 7, and training ends at step 6"),
         ({"train": {"max_steps": 6, "eval_steps": [3]}, "data": {"recall": {}}}, r"data\.recall has random words"),
         ({"train": {"max_steps": 6, "eval_lengths": [32]}}, r"eval_lengths names 32, and train\.eval_steps names no step"),
+        (
+            {"train": {"max_steps": 6, "eval_steps": [3], "eval_lengths": [32, 512]}},
+            r"A context of 512 tokens .* at most 256 tokens",
+        ),
+        (
+            {"train": {"max_steps": 6, "eval_steps": [3], "eval_max_document_tokens": 8}},
+            r"A context of 16 tokens .* at most 8 tokens",
+        ),
     ],
 )
 def test_steps_that_cannot_be_measured(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         finetune(config(tmp_path, **changes))
     assert not (tmp_path / "run").exists()
 
