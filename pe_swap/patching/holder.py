@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pe_swap.assignment import Assignment
-from pe_swap.errors import SwapStateError
+from pe_swap.errors import PositionRangeError, SwapStateError
 from pe_swap.families import Stack
 from pe_swap.families.base import NO_LIMIT
 from pe_swap.families.native.base import Holder
@@ -271,12 +271,21 @@ class SchemeHolder(Holder):
         return (position_ids - self.first_id).clamp(min=0)
 
     def vectors(self, position_ids: Tensor) -> Tensor:
-        """Return what is added at 0-based ids, `[batch or 1, length or 1, input_size]`, in the token embeddings' dtype."""
+        """Return what is added at 0-based ids, `[batch or 1, length or 1, input_size]`, in the token embeddings' dtype.
+
+        Raises:
+            PositionRangeError: the model's own table still acts, and has no row for a position.
+        """
         vectors = self._vectors_of_schemes(position_ids)
         if not self.fade:
             return vectors
         table = self.stack.native.table(self.original.config, self.replaced)  # type: ignore[union-attr]  # there, where it fades
         assert table is not None
+        if int(position_ids.max()) >= len(table):
+            raise PositionRangeError(
+                f"Position {int(position_ids.max())} is beyond the {len(table)} of the model's own table, which still acts with factor "
+                f"{self.fade:g} (train.transition.fade_steps). Keep to its length until it is gone."
+            )
         rows = table[position_ids] if self.mean is None else table[position_ids] - self.mean  # the mean stays: they fade to it
         return vectors + (self.fade * rows).to(vectors.dtype)
 
