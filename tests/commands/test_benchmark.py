@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from pe_swap.commands import benchmark as measuring
-from pe_swap.commands.benchmark import benchmark, build, memory_rows, sizes
+from pe_swap.commands.benchmark import benchmark, build, build_pair, memory_rows, sizes
 from pe_swap.errors import ConfigError, UnknownNameError
 from pe_swap.patching.install import holder_of
 from pe_swap.runs.command_line import parse
@@ -71,6 +71,17 @@ def test_contestants_are_one_model_with_and_without_the_swap() -> None:
     assert holder_of(swapped).scheme_at(0).name == "rope"
     own = plain.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in swapped.state_dict().items() if not name.startswith("wpe."))
+
+
+def test_a_pair_reads_the_same_weights_and_has_gradients_of_its_own() -> None:
+    config = BenchmarkConfig(**TINY, family="llama")
+    swapped, unswapped = build_pair(config, "t5", 16)
+    weights = {name: parameter.data_ptr() for name, parameter in unswapped.named_parameters()}
+    found = {name: parameter.data_ptr() for name, parameter in swapped.named_parameters()}
+    assert {name for name in found if found[name] == weights.get(name)} == weights.keys() < found.keys()
+    swapped(inputs_embeds=torch.ones(1, 4, 24)).last_hidden_state.sum().backward()
+    assert all(parameter.grad is None for parameter in unswapped.parameters())
+    assert swapped.get_input_embeddings().weight is not unswapped.get_input_embeddings().weight
 
 
 def test_options_of_a_scheme(tmp_path: Path) -> None:
