@@ -151,8 +151,8 @@ BACKENDS: dict[str, Backend] = {"eager": eager, "sdpa": sdpa, "flex_attention": 
 def attention_function(name: str) -> AttentionFunction:
     """Return the function to register for transformers' implementation `name`.
 
-    It runs outside autocast: queries, keys and values come in the dtype that autocast chose, and what schemes compute in float32 (counts,
-    decays, biases) has to stay so.
+    It runs outside autocast: queries, keys and values are cast as autocast would cast them here (a rotation in float32 has widened queries
+    and keys, and not values), and what schemes compute in float32 (counts, decays, biases) has to stay so.
     """
     backend = BACKENDS.get(name) or partial(call_library, name)
 
@@ -167,7 +167,10 @@ def attention_function(name: str) -> AttentionFunction:
         **kwargs: Any,
     ) -> AttentionOutput:
         """Attend, with the scheme that `attention_call` hands on; other arguments and the result as transformers' function `name`."""
-        with torch.autocast(query.device.type, enabled=False) if autocasts(query) else nullcontext():
+        is_mixed = autocasts(query)
+        if is_mixed:
+            query, key, value = (as_autocast(x) for x in (query, key, value))
+        with torch.autocast(query.device.type, enabled=False) if is_mixed else nullcontext():
             if attention_call is None:
                 require_no_binding(module)
                 return library_function(name, module)(module, query, key, value, attention_mask, *args, **kwargs)
@@ -244,6 +247,12 @@ def require_no_binding(module: nn.Module) -> None:
 def autocasts(x: Tensor) -> bool:
     """Tell whether operations on a tensor's device run under autocast."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """Return a tensor as autocast hands it to a matrix product: in its own dtype, unless that is no float or float64."""
+    is_cast = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if is_cast else x
 
 
 def register_backends() -> None:

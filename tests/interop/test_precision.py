@@ -201,6 +201,23 @@ def test_mixed_precision_is_as_close_as_a_narrow_model(case: str, backend: str) 
     assert (mixed - wide).norm() < 1.5 * (narrow - wide).norm()
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("case", ["alibi", "shaw-all"])
+def test_a_rotary_model_trains_in_mixed_precision(case: str, backend: str) -> None:
+    """The family's own rotation leaves queries and keys in float32, beside values in the dtype of autocast."""
+    name, options = CASES[case]
+    model, ids = pe_swap.swap_positional(build("llama", backend), name, **options), token_ids(2, 20)
+    disturb(model)
+    with torch.no_grad():
+        wide = model(ids, use_cache=False).logits
+        narrow = copy.deepcopy(model).bfloat16()(ids, use_cache=False).logits.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model(ids, labels=ids, use_cache=False)
+    mixed.loss.backward()
+    assert (mixed.logits.float() - wide).norm() < 1.5 * (narrow - wide).norm()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize(("scheme", "options"), [("xpos", {"scale_base": 20, "gamma": 0.1}), ("fox", {"initial_reach": 1.001})])
