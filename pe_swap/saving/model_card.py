@@ -190,7 +190,7 @@ def record_evaluation(
     )
 
 
-def record_fine_tuning(folder: str | Path, length: int) -> None:
+def record_fine_tuning(folder: str | Path, length: int, said: Mapping[str, Any] | None = None) -> None:
     """Write into the model card of a saved folder at how many tokens it was fine-tuned after the swap.
 
     Saving the model again drops it, as it drops what was measured.
@@ -198,11 +198,12 @@ def record_fine_tuning(folder: str | Path, length: int) -> None:
     Args:
         folder: a folder that `save_pretrained` wrote.
         length: tokens in a block of training text.
+        said: what the card is written from, where the model was saved under its family's own class, whose `config.json` does not hold it.
 
     Raises:
-        CheckpointError: the folder holds no swapped model.
+        CheckpointError: the folder holds no swapped model, and `said` is None.
     """
-    saved, auto_class = _saved(Path(folder))
+    saved, auto_class = _saved(Path(folder)) if said is None else (said, auto_class_of([], {}))
     update_model_card(Path(folder), saved, auto_class, {}, fine_tuned_length=length)
 
 

@@ -304,7 +304,8 @@ def _save(trainer: PositionalTrainer, tokenizer: PreTrainedTokenizerBase, output
         if is_writer:
             _save_tokenizer(tokenizer, model, folder)
             if getattr(model.config, "pe_swap", None):
-                record_fine_tuning(folder, block_size)
+                said = None if model.config.plain() is None else model.config.said_in_card()
+                record_fine_tuning(folder, block_size, said)
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> None:

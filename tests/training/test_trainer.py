@@ -543,6 +543,14 @@ def test_the_card_says_at_which_length_a_model_was_fine_tuned(tmp_path: Path) ->
     assert "Fine-tuned" not in (tmp_path / "kept" / "README.md").read_text()
 
 
+def test_a_model_saved_under_its_familys_own_class_is_trained_and_its_card_says_so(tmp_path: Path) -> None:
+    """Its `config.json` holds no swap, and so nothing to write a card from."""
+    llama = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    finetune(config(tmp_path, model=llama, scheme={"name": "rope", "base": 500.0}))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "llama"
+    assert "- Fine-tuned after the swap at: 16 tokens.\n" in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_a_finished_run_may_be_done_again_and_leaves_no_old_checkpoint(tmp_path: Path) -> None:
     first = finetune(config(tmp_path))
     short = config(tmp_path).train.model_copy(update={"max_steps": 3})
