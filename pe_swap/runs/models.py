@@ -96,7 +96,7 @@ def is_headless(name: str) -> bool:
 
 
 def require_text_model(config: Any) -> None:
-    """Refuse a model of images, or one that is made of several models, where text goes in.
+    """Refuse a model of images, one that is made of several models, or an encoder-decoder, where text goes in.
 
     Raises:
         UnsupportedModelError: it is one.
@@ -110,6 +110,11 @@ def require_text_model(config: Any) -> None:
         raise UnsupportedModelError(
             f"A model of type '{config.model_type}' reads images, and the data are text. Name a language model, or data.images in a "
             "configuration of compare.py."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"A model of type '{config.model_type}' is an encoder with a decoder, and the scripts train and measure one of them by itself. "
+            "Swap it in Python with swap_positional(model, ...), and train it with its own pairs of texts."
         )
 
 

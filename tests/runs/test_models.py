@@ -33,6 +33,13 @@ def saved(model: Any, folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_an_encoder_decoder_is_refused(family: str, tmp_path: Path) -> None:
+    name = saved(build(family), tmp_path)
+    with pytest.raises(UnsupportedModelError, match=rf"'{family}' is an encoder with a decoder, .* swap_positional\(model"):
+        load_model(name)
+
+
 def test_an_encoder_without_its_head_is_refused(tmp_path: Path) -> None:
     name = saved(BertModel(build("bert").config), tmp_path)
     with pytest.raises(CheckpointError, match=r"has no weights for cls\.predictions\..*Name a checkpoint .* language model head"):
