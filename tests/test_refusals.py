@@ -30,6 +30,7 @@ import pe_swap
 from pe_swap import errors
 from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.schemes import SCHEMES, Scheme, SchemeOptions
+from tests.support.families import tiny
 from tests.support.models import CASES, build, swapped, token_ids, with_cache
 
 SCHEME_LIST = ", ".join(pe_swap.list_schemes())
@@ -431,6 +432,31 @@ def test_a_head_around_a_base_model_swapped_by_itself(call: Callable[..., Any]) 
     arguments = (model, "alibi") if call is pe_swap.swap_positional else (model,)
     with unchanged(model):
         refused(errors.SwapStateError, OUTER_TEXT, call, *arguments)
+
+
+SAVED_TEXT = (
+    "This LlamaForCausalLM holds a LlamaModel that was swapped by itself, and its own configuration does not say so: the folder would be "
+    "read without the schemes. Call restore_positional on the LlamaModel, then swap the LlamaForCausalLM; or save the LlamaModel alone."
+)
+
+
+@pytest.mark.parametrize(
+    "options", [("alibi", {}), ("rope", {"rope_type": "yarn", "factor": 2.0})], ids=["alibi", "plain folder"]
+)
+def test_a_head_is_not_saved_around_a_base_model_swapped_by_itself(options: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    model = tiny("llama")
+    before = model.state_dict().keys()
+    pe_swap.swap_positional(model.model, options[0], **options[1])
+    refused(errors.SwapStateError, SAVED_TEXT, model.save_pretrained, tmp_path / "whole")
+    model.model.save_pretrained(tmp_path / "part")
+    assert model.state_dict().keys() == before, "to take the state alone is no loss"
+
+    class Own(type(model)):  # type: ignore[misc]  # swaps its part whenever it is built
+        pass
+
+    Own.__module__ = "elsewhere"
+    model.__class__ = Own
+    model.save_pretrained(tmp_path / "own")
 
 
 PATCHED_TEXT = (

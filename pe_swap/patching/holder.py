@@ -16,6 +16,7 @@ from pe_swap.families import Stack
 from pe_swap.families.base import NO_LIMIT
 from pe_swap.families.native.base import Holder
 from pe_swap.families.native.grid import PatchLayout
+from pe_swap.patching.saved_whole import require_saved_by_whom_it_is_known
 from pe_swap.schemes.base import Scheme
 from pe_swap.schemes.geometry import Geometry
 
@@ -325,6 +326,15 @@ class SchemeHolder(Holder):
         if self.prefix is None:
             return vectors.to(weight.dtype)
         return torch.cat((self.prefix[None].to(weight.dtype), vectors.to(weight.dtype)), dim=1)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Add the tensors to a state, as every module; a method of PyTorch's own.
+
+        Raises:
+            SwapStateError: see `require_saved_by_whom_it_is_known`.
+        """
+        require_saved_by_whom_it_is_known(self.tokens.root)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model gets where it called its own positions."""
