@@ -17,8 +17,8 @@ from pe_swap.assignment import Assignment, extend, starting_from_table
 from pe_swap.attention.names import require_honoured
 from pe_swap.errors import FamilyError, OptionError, SwapStateError, UnsupportedModelError
 from pe_swap.families import Family, Stack, base_model_of, composite_of, family_for, known_loss_type
-from pe_swap.patching.devices import bring_back_offloaded
-from pe_swap.patching.holder import Original, SchemeHolder
+from pe_swap.patching.devices import bring_back_offloaded, offloaded_at_hand
+from pe_swap.patching.holder import Original, SchemeHolder, TokenTable
 from pe_swap.patching.install import (
     assemble,
     attach,
@@ -295,8 +295,12 @@ def resolve(
         before, from_before = extend(before, options, chosen, len(paths))
         kept = tuple(None if at is None else kept[at] for at in from_before)
     assert before is not None
-    found = None if original is None else original.with_numbers(token_table(stack, base_model).device)
-    table = kind.table(config, found)
+    tokens = token_table(stack, base_model)
+    found = None if original is None else original.with_numbers(tokens.device)
+    with offloaded_at_hand(found, tokens.module):
+        table, bias_table, prefix = kind.table(config, found), kind.bias_table(found), kind.prefix(found)
+        token_rms = token_size(tokens) if kind.kind != "table" and stack.patches is None else None
+    require_numbers(model, tokens, [table, bias_table, prefix])
     if stack.patches is not None:
         if trained_length is not None:
             raise OptionError(
@@ -320,9 +324,9 @@ def resolve(
     added_to_tokens = kind.kind != "table" and stack.patches is None and bool(INPUT_HOOKS & hooks_of(SCHEMES[parts[0][0].scheme]))
     native = Native(
         table=table,
-        token_rms=token_size(stack, base_model) if added_to_tokens else None,
+        token_rms=token_rms if added_to_tokens else None,
         options=kind.options(config, 0, found),
-        bias_table=kind.bias_table(found),
+        bias_table=bias_table,
     )
     natives = [dataclasses.replace(native, options=kind.options(config, layer, found)) for layer in range(len(paths))]
     assignment, origins = before.resolve(geometry, natives)
@@ -334,7 +338,7 @@ def resolve(
     if keep_mean not in (None, False):
         require_keep_mean(keep_mean, model, stack, assignment)
         mean = mean_row(model, table, current)
-    prefix = kind.prefix(found) if current is None else current.prefix
+    prefix = prefix if current is None else current.prefix
     return Change(stack, current, assignment, tuple(kept[at] for at in origins), geometry, native, original, config, mean, prefix)
 
 
@@ -387,9 +391,21 @@ def mean_row(model: PreTrainedModel, table: Tensor | None, current: SchemeHolder
     )
 
 
-def token_size(stack: Stack, base_model: nn.Module) -> float | None:
+def require_numbers(model: PreTrainedModel, tokens: TokenTable, own: Iterable[Tensor | None]) -> None:
+    """Refuse a model whose own positions alone are no numbers: every scheme that starts from them would start from nothing.
+
+    Raises:
+        SwapStateError: they are on the device `meta`, and its token embeddings are not.
+    """
+    if tokens.device.type != "meta" and any(tensor is not None and tensor.is_meta for tensor in own):
+        raise SwapStateError(
+            f"The positions of this {type(model).__name__} are on the device 'meta', so they have shapes and no numbers. Load its weights, "
+            "or swap it before accelerate offloads it."
+        )
+
+
+def token_size(tokens: TokenTable) -> float | None:
     """Return the root mean square of the token embeddings as the model makes them, over its vocabulary; None where they are no numbers."""
-    tokens = token_table(stack, base_model)
     if tokens.weight.is_meta:
         return None
     with torch.no_grad():

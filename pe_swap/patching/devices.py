@@ -7,6 +7,8 @@ sharded ones as one process's part.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -26,6 +28,25 @@ def bring_back_offloaded(holder: SchemeHolder) -> None:
         if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             hook.pre_forward(module)
             remove_hook_from_module(module)
+
+
+@contextmanager
+def offloaded_at_hand(*modules: nn.Module | None) -> Iterator[None]:
+    """Load the weights of modules that accelerate keeps on disk or on another device, for as long as the context lasts.
+
+    A swap reads the model's own table, bias and token embeddings outside of a call.
+    """
+    loaded = []
+    for module in (inside for given in modules if given is not None for inside in given.modules()):
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            hook.pre_forward(module)
+            loaded.append((module, hook))
+    try:
+        yield
+    finally:
+        for module, hook in loaded:
+            hook.post_forward(module, None)
 
 
 def gather_own_shards(holder: SchemeHolder) -> None:

@@ -129,7 +129,12 @@ class Original:
         return self.module
 
     def current(self, tokens: TokenTable) -> nn.Module:
-        """Return the module as the model would hold it now, had it never been swapped: moved and cast with the rest."""
+        """Return the module as the model would hold it now, had it never been swapped: moved and cast with the rest.
+
+        Weights that accelerate keeps elsewhere stay there: its hook on the module brings them at each call.
+        """
+        if any(parameter.is_meta for parameter in self.module.parameters()):
+            return self.module
         device, dtype = tokens.device, tokens.weight.dtype
         self.with_numbers(device).to(device=device)
         return self.module if dtype == self.dtype else self.module.to(dtype=dtype)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import disk_offload
+from accelerate import cpu_offload, disk_offload
 from accelerate.utils import send_to_device
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 import pe_swap
+from pe_swap.errors import SwapStateError
 from pe_swap.patching.devices import on_device
 from pe_swap.patching.install import holder_of
 from pe_swap.schemes.base import ATTENTION_HOOKS
@@ -79,6 +80,27 @@ def test_a_model_whose_token_embeddings_are_on_disk_is_swapped_and_swapped_on_af
         with torch.no_grad():
             found, expected = (pe_swap.swap_positional(each, scheme)(ids).logits for each in (loaded, model))
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("family", "scheme"), [("gpt2", "learned"), ("gpt2", "rope"), ("t5", "t5"), ("llama", "sinusoidal")])
+def test_a_model_offloaded_as_a_whole_is_swapped_and_restored(family: str, scheme: str) -> None:
+    """The first reads a table that is kept elsewhere, the second its mean, the others a bias and the sizes of token embeddings."""
+    model, offloaded, ids = build(family), build(family), token_ids(2, 20)
+    given = {"input_ids": ids, "decoder_input_ids": ids} if family == "t5" else {"input_ids": ids}
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        own = model(**given).logits
+        found, expected = (pe_swap.swap_positional(each, scheme)(**given).logits for each in (offloaded, model))
+        assert torch.equal(found, expected)
+        assert torch.equal(pe_swap.restore_positional(offloaded)(**given).logits, own)
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+
+
+def test_a_table_without_numbers_beside_a_model_that_has_them_is_refused() -> None:
+    model = build("gpt2")
+    model.transformer.wpe.to("meta")
+    with pytest.raises(SwapStateError, match="on the device 'meta'"):
+        pe_swap.swap_positional(model, "alibi")
 
 
 def spread(model: PreTrainedModel, mode: FakeTensorMode) -> PreTrainedModel:
