@@ -297,11 +297,12 @@ def start_table(record: dict[str, Any]) -> list[str]:
 
 
 def scheme_text(section: dict[str, Any]) -> str:
-    """Return a scheme's name and the options that its configuration gives."""
-    unsaid = {"name": section.get("name"), "keep_mean": None}
+    """Return a scheme's name, or its plan's, which has none, and the options that its configuration gives."""
+    named = section.get("name", "-") if section.get("plan") is None else f"plan {section['plan']}"
+    unsaid = {"name": section.get("name"), "plan": section.get("plan"), "keep_mean": None}
     given = {name: value for name, value in section.items() if name not in unsaid or unsaid[name] != value}
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
-    return ", ".join([str(section.get("name", "-")), *options])
+    return ", ".join([str(named), *options])
 
 
 def _point(value: float | None) -> str:

@@ -19,6 +19,7 @@ from pe_swap.evaluation.report import (
     probe_section,
     ratio_table,
     refusals,
+    scheme_text,
     start_table,
     write_report,
 )
@@ -62,6 +63,11 @@ def test_a_comparison_says_what_the_swap_did_before_training() -> None:
         "| short | learned, max_length=8 | - | 29.94 |",
         "",
     ]
+
+
+def test_a_plan_is_named_and_not_taken_for_the_control() -> None:
+    assert scheme_text({"name": "original", "plan": "nope_every_4", "keep_mean": None}) == "plan nope_every_4"
+    assert scheme_text({"name": "rope", "plan": None, "base": 500.0}) == "rope, base=500.0"
 
 
 def test_a_record_without_parts_has_no_such_table(tmp_path: Path) -> None:
