@@ -37,6 +37,9 @@ CONTENT = (
 """Files that make a model's folder what it is; not the model card, which an evaluation writes to, nor a record."""
 
 
+ADAPTER = "adapter_config.json"
+"""The file that makes a folder an adapter of PEFT."""
+
 UNUSED_IN_STATES = "pooler."
 """Where the weights begin that BERT's body has and its last hidden states do not come from."""
 
@@ -63,6 +66,11 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, *, with_head: bool
         UnsupportedModelError: its positions are of a kind that transformers no longer reads, or it is neither causal nor masked, or a
             model of images.
     """
+    if (Path(name) / ADAPTER).is_file() and not (Path(name) / "config.json").is_file():
+        raise CheckpointError(
+            f"'{name}' holds an adapter of PEFT and no model. Merge it into its base, model.merge_and_unload().save_pretrained(...), and "
+            "name that folder."
+        )
     try:
         config = AutoConfig.from_pretrained(name)
         require_absolute_positions(config, f"'{name}'")

@@ -40,6 +40,12 @@ def test_an_encoder_decoder_is_refused(family: str, tmp_path: Path) -> None:
         load_model(name)
 
 
+def test_an_adapter_without_its_base_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds an adapter of PEFT and no model\. Merge it"):
+        load_model(str(tmp_path))
+
+
 def test_an_encoder_without_its_head_is_refused(tmp_path: Path) -> None:
     name = saved(BertModel(build("bert").config), tmp_path)
     with pytest.raises(CheckpointError, match=r"has no weights for cls\.predictions\..*Name a checkpoint .* language model head"):
