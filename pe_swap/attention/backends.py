@@ -167,13 +167,13 @@ def attention_function(name: str) -> AttentionFunction:
         **kwargs: Any,
     ) -> AttentionOutput:
         """Attend, with the scheme that `attention_call` hands on; other arguments and the result as transformers' function `name`."""
+        if attention_call is None:  # a layer without a scheme does what it did before the swap, under autocast too
+            require_no_binding(module)
+            return library_function(name, module)(module, query, key, value, attention_mask, *args, **kwargs)
         is_mixed = autocasts(query)
         if is_mixed:
             query, key, value = (as_autocast(x) for x in (query, key, value))
         with torch.autocast(query.device.type, enabled=False) if is_mixed else nullcontext():
-            if attention_call is None:
-                require_no_binding(module)
-                return library_function(name, module)(module, query, key, value, attention_mask, *args, **kwargs)
             inputs = resolve_call(module, query, key, value, attention_mask, attention_call, *args, **kwargs)
             return backend(module, inputs)
 

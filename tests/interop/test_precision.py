@@ -218,6 +218,16 @@ def test_a_rotary_model_trains_in_mixed_precision(case: str, backend: str) -> No
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_stack_that_is_not_swapped_keeps_its_numbers_in_mixed_precision(backend: str) -> None:
+    """A T5's own bias is float32 beside queries in bfloat16, which PyTorch's kernels for GPUs take from autocast alone."""
+    model, ids = build("t5", backend), token_ids(2, 20)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model.get_encoder()(ids).last_hidden_state
+        pe_swap.swap_positional(model, "alibi", part="decoder")
+        assert torch.equal(model.get_encoder()(ids).last_hidden_state, before)
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize(("scheme", "options"), [("xpos", {"scale_base": 20, "gamma": 0.1}), ("fox", {"initial_reach": 1.001})])
