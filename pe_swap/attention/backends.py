@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -170,12 +169,11 @@ def attention_function(name: str) -> AttentionFunction:
         if attention_call is None:  # a layer without a scheme does what it did before the swap, under autocast too
             require_no_binding(module)
             return library_function(name, module)(module, query, key, value, attention_mask, *args, **kwargs)
-        is_mixed = autocasts(query)
-        if is_mixed:
-            query, key, value = (as_autocast(x) for x in (query, key, value))
-        with torch.autocast(query.device.type, enabled=False) if is_mixed else nullcontext():
-            inputs = resolve_call(module, query, key, value, attention_mask, attention_call, *args, **kwargs)
-            return backend(module, inputs)
+        if not autocasts(query):
+            return backend(module, resolve_call(module, query, key, value, attention_mask, attention_call, *args, **kwargs))
+        query, key, value = (as_autocast(x) for x in (query, key, value))
+        with torch.autocast(query.device.type, enabled=False):
+            return backend(module, resolve_call(module, query, key, value, attention_mask, attention_call, *args, **kwargs))
 
     return attention
 
@@ -246,7 +244,8 @@ def require_no_binding(module: nn.Module) -> None:
 
 def autocasts(x: Tensor) -> bool:
     """Tell whether operations on a tensor's device run under autocast."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def as_autocast(x: Tensor) -> Tensor:

@@ -184,15 +184,16 @@ class AttentionCall:
         key = ("bias", self.scheme_index, served, call.first_key_slot, q_len, kv_len, device)
         return call.shared.get(key, (call.query_slots,), compute)
 
-    def split(self, key: Tensor, num_heads: int) -> tuple[Tensor, Tensor | None]:
+    def split(self, key: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
         """Return the keys, `[batch, key_heads, kv_len, width]`, and what was carried beside them, `[batch, heads, kv_len, channels]`.
+
+        For a scheme that carries something.
 
         Args:
             key: keys as the cache returned them.
             num_heads: number of query heads.
         """
-        if self.carried is None:
-            return key, None
+        assert self.carried is not None
         if not self.has_cache:
             return key, self.carried.to(key.device)
         groups, channels = num_heads // key.shape[1], self.carried.shape[-1]

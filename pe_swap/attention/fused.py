@@ -56,7 +56,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped
     )
-    return output[..., :value_width]
+    return output if output.shape[-1] == value_width else output[..., :value_width]
 
 
 def of_one_width(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

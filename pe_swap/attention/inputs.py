@@ -51,6 +51,8 @@ HARMLESS_KEYWORDS = frozenset(
 )
 """Keywords of the attention call that change no score, gathered from the modeling files of transformers 5.24."""
 
+KNOWN_KEYWORDS = HARMLESS_KEYWORDS | SCORE_KEYWORDS
+
 
 @dataclass(frozen=True)
 class AttentionInputs:
@@ -184,16 +186,21 @@ def resolve_call(
         UnsupportedBackendError: the keys are not those that the hook knew of, or a keyword may change scores and is not known here.
     """
     require_known_cache(attention_call, query.shape[2], key.shape[2])
-    keywords = without_constant_bias(keywords)
-    require_known_keywords(attention_call, keywords)
+    if not keywords.keys() <= KNOWN_KEYWORDS:
+        keywords = without_constant_bias(keywords)
+        require_known_keywords(attention_call, keywords)
     scale_of_width = query.shape[-1] ** -0.5
     scaling = scale_of_width if scaling is None else scaling
     if attention_call.query_is_scaled:
         query, scaling = query / scale_of_width, scaling * scale_of_width
-    key, carried = attention_call.split(key, query.shape[1])
-    query, key = transformed(attention_call, query, key)
+    carried = None
+    if attention_call.carried is not None:
+        key, carried = attention_call.split(key, query.shape[1])
+    if "transform_query_key" in attention_call.hooks:
+        query, key = transformed(attention_call, query, key)
     causal = is_causal_call(module, query, attention_mask, keywords.get("is_causal"))
-    query = scaled(attention_call, query, key.shape[2], attention_mask, causal)
+    if "query_scale" in attention_call.hooks:
+        query = scaled(attention_call, query, key.shape[2], attention_mask, causal)
     return AttentionInputs(
         attention_call,
         query,
@@ -248,8 +255,7 @@ def require_known_keywords(attention_call: AttentionCall, keywords: Mapping[str,
     Raises:
         UnsupportedBackendError: there is one, and it is neither None nor False.
     """
-    unknown = [name for name in keywords if name not in HARMLESS_KEYWORDS and name not in SCORE_KEYWORDS]
-    for name in unknown:
+    for name in keywords.keys() - KNOWN_KEYWORDS:
         if keywords[name] is not None and keywords[name] is not False:
             raise UnsupportedBackendError(
                 f"The attention of layer {attention_call.layer}, which has the scheme '{attention_call.scheme.name}', was called with "
@@ -259,12 +265,7 @@ def require_known_keywords(attention_call: AttentionCall, keywords: Mapping[str,
 
 
 def transformed(attention_call: AttentionCall, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return queries and keys through the scheme's `transform_query_key`, where it has one.
-
-    Keys that were cached without it are transformed here, all of them.
-    """
-    if "transform_query_key" not in attention_call.hooks:
-        return query, key
+    """Return queries and keys through the scheme's `transform_query_key`; keys that were cached without it all at once."""
     query = attention_call.transformed(query, "query")
     if not attention_call.has_cache:
         key = attention_call.transformed(key, "key")
@@ -274,9 +275,7 @@ def transformed(attention_call: AttentionCall, query: Tensor, key: Tensor) -> tu
 
 
 def scaled(attention_call: AttentionCall, query: Tensor, kv_len: int, attention_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Return queries times the scheme's factor, where it has one; computed in at least float32, in the dtype of `query`."""
-    if "query_scale" not in attention_call.hooks:
-        return query
+    """Return queries times the scheme's factor; computed in at least float32, in the dtype of `query`."""
     call = attention_call.call
     query_index = call.query_slots.to(query.device) - call.first_key_slot
     num_keys = keys_allowed(query_index, kv_len, attention_mask, is_causal)

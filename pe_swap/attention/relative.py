@@ -86,7 +86,7 @@ def relative_bias_attention(
         if first > 0:
             key, value, bias = key[:, :, first:], value[:, :, first:], bias[:, first:]
             attention_mask = block_of(attention_mask, slice(None), slice(first, None))
-        mask = kernel_mask(bias[None, :, None], attention_mask)
+        mask = bias[None, :, None] if attention_mask is None else kernel_mask(bias[None, :, None], attention_mask)
         return fused_attention(query, key, value, mask, scaling=scaling, dropout=dropout)
     blocks = forward_blocks(q_len, key.shape[2], is_causal, attention_mask, first_visible)
     reversed_query = query.flip(2)

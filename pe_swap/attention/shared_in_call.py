@@ -59,11 +59,15 @@ class SharedInCall:
                 the meantime.
             compute: a function of `key` and `inputs` alone.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not self._shares or torch.compiler.is_compiling():
             return compute()
-        return self.constant((key, *map(id, inputs)), compute, inputs)
+        whole_key = (key, *map(id, inputs))
+        if whole_key not in self._results:
+            self._results[whole_key] = (compute(), inputs)
+        result: Result = self._results[whole_key][0]
+        return result
 
-    def constant(self, key: Hashable, compute: Callable[[], Result], inputs: tuple[Tensor, ...] = ()) -> Result:
+    def constant(self, key: Hashable, compute: Callable[[], Result]) -> Result:
         """Return `compute()`, or the result of an earlier layer for the same `key`; for results without a gradient.
 
         Nothing is shared under a compiler, which removes the repetition itself.
@@ -71,12 +75,11 @@ class SharedInCall:
         Args:
             key: names the result.
             compute: a function of `key` and of the call's position ids.
-            inputs: tensors that are kept as long as the result.
         """
         if not self._shares or torch.compiler.is_compiling():
             return compute()
         if key not in self._results:
-            self._results[key] = (compute(), inputs)
+            self._results[key] = (compute(), ())
         result: Result = self._results[key][0]
         return result
 

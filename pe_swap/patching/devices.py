@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -24,7 +24,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def bring_back_offloaded(holder: SchemeHolder) -> None:
     """Load every positional weight that accelerate keeps on disk or on another device, for good: they are few, and in use all the time."""
     for module in holder.schemes.modules():
-        hook = getattr(module, "_hf_hook", None)  # what accelerate leaves on whatever has tensors of its own and was placed
+        hook = vars(module).get("_hf_hook")  # what accelerate leaves on whatever has tensors of its own and was placed
         if hook is not None and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             hook.pre_forward(module)
             remove_hook_from_module(module)
@@ -55,10 +55,10 @@ def gather_own_shards(holder: SchemeHolder) -> None:
     FSDP2 gathers a unit's weights for its call and lets them go at its end, before any layer reads them. Sharded with the root (no
     `fully_shard` of the holder itself) they are there for the whole call anyway.
     """
-    gather, keep = getattr(holder, "unshard", None), getattr(holder, "set_reshard_after_forward", None)
-    if gather is not None and keep is not None:  # the methods of a module that `fully_shard` was called on
-        keep(False)
-        gather()
+    kind: Any = type(holder)  # asked of the class, as an attribute that a module has not takes long to miss
+    if hasattr(kind, "unshard") and hasattr(kind, "set_reshard_after_forward"):  # one that `fully_shard` was called on
+        kind.set_reshard_after_forward(holder, False)
+        kind.unshard(holder)
 
 
 def on_device(scheme: Scheme, device: torch.device) -> Scheme:

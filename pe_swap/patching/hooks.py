@@ -43,7 +43,9 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
     if len(args) > 1:  # a caller's own; transformers names everything after the hidden states
         kwargs, args = {**dict(zip(binding.parameters[1:], args[1:], strict=False)), **kwargs}, args[:1]
-    cache_argument = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), binding.cache_argument)
+    cache_argument = binding.cache_argument
+    if cache_argument is None or kwargs.get(cache_argument) is None:
+        cache_argument = next((name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), cache_argument)
     given = None if cache_argument is None else kwargs.get(cache_argument)
     cache = None if given is None else self_attention_cache(given)
     slots = CacheSlots() if cache is None else slots_in(cache, binding, hidden_states.shape[1])
