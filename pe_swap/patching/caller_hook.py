@@ -21,6 +21,7 @@ from pe_swap.families.native.grid import METHOD, PatchLayout
 from pe_swap.patching.devices import bring_back_offloaded, gather_own_shards, on_device
 from pe_swap.patching.holder import HolderRef, SchemeHolder
 from pe_swap.patching.layer_cache import self_attention_cache
+from pe_swap.schemes.positions import slots_from
 
 CALLER_ATTRIBUTE = "pe_swap_caller"
 
@@ -113,8 +114,9 @@ def zero_based_ids(binding: CallerBinding, holder: SchemeHolder, kwargs: dict[st
         numbered: Tensor = (real.cumsum(-1) + first) * real - 1
         return numbered.clamp(min=0)
     if binding.stack.counts == "mask" and isinstance(mask, Tensor) and mask.dim() == 2:
-        counted: Tensor = mask.long().cumsum(-1)[:, -length:] - 1
-        return counted.clamp(min=0)
+        counted: Tensor = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        # A mask as long as the buffer of a static cache goes on behind these tokens.
+        return counted if counted.shape[-1] == length else counted.index_select(-1, slots_from(first, length, counted.device))
     return count(first, length, device)
 
 
