@@ -253,6 +253,11 @@ def chosen_stacks(family: Family, model: PreTrainedModel, part: str | None) -> l
     """
     stacks = family.stacks_in(family.base_model(model), model.config)
     chosen = [stack for stack in stacks if part is None or stack.name == part]
+    if not family.stacks_of(model.config):
+        raise UnsupportedModelError(
+            f"The configuration of this {type(model).__name__} gives it positions that pe_swap does not know, or none; other models of "
+            f"the family '{family.model_type}' have some that it knows. Use a model that is configured otherwise."
+        )
     if not stacks:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no layers whose positions pe_swap knows, and others of its family have. Use "

@@ -75,16 +75,21 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddi
 """Angles by the length of the row, into which padding must not count."""
 
 
-@pytest.mark.parametrize(("scheme", "options"), [("fire", {}), ("rope", DYNAMIC)], ids=["fire", "dynamic"])
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [("fire", {}), ("rope", DYNAMIC), ("sinusoidal", {"scale": 1.0})],
+    ids=["fire", "dynamic", "sinusoidal"],
+)
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
 def test_padding_is_no_position_with_a_cache_and_without(family: str, scheme: str, options: dict[str, object]) -> None:
     model, row = pe_swap.swap_positional(tiny(family), scheme, **options), token_ids(1, 12)
     alone = model.generate(row, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
     padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), row), dim=1)
     mask = torch.tensor([[0] * 5 + [1] * 12])
-    for use_cache in (True, False):
+    ways: list[dict[str, object]] = [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}]
+    for way in ways[: 2 if family == "mpt" else 3]:  # transformers' MPT has no static cache
         found = model.generate(
-            padded, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=use_cache
+            padded, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, **way
         )
         assert torch.equal(found[:, 5:], alone)
     assert difference(outputs(model, padded, attention_mask=mask)[:, 5:], outputs(model, row)) <= ROUNDING
@@ -111,6 +116,6 @@ def test_falcons_forms_of_key_heads(settings: dict[str, object]) -> None:
 
 
 def test_a_falcon_with_alibi_is_refused() -> None:
-    with pytest.raises(pe_swap.errors.UnsupportedModelError, match="no layers whose positions pe_swap knows"):
+    with pytest.raises(pe_swap.errors.UnsupportedModelError, match=r"configuration of this Falcon.* configured otherwise"):
         pe_swap.swap_positional(tiny("falcon", alibi=True), "rope")
     assert config_of("falcon").alibi is False
