@@ -25,9 +25,11 @@ from pe_swap.patching.install import (
     attention_hooks,
     detach,
     holder_in,
+    layer_hooks,
     require_own_forward,
     token_table,
 )
+from pe_swap.patching.split_heads import require_whole_heads
 from pe_swap.plans import Part, layers_from, wanted_parts
 from pe_swap.saving.module_configs import composite_configs, own_configs, set_configs, swapped_config, swapped_configs
 from pe_swap.saving.relative_key_bert import require_absolute_positions
@@ -179,6 +181,12 @@ def prepare(
     require_absolute_positions(model.config, type(model).__name__)
     changes = [resolve(model, stack, wanted, trained_length, keep_mean) for stack in chosen_stacks(family, model, part)]
     holders = {change.stack.name: build(model, change) for change in changes}
+    for change in changes:
+        holder = holders[change.stack.name]
+        for layer, module in enumerate(change.stack.attention_modules(base_model_of(model), model.config)):
+            index = holder.assignment.layers[layer]
+            if index is not None:
+                require_whole_heads(module, layer, holder.scheme_at(index), layer_hooks(holder, layer))
     for stack in family.stacks_in(family.base_model(model), model.config):
         untouched = holder_in(model, stack)
         if stack.name not in holders and untouched is not None:

@@ -18,6 +18,7 @@ from pe_swap.families import FAMILIES, Family, Stack, described, family_name, kn
 from pe_swap.families.base import NO_LIMIT
 from pe_swap.patching.holder import Original, SchemeHolder
 from pe_swap.patching.install import assemble, attach, attention_hooks, token_table
+from pe_swap.patching.split_heads import require_whole_heads_in
 from pe_swap.saving.auto_classes import CLASS_PREFIX
 from pe_swap.saving.swapped_config import BUILDING, require_entry, rope_parameters_of
 from pe_swap.schemes.geometry import Geometry, Native
@@ -34,6 +35,7 @@ class LoadedModel:
             CheckpointError: weights are missing or superfluous, positional ones are of another shape, or a file is damaged. Where another
                 head is loaded than was saved, the weights of the one are missing and those of the other superfluous, as they should
                 be; transformers reports them.
+            UnsupportedModelError: heads are split over processes (`tp_plan`), and a scheme acts on all of them.
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise CheckpointError(
@@ -54,6 +56,7 @@ class LoadedModel:
             if isinstance(error.__context__, CheckpointError):
                 raise error.__context__ from None
             raise
+        require_whole_heads_in(model)
         missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
         _require_positional_weights(model, "not in the checkpoint", missing)
         _require_positional_weights(model, "of another shape", [entry[0] for entry in info["mismatched_keys"]])

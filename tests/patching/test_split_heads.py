@@ -1,0 +1,48 @@
+"""Tensor parallelism: schemes that act on heads are refused, at the swap and after a load; others are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import pe_swap
+from tests.support.families import tiny
+
+
+@pytest.fixture
+def two_processes() -> Iterator[None]:
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    distributed.destroy_process_group()
+
+
+REFUSED = r"heads of layer \d are split over processes .* the scheme '{}' has a bias .* Load the model without tensor parallelism"
+
+
+@pytest.mark.parametrize("scheme", ["alibi", "fox", "shaw"])
+def test_schemes_that_act_on_heads_are_refused(scheme: str, two_processes: None, tmp_path: Path) -> None:
+    pe_swap.swap_positional(tiny("llama"), scheme).save_pretrained(tmp_path)
+    with pytest.raises(pe_swap.errors.UnsupportedModelError, match=REFUSED.format(scheme)):
+        AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=DistributedConfig(tp_size=2))
+    model = tiny("llama")
+    projection = model.model.layers[1].self_attn.q_proj
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    projection.weight = nn.Parameter(distribute_tensor(projection.weight.detach(), mesh, [Shard(0)]))
+    with pytest.raises(pe_swap.errors.UnsupportedModelError, match=REFUSED.format(scheme)):
+        pe_swap.swap_positional(model, scheme)
+    assert not hasattr(model.config, "pe_swap")
+
+
+def test_schemes_that_treat_heads_alike_are_taken(two_processes: None, tmp_path: Path) -> None:
+    pe_swap.swap_positional(tiny("llama"), "xpos").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=DistributedConfig(tp_size=2))
+    assert isinstance(model.model.layers[0].self_attn.q_proj.weight, DTensor)
+    pe_swap.swap_positional(model, "hope")
