@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pe_swap.attention.kept_with_cache import Inputs, Kept, weights_of
 from pe_swap.attention.shared_in_call import SharedInCall
-from pe_swap.errors import SchemeContractError
+from pe_swap.errors import SchemeContractError, UnsupportedModelError
 from pe_swap.schemes.base import Scheme
 from pe_swap.schemes.positions import Positions, slots_from
 
@@ -192,8 +192,17 @@ class AttentionCall:
         Args:
             key: keys as the cache returned them.
             num_heads: number of query heads.
+
+        Raises:
+            UnsupportedModelError: something is carried for another number of heads: the module's are split over processes.
         """
         assert self.carried is not None
+        if self.carried.shape[1] != num_heads:
+            raise UnsupportedModelError(
+                f"Layer {self.layer} has {num_heads} heads in this process, and the scheme '{self.scheme.name}' carries numbers for "
+                f"{self.carried.shape[1]}: the heads are split over processes (tensor parallelism). Use the model without that, or "
+                "another scheme."
+            )
         if not self.has_cache:
             return key, self.carried.to(key.device)
         groups, channels = num_heads // key.shape[1], self.carried.shape[-1]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -46,3 +47,16 @@ def test_schemes_that_treat_heads_alike_are_taken(two_processes: None, tmp_path:
     model = AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=DistributedConfig(tp_size=2))
     assert isinstance(model.model.layers[0].self_attn.q_proj.weight, DTensor)
     pe_swap.swap_positional(model, "hope")
+
+
+def test_heads_that_were_split_by_hand_are_refused_where_something_is_carried() -> None:
+    model = pe_swap.swap_positional(tiny("llama"), "fox")
+    attention = model.model.layers[0].self_attn
+    halves = {name: projection.weight.chunk(2)[0] for name, projection in attention.named_children() if name != "o_proj"}
+    halves["o_proj"] = attention.o_proj.weight.chunk(2, dim=1)[0]
+    for name, half in halves.items():
+        getattr(attention, name).weight = nn.Parameter(half)
+    with pytest.raises(
+        pe_swap.errors.UnsupportedModelError, match=r"Layer 0 has 6 heads in this process.* carries numbers for 12"
+    ):
+        model(torch.arange(3, 9)[None])
