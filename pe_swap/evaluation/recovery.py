@@ -18,8 +18,9 @@ Curve = Sequence[Mapping[str, Any]]
 
 
 def first_within(curve: Curve, limit: float) -> Mapping[str, Any] | None:
-    """Return the first point whose perplexity is at most `limit`, or None."""
-    return next((point for point in curve if point["perplexity"] is not None and point["perplexity"] <= limit), None)
+    """Return the first point whose perplexity is at most `limit`, or None; none counts while the old positions still act beside the new."""
+    measured = (point for point in curve if point["perplexity"] is not None and not point.get("faded"))
+    return next((point for point in measured if point["perplexity"] <= limit), None)
 
 
 def curves(parts: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[str, Curve]]:

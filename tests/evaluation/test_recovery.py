@@ -38,6 +38,13 @@ def test_recovered_is_the_first_measured_point_within_the_bound_of_the_control_s
     assert recovery({0: parts}, None) == recovery({0: {"control": parts["lost"]}}, "control") == recovery_table([]) == []
 
 
+def test_no_point_counts_while_the_old_positions_act() -> None:
+    fading = points(64, 40.0, 20.0, 20.0)
+    fading[1]["faded"], fading[2]["faded"] = 0.5, 0.0
+    rows = recovery({0: {"control": part(30.0, 25.0, 20.0), "fading": {"perplexity": {"by_step": fading}}}}, "control")
+    assert [row["step"] for row in rows] == [20, 20]
+
+
 def test_each_length_has_its_own_recovery_and_beyond_its_table_the_control_counts_at_its_last_length() -> None:
     def both(at_64: list[float], at_128: list[float | None], at_256: list[float | None]) -> dict[str, Any]:
         return {"perplexity": {"by_step": points(64, *at_64) + points(128, *at_128) + points(256, *at_256)}}
