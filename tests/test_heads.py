@@ -226,14 +226,17 @@ def test_a_swapped_encoder_decoder_generates(decoder_family: str, scheme: str) -
 
 
 def test_a_swapped_part_whose_whole_does_not_know_is_not_loaded_with_a_random_table(tmp_path: Path) -> None:
+    """A tool may take the state first, and then transformers does not take it from the modules, which would refuse."""
     whole = encoder_decoder("gpt2")
     pe_swap.swap_positional(whole.encoder, "t5")
-    whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(pe_swap.errors.SwapStateError, match="holds a BertModel that was swapped by itself"):
+        whole.save_pretrained(tmp_path / "whole")
+    whole.save_pretrained(tmp_path / "whole", state_dict=whole.state_dict())
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         EncoderDecoderModel.from_pretrained(tmp_path / "whole")
     head = build("gpt2")
     pe_swap.swap_positional(head.transformer, "rope")
-    head.save_pretrained(tmp_path / "head")
+    head.save_pretrained(tmp_path / "head", state_dict=head.state_dict())
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         GPT2LMHeadModel.from_pretrained(tmp_path / "head")
     with pytest.raises(RuntimeError, match=r"size mismatch for transformer.wpe.weight"):
