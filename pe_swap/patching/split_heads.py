@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from pe_swap.attention.names import BINDING_ATTRIBUTE
@@ -43,8 +45,16 @@ def require_whole_heads_in(model: nn.Module) -> None:
 
 
 def has_split_heads(attention: nn.Module) -> bool:
-    """Tell whether transformers has split an attention module over processes; FSDP, which gathers weights for a call, does not count."""
-    if any("_hf_tp_plan" in vars(module) for module in attention.modules()):  # older versions of transformers
+    """Tell whether an attention module is split over processes for their calls; FSDP, which gathers weights for a call, does not count.
+
+    A mesh may have no names (transformers before 5.24). FSDP splits the first dimension of every weight; of heads that are split, the
+    projection of the output is split in another one.
+    """
+    if any("_hf_tp_plan" in vars(module) for module in attention.modules()):
         return True
-    meshes = (getattr(parameter, "device_mesh", None) for parameter in attention.parameters())
-    return any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes if mesh is not None)
+    split: list[Any] = [parameter for parameter in attention.parameters() if hasattr(parameter, "device_mesh")]
+    return any(
+        "tp" in (parameter.device_mesh.mesh_dim_names or ())
+        or any(placement.is_shard() and not placement.is_shard(0) for placement in parameter.placements)
+        for parameter in split
+    )

@@ -30,27 +30,28 @@ REFUSED = r"heads of layer \d are split over processes .* the scheme '{}' has a 
 
 @pytest.mark.parametrize("scheme", ["alibi", "fox", "shaw"])
 def test_schemes_that_act_on_heads_are_refused(scheme: str, two_processes: None, tmp_path: Path) -> None:
-    pe_swap.swap_positional(tiny("llama"), scheme).save_pretrained(tmp_path)
+    pe_swap.swap_positional(tiny("llama", vocab_size=90), scheme).save_pretrained(tmp_path)
     with pytest.raises(pe_swap.errors.UnsupportedModelError, match=REFUSED.format(scheme)):
         AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=DistributedConfig(tp_size=2))
-    model = tiny("llama")
-    projection = model.model.layers[1].self_attn.q_proj
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    projection.weight = nn.Parameter(distribute_tensor(projection.weight.detach(), mesh, [Shard(0)]))
-    with pytest.raises(pe_swap.errors.UnsupportedModelError, match=REFUSED.format(scheme)):
-        pe_swap.swap_positional(model, scheme)
-    assert not hasattr(model.config, "pe_swap")
+    for name, names, dimension in (("q_proj", ("tp",), 0), ("o_proj", None, 1)):
+        model = tiny("llama", vocab_size=90)
+        projection = getattr(model.model.layers[1].self_attn, name)
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=names)
+        projection.weight = nn.Parameter(distribute_tensor(projection.weight.detach(), mesh, [Shard(dimension)]))
+        with pytest.raises(pe_swap.errors.UnsupportedModelError, match=REFUSED.format(scheme)):
+            pe_swap.swap_positional(model, scheme)
+        assert not hasattr(model.config, "pe_swap")
 
 
 def test_schemes_that_treat_heads_alike_are_taken(two_processes: None, tmp_path: Path) -> None:
-    pe_swap.swap_positional(tiny("llama"), "xpos").save_pretrained(tmp_path)
+    pe_swap.swap_positional(tiny("llama", vocab_size=90), "xpos").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, distributed_config=DistributedConfig(tp_size=2))
     assert isinstance(model.model.layers[0].self_attn.q_proj.weight, DTensor)
     pe_swap.swap_positional(model, "hope")
 
 
 def test_heads_that_were_split_by_hand_are_refused_where_something_is_carried() -> None:
-    model = pe_swap.swap_positional(tiny("llama"), "fox")
+    model = pe_swap.swap_positional(tiny("llama", vocab_size=90), "fox")
     attention = model.model.layers[0].self_attn
     halves = {name: projection.weight.chunk(2)[0] for name, projection in attention.named_children() if name != "o_proj"}
     halves["o_proj"] = attention.o_proj.weight.chunk(2, dim=1)[0]
