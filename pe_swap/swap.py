@@ -310,9 +310,10 @@ def resolve(
     assert before is not None
     tokens = token_table(stack, base_model)
     found = None if original is None else original.with_numbers(tokens.device)
-    with offloaded_at_hand(found, tokens.module):
+    added_to_tokens = kind.kind != "table" and stack.patches is None and bool(INPUT_HOOKS & hooks_of(SCHEMES[parts[0][0].scheme]))
+    with offloaded_at_hand(found, tokens.module if added_to_tokens else None):
         table, bias_table, prefix = kind.table(config, found), kind.bias_table(found), kind.prefix(found)
-        token_rms = token_size(tokens) if kind.kind != "table" and stack.patches is None else None
+        token_rms = token_size(tokens) if added_to_tokens else None
     require_numbers(model, tokens, [table, bias_table, prefix])
     if stack.patches is not None:
         if trained_length is not None:
@@ -334,10 +335,9 @@ def resolve(
             f"This {type(model).__name__} has positions for {len(table)} patches, and image_size and patch_size of its configuration say "
             f"{' x '.join(map(str, geometry.sides))}. Set them to those that the model was trained with."
         )
-    added_to_tokens = kind.kind != "table" and stack.patches is None and bool(INPUT_HOOKS & hooks_of(SCHEMES[parts[0][0].scheme]))
     native = Native(
         table=table,
-        token_rms=token_rms if added_to_tokens else None,
+        token_rms=token_rms,
         options=kind.options(config, 0, found),
         bias_table=bias_table,
     )

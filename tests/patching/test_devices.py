@@ -14,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 import pe_swap
+from pe_swap import swap
 from pe_swap.errors import SwapStateError
 from pe_swap.patching.devices import on_device
 from pe_swap.patching.install import holder_of
 from pe_swap.schemes.base import ATTENTION_HOOKS
-from tests.support.families import auto_class, is_causal
+from tests.support.families import auto_class, is_causal, tiny
 from tests.support.models import CASES, build, swapped, token_ids
 
 FIRST, SECOND = torch.device("cpu"), torch.device("meta")
@@ -169,3 +170,14 @@ def test_no_scheme_computes_on_the_default_device() -> None:
             with SECOND:
                 found = model(ids).logits
         assert torch.equal(found, expected), case
+
+
+def test_the_vocabulary_is_read_for_a_vector_on_the_input_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large model it is gigabytes."""
+    read: list[object] = []
+    original = swap.token_size
+    monkeypatch.setattr(swap, "token_size", lambda tokens: read.append(tokens) or original(tokens))
+    pe_swap.swap_positional(tiny("llama"), "alibi")
+    assert not read
+    pe_swap.swap_positional(tiny("llama"), "sinusoidal")
+    assert len(read) == 1
