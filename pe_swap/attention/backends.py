@@ -22,6 +22,7 @@ from pe_swap.attention.flex import flex_bias_attention, flex_mask
 from pe_swap.attention.fused import of_one_width, per_head
 from pe_swap.attention.inputs import AttentionInputs, is_causal_call, resolve_call
 from pe_swap.attention.names import BINDING_ATTRIBUTE, OUR_NAMES
+from pe_swap.attention.one_query import one_query_attention
 from pe_swap.attention.plain import plain_attention
 from pe_swap.attention.relative import relative_bias_attention
 from pe_swap.errors import UnsupportedBackendError
@@ -170,6 +171,10 @@ def attention_function(name: str) -> AttentionFunction:
             require_no_binding(module)
             return library_function(name, module)(module, query, key, value, attention_mask, *args, **kwargs)
         if not autocasts(query):
+            if name == "sdpa" and attention_call.call.bias_of_one_query is not None:
+                output = one_query_attention(query, key, value, attention_mask, attention_call, *args, **kwargs)
+                if output is not None:
+                    return output, None
             return backend(module, resolve_call(module, query, key, value, attention_mask, attention_call, *args, **kwargs))
         query, key, value = (as_autocast(x) for x in (query, key, value))
         with torch.autocast(query.device.type, enabled=False):

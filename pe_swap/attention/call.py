@@ -38,6 +38,7 @@ class CallShared:
 
     Attributes:
         scheme: the scheme, its weights on the layers' device.
+        scheme_index: which of the model's schemes it is.
         query_slots: `[q_len]`, int64.
         query_ids: `[batch or 1, q_len]`, int64; on a grid `[batch or 1, q_len, axes]`.
         first_key_slot: slot of the first key; above 0 where the cache has dropped keys.
@@ -46,9 +47,12 @@ class CallShared:
         shared: what all layers share.
         kept: what calls with the same cache share, or None.
         sides: rows and columns of the grid that tokens stand on; empty where they stand in a row.
+        bias_of_one_query: `[1, heads, 1, kv_len]`, float32: the bias of a single query over all keys of a cache, where all layers have
+            the same and it is all that the scheme does; otherwise None. See `pe_swap.attention.one_query`.
     """
 
     scheme: Scheme
+    scheme_index: int
     query_slots: Tensor
     query_ids: Tensor
     first_key_slot: int
@@ -57,6 +61,7 @@ class CallShared:
     shared: SharedInCall
     kept: Kept | None
     sides: tuple[int, ...] = ()
+    bias_of_one_query: Tensor | None = None
 
     def keep(self, key: Hashable, inputs: Inputs, compute: Callable[[], Any]) -> Any:
         """Return `compute()`, or what an earlier call with the same cache computed for this very scheme; see `Kept.keep`.
@@ -67,6 +72,35 @@ class CallShared:
             return compute()
         return self.kept.keep(key, (self.scheme.options, self.scheme.geometry, *inputs), compute)
 
+    def bias_by_distance(self, q_len: int, kv_len: int, device: torch.device, *, layer: int) -> Tensor:
+        """Return the relative bias for every pair, `[heads, q_len + kv_len - 1]`, float32.
+
+        Entry `n` belongs to the pairs whose key index minus query index in the call is `n - (q_len - 1)`.
+        """
+        scheme = self.scheme
+        served = None if scheme.bias_is_shared else layer
+
+        def bias_from(first: int | Tensor, number: int) -> Tensor:
+            """Return the bias of so many distances from `first` on."""
+            bias = scheme.windowed_bias(slots_from(first, number, device), layer=layer)
+            return bias.contiguous()  # in a transposed table the distances of a head lie apart, which halves the kernel's speed
+
+        def compute() -> Tensor:
+            number = q_len + kv_len - 1
+            if self.first_query is None:
+                return bias_from(self.first_key_slot - self.query_slots[0].to(device) + (1 - q_len), number)
+            if q_len > 1 or self.first_query != kv_len - 1 or self.kept is None:
+                return bias_from(1 - q_len - self.first_query, number)
+            # A token decoded with a cache: the next one needs the same distances, and one more.
+            reserved = -(-number // RESERVED_DISTANCES) * RESERVED_DISTANCES
+            inputs = (reserved, *weights_of(scheme))
+            key = ("bias", self.scheme_index, served, device)
+            kept: Tensor = self.keep(key, inputs, lambda: bias_from(1 - reserved, reserved))
+            return kept[:, reserved - number :]
+
+        key = ("bias", self.scheme_index, served, self.first_key_slot, q_len, kv_len, device)
+        return self.shared.get(key, (self.query_slots,), compute)
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -74,7 +108,6 @@ class AttentionCall:
 
     Attributes:
         layer: index of the layer.
-        scheme_index: which of the model's schemes serves the layer.
         hooks: the attention hooks the scheme overrides.
         cache_argument: the name under which the attention module takes its cache, or None where it takes none.
         call: what it shares with other layers.
@@ -87,7 +120,6 @@ class AttentionCall:
     """
 
     layer: int
-    scheme_index: int
     hooks: frozenset[str]
     cache_argument: str | None
     call: CallShared
@@ -137,7 +169,7 @@ class AttentionCall:
         """Return all keys, `[batch, heads, kv_len, head_dim]`, through `transform_query_key`, where they were cached without."""
         call = self.call
         ids = self.positions(key.shape[2], key.device).key_ids
-        rotation = call.shared.get(("rotation", self.scheme_index), (ids,), lambda: call.scheme.prepare_positions(ids))
+        rotation = call.shared.get(("rotation", call.scheme_index), (ids,), lambda: call.scheme.prepare_positions(ids))
         return self._transform(key, rotation, "key")
 
     def _transform(self, x: Tensor, rotation: Any, role: Literal["query", "key"]) -> Tensor:
@@ -156,33 +188,8 @@ class AttentionCall:
         return found
 
     def bias_by_distance(self, q_len: int, kv_len: int, device: torch.device) -> Tensor:
-        """Return the relative bias for every pair, `[heads, q_len + kv_len - 1]`, float32.
-
-        Entry `n` belongs to the pairs whose key index minus query index in the call is `n - (q_len - 1)`.
-        """
-        call, scheme, layer = self.call, self.scheme, self.layer
-        served = None if scheme.bias_is_shared else layer
-
-        def bias_from(first: int | Tensor, number: int) -> Tensor:
-            """Return the bias of so many distances from `first` on."""
-            bias = scheme.windowed_bias(slots_from(first, number, device), layer=layer)
-            return bias.contiguous()  # in a transposed table the distances of a head lie apart, which halves the kernel's speed
-
-        def compute() -> Tensor:
-            number = q_len + kv_len - 1
-            if call.first_query is None:
-                return bias_from(call.first_key_slot - call.query_slots[0].to(device) + (1 - q_len), number)
-            if q_len > 1 or call.first_query != kv_len - 1 or call.kept is None:
-                return bias_from(1 - q_len - call.first_query, number)
-            # A token decoded with a cache: the next one needs the same distances, and one more.
-            reserved = -(-number // RESERVED_DISTANCES) * RESERVED_DISTANCES
-            inputs = (reserved, *weights_of(scheme))
-            key = ("bias", self.scheme_index, served, device)
-            kept: Tensor = call.keep(key, inputs, lambda: bias_from(1 - reserved, reserved))
-            return kept[:, reserved - number :]
-
-        key = ("bias", self.scheme_index, served, call.first_key_slot, q_len, kv_len, device)
-        return call.shared.get(key, (call.query_slots,), compute)
+        """Return the relative bias for every pair; see `CallShared.bias_by_distance`."""
+        return self.call.bias_by_distance(q_len, kv_len, device, layer=self.layer)
 
     def split(self, key: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
         """Return the keys, `[batch, key_heads, kv_len, width]`, and what was carried beside them, `[batch, heads, kv_len, channels]`.

@@ -131,6 +131,8 @@ def cached_length(kwargs: dict[str, Any]) -> int | Tensor:
 
 def add_to_input(binding: CallerBinding, holder: SchemeHolder, position_ids: Tensor, kwargs: dict[str, Any]) -> None:
     """Replace the token embeddings of a call by what the scheme on the input makes of them; tables add their vectors themselves."""
+    if not holder.acts_on_input:
+        return
     embeds = holder.input_hook("embed")
     adds = None if binding.stack.native.kind == "table" else holder.input_hook("encode")
     scheme = embeds or adds

@@ -17,7 +17,7 @@ from pe_swap.families.base import NO_LIMIT
 from pe_swap.families.native.base import Holder
 from pe_swap.families.native.grid import PatchLayout
 from pe_swap.patching.saved_whole import require_saved_by_whom_it_is_known
-from pe_swap.schemes.base import Scheme
+from pe_swap.schemes.base import INPUT_HOOKS, Scheme
 from pe_swap.schemes.geometry import Geometry
 
 Ref = TypeVar("Ref", bound="ModuleRef")
@@ -168,6 +168,7 @@ class SchemeHolder(Holder):
         mean: the mean row of the table that was replaced, `[input_size]`, added to every token embedding; None where it was not kept. A
             buffer: saved, never trained, whole in every process.
         fade: factor on the model's own positions where they act beside the schemes: in training, while they go gradually. Not saved.
+        acts_on_input: a scheme makes or adds to what the first layer is called with.
     """
 
     def __init__(
@@ -201,6 +202,7 @@ class SchemeHolder(Holder):
         self.mean: Tensor | None
         self.register_buffer("mean", mean)
         self.fade = 0.0
+        self.acts_on_input = any(self.input_hook(hook) is not None for hook in INPUT_HOOKS)
 
     def __iter__(self) -> Iterator[Scheme]:
         """Iterate over the schemes."""

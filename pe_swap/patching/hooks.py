@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from pe_swap.attention.backends import autocasts
 from pe_swap.attention.call import AttentionCall, CallShared
 from pe_swap.attention.kept_with_cache import kept_for
 from pe_swap.attention.names import BINDING_ATTRIBUTE, is_ours
+from pe_swap.attention.one_query import bias_of_one_query
 from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED, SharedInCall, as_rows
 from pe_swap.errors import UnsupportedBackendError, UnsupportedModelError
 from pe_swap.families.attention_modules.interface import CACHE_ARGUMENTS
@@ -59,7 +60,6 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         carried = call.scheme.extra_key_channels(hidden_states, layer=binding.layer)
     attention_call = AttentionCall(
         binding.layer,
-        binding.index,
         binding.hooks,
         binding.cache_argument,
         call,
@@ -76,8 +76,7 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return args, kwargs
 
 
-@dataclass(frozen=True)
-class CacheSlots:
+class CacheSlots(NamedTuple):
     """Where the keys of a call stand, as the cache says before it takes them; the defaults are a call without a cache.
 
     Attributes:
@@ -111,10 +110,14 @@ def slots_in(cache: Cache, binding: LayerBinding, q_len: int) -> CacheSlots:
         UnsupportedBackendError: the layer stores no keys of its own.
     """
     layers = cache.layers
-    if binding.cache_layer < len(layers) and not hasattr(layers[binding.cache_layer], "get_seq_length"):
+    layer: Any = layers[binding.cache_layer] if binding.cache_layer < len(layers) else None
+    if type(layer) is DynamicLayer and type(cache) is DynamicCache:
+        length = layer.get_seq_length()  # one function for the five behind the calls below, which say the same of such a cache
+        return CacheSlots(length, 0, length + q_len)
+    if layer is not None and not hasattr(layer, "get_seq_length"):
         raise UnsupportedBackendError(
             f"Layer {binding.layer} carries the scheme '{binding.scheme.name}', but stores no keys in the cache "
-            f"({type(layers[binding.cache_layer]).__name__}): it reads those of another layer, whose positions pe_swap does not know. Swap "
+            f"({type(layer).__name__}): it reads those of another layer, whose positions pe_swap does not know. Swap "
             "only layers that store their keys (layers=[...]), or use_cache=False."
         )
     num_keys, first_key = cache.get_mask_sizes(q_len, binding.cache_layer)
@@ -152,7 +155,13 @@ def shared_call(
             rotation = prepared_for(scheme, ids, shared.sides) if "transform_query_key" in binding.hooks else None
         first_query = slots.first_query - slots.first_key if isinstance(slots.first_query, int) else None
         kept = kept_for(cache, slots.first_query)
-        return CallShared(scheme, query_slots, ids, slots.first_key, first_query, rotation, shared, kept, shared.sides)
+        call = CallShared(
+            scheme, binding.index, query_slots, ids, slots.first_key, first_query, rotation, shared, kept, shared.sides
+        )
+        bias = None
+        if q_len == 1 and slots.num_keys is not None:
+            bias = bias_of_one_query(call, binding.hooks, slots.num_keys, binding.layer)
+        return call if bias is None else replace(call, bias_of_one_query=bias)
 
     if not isinstance(slots.first_query, int):  # a static cache counts in place, and will have counted these queries in attention
         return compute()

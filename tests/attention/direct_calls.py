@@ -216,6 +216,6 @@ def direct_call(
     hooks = scheme.hooks & ATTENTION_HOOKS
     rotation = scheme.prepare_positions(slots[None]) if "transform_query_key" in hooks else None
     carried = scheme.extra_key_channels(hidden_states, layer=0).double() if "extra_key_channels" in hooks else None
-    call = CallShared(scheme, slots, slots[None], sizes.first_key_slot, first_query, rotation, NOTHING_SHARED, None)
-    context = AttentionCall(0, 0, hooks, "cache", call, first_query > 0, None, False, query_is_scaled, carried)
+    call = CallShared(scheme, 0, slots, slots[None], sizes.first_key_slot, first_query, rotation, NOTHING_SHARED, None)
+    context = AttentionCall(0, hooks, "cache", call, first_query > 0, None, False, query_is_scaled, carried)
     return DirectCall(scheme, sizes, query, key, value, hidden_states, mask, context)
