@@ -291,8 +291,9 @@ def resolve(
     if current is None:
         module = kind.require_native(base_model)
         length = getattr(config, stack.length_field) if stack.length_field else None
+        weight = token_table(stack, base_model).weight
         original: Original | None = Original(
-            module, token_table(stack, base_model).weight.dtype, length, getattr(model, "loss_type", None), config
+            module, weight.dtype, length, getattr(model, "loss_type", None), config, weight.requires_grad
         )
     else:
         original = current.original

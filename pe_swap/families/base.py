@@ -247,9 +247,14 @@ def family_for(model: object) -> Family:
         UnsupportedModelError: it is not a transformers model, or of a family that no file here describes.
     """
     if not isinstance(model, PreTrainedModel):
+        way_out = (
+            "Give its model.get_base_model(), which is changed in place."
+            if hasattr(model, "get_base_model")
+            else "Load a model first, for instance with AutoModelForCausalLM.from_pretrained(...); swap before you wrap it."
+        )
         raise UnsupportedModelError(
-            f"pe_swap patches transformers models (PreTrainedModel), and this is a {type(model).__module__}.{type(model).__name__}. Load a "
-            "model first, for instance with AutoModelForCausalLM.from_pretrained(...); swap before you wrap it."
+            f"pe_swap patches transformers models (PreTrainedModel), and this is a {type(model).__module__}.{type(model).__name__}. "
+            + way_out
         )
     name = family_name(model.config.model_type)
     require_family(name, type(model).__name__)

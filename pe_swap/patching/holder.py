@@ -113,6 +113,7 @@ class Original:
         length: what the length field said.
         loss_type: the model's own, None where transformers knows none.
         config: the unswapped configuration.
+        trains: whether the token embeddings were trained at the swap.
     """
 
     module: nn.Module
@@ -120,6 +121,7 @@ class Original:
     length: Any
     loss_type: str | None
     config: Any
+    trains: bool
 
     def with_numbers(self, device: torch.device) -> nn.Module:
         """Return the module with its frequencies: a load builds it on `meta`, and fills only what the model still holds."""
@@ -129,10 +131,13 @@ class Original:
         return self.module
 
     def current(self, tokens: TokenTable) -> nn.Module:
-        """Return the module as the model would hold it now, had it never been swapped: moved and cast with the rest.
+        """Return the module as the model would hold it now, had it never been swapped: moved, cast, frozen or trained with the rest.
 
         Weights that accelerate keeps elsewhere stay there: its hook on the module brings them at each call.
         """
+        if tokens.weight.requires_grad != self.trains:
+            self.trains = tokens.weight.requires_grad
+            self.module.requires_grad_(self.trains)
         if any(parameter.is_meta for parameter in self.module.parameters()):
             return self.module
         device, dtype = tokens.device, tokens.weight.dtype

@@ -119,8 +119,9 @@ class SwappedModel(LoadedModel):
                 assert module is not None
                 if hasattr(module, "config"):
                     module.config = unswapped
-                dtype = token_table(stack, base_model).weight.dtype
-                original = Original(module, dtype, entries[stack.name]["length"], getattr(self, "loss_type", None), unswapped)
+                weight, length = token_table(stack, base_model).weight, entries[stack.name]["length"]
+                loss_type = getattr(self, "loss_type", None)
+                original = Original(module, weight.dtype, length, loss_type, unswapped, weight.requires_grad)
             geometry = stack.geometry(base_model, unswapped, entries[stack.name]["trained_length"])
             natives = [Native(options=kind.options(unswapped, layer, module)) for layer in range(geometry.num_layers)]
             assignment, _ = assignments[stack.name].resolve(geometry, natives)

@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 from pe_swap.schemes.base import SCHEMES, Scheme
 from pe_swap.schemes.geometry import Geometry, Native
 from pe_swap.schemes.options import LARGEST_TABLE, SchemeOptions, none_is
+from pe_swap.schemes.parameters import require_numbers
 from pe_swap.schemes.position_range import require_within
 from pe_swap.schemes.sinusoids import sinusoids
 
@@ -142,6 +143,8 @@ class Concat(Scheme):
         """Fit the position part to the model's own table, where it has one, in float64."""
         if native.table is None:
             return
+        if not self.position_weight.is_meta:
+            require_numbers(native.table)
         with torch.no_grad():
             if self.table is not None:
                 vectors, weight = principal_directions(native.table, self.options.dim)

@@ -32,6 +32,7 @@ from pe_swap.errors import OptionError
 from pe_swap.schemes.base import SCHEMES, Scheme
 from pe_swap.schemes.geometry import Geometry, Native
 from pe_swap.schemes.options import LARGEST_LENGTH, SchemeOptions, none_is
+from pe_swap.schemes.parameters import require_numbers
 from pe_swap.schemes.position_range import require_within
 
 ON_A_GRID = {"bicubic": False, "bicubic_antialiased": True}
@@ -182,6 +183,8 @@ class Learned(Scheme):
         """Make the table from the model's own, where it has one."""
         if native.table is None:
             return
+        if not self.table.is_meta:
+            require_numbers(native.table)
         with torch.no_grad():
             if self.geometry.sides:
                 self.table.copy_(native.table)

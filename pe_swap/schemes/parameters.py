@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pe_swap.errors import SwapStateError
+
 SHARED = "shared"
 """The value of options, and the name of parameters, that all layers share."""
 
@@ -26,6 +28,20 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def require_numbers(vectors: Tensor) -> None:
+    """Refuse to start from vectors of the model that are shapes without numbers.
+
+    Raises:
+        SwapStateError: they are on the device `meta`.
+    """
+    if vectors.is_meta:
+        raise SwapStateError(
+            "This scheme starts from the numbers of the model's own positions, which are on the device 'meta' and have none yet. "
+            "Swap after the weights are loaded."
+        )
+
+
 def root_mean_square(vectors: Tensor) -> float:
     """Return the root mean square of all entries: the size that a replacement of a table should have."""
+    require_numbers(vectors)
     return float(vectors.detach().double().square().mean().sqrt())

@@ -104,6 +104,16 @@ def test_a_table_without_numbers_beside_a_model_that_has_them_is_refused() -> No
         pe_swap.swap_positional(model, "alibi")
 
 
+@pytest.mark.parametrize("case", ["learned", "concat", "sinusoidal", "index"])
+def test_a_scheme_that_starts_from_a_table_needs_its_numbers(case: str) -> None:
+    model = build("gpt2").to("meta")
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(SwapStateError, match=r"on the device 'meta'.*after the weights are loaded"):
+        pe_swap.swap_positional(model, case, **({"max_length": 64} if case == "learned" else {}))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert pe_swap.swap_positional(model, "rope").config.pe_swap
+
+
 def spread(model: PreTrainedModel, mode: FakeTensorMode) -> PreTrainedModel:
     """Move layer 1 to a second device and the rest to a first one: tensors without numbers, which know their device."""
     for path, module in model.named_modules():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 import pe_swap
+from pe_swap.errors import UnsupportedModelError
 from pe_swap.families import FAMILIES
 from pe_swap.patching.install import holder_of, positional_parameters
 from tests.support.families import auto_class, is_causal
@@ -59,6 +60,23 @@ def test_default_target_modules_are_those_of_the_family(family: str, method: typ
     assert model.peft_config["default"].target_modules == plain.peft_config["default"].target_modules != set()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in plain.named_parameters() if parameter.requires_grad} != set()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_inside_a_wrapper_is_swapped_and_restored_and_stays_frozen(family: str) -> None:
+    model, ids = build(family), token_ids(2, 12)
+    wrapped = get_peft_model(model, lora(family))
+    expected, trained = logits(wrapped, ids), [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    with pytest.raises(UnsupportedModelError, match=r"PeftModel\w*\. Give its model\.get_base_model\(\)"):
+        pe_swap.swap_positional(wrapped, "alibi")
+    pe_swap.swap_positional(wrapped.get_base_model(), "alibi")
+    assert not torch.equal(logits(wrapped, ids), expected)
+    pe_swap.restore_positional(wrapped.get_base_model())
+    assert torch.equal(logits(wrapped, ids), expected)
+    assert [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad] == trained
+    swapped_first = get_peft_model(pe_swap.swap_positional(build(family), "alibi"), lora(family))
+    pe_swap.restore_positional(swapped_first.get_base_model())
+    assert [name for name, parameter in swapped_first.named_parameters() if parameter.requires_grad] == trained
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
