@@ -107,9 +107,15 @@ def slots_in(cache: Cache, binding: LayerBinding, q_len: int) -> CacheSlots:
     """Return where a layer's keys stand in a cache, before its update.
 
     Raises:
-        UnsupportedBackendError: the layer stores no keys of its own.
+        UnsupportedBackendError: the layer stores no keys of its own; or the cache has no layers, as that of continuous batching.
     """
-    layers = cache.layers
+    layers = getattr(cache, "layers", None)
+    if layers is None:  # pages that rows share: a key's place says nothing about its distance
+        raise UnsupportedBackendError(
+            f"Layer {binding.layer} carries the scheme '{binding.scheme.name}' inside attention, but its cache is a "
+            f"{type(cache).__name__}, which does not say where the keys of a row stand (that of generate_batch, continuous batching, is "
+            "one). Use model.generate, or a scheme that acts on the input."
+        )
     layer: Any = layers[binding.cache_layer] if binding.cache_layer < len(layers) else None
     if type(layer) is DynamicLayer and type(cache) is DynamicCache:
         length = layer.get_seq_length()  # one function for the five behind the calls below, which say the same of such a cache

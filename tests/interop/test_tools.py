@@ -23,6 +23,7 @@ from transformers import (
     AutoTokenizer,
     CompileConfig,
     ContinuousBatchingConfig,
+    ContinuousBatchingManager,
     GenerationConfig,
     PreTrainedModel,
     pipeline,
@@ -283,3 +284,12 @@ def test_continuous_batching_refuses_schemes_that_act_inside_attention() -> None
     model = swapped("gpt2", "rope")
     with pytest.raises(ValueError, match=r"pe_swap_sdpa\W* is not supported"):
         model.generate_batch([[5, 6, 7]], generation_config=GenerationConfig(**BATCHED), progress_bar=False)
+
+
+def test_continuous_batching_that_chooses_a_backend_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With flash attention at hand its manager changes the implementation to one of ours, and asks no more."""
+    monkeypatch.setattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn", lambda *given: None)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    given = {"generation_config": GenerationConfig(**BATCHED), "continuous_batching_config": small, "progress_bar": False}
+    (output,) = swapped("gpt2", "rope").generate_batch([[5, 6, 7]], **given).values()
+    assert "PagedAttentionCache, which does not say where the keys of a row stand" in output.error
