@@ -74,9 +74,8 @@ def relative_bias_attention(
         key, value, bias = key[:, :, :q_len], value[:, :, :q_len], bias[:, : 2 * q_len - 1]
         bias = bias.masked_fill(torch.arange(bias.shape[1], device=bias.device) >= q_len, FORBIDDEN)
     needs_own_backward = bias.requires_grad and torch.is_grad_enabled() and dropout == 0.0 and query.device.type == "cpu"
-    if (
-        needs_own_backward and not is_transformed()
-    ):  # torch.func takes PyTorch's unfused path: it has rules for no function of ours
+    # torch.func and torch.export take PyTorch's unfused path: the one has no rules for a function of ours, the other drops its backward.
+    if needs_own_backward and not is_transformed() and not is_exporting():
         output: Tensor = _RelativeBiasAttention.apply(  # type: ignore[no-untyped-call]  # torch's own decorator
             *of_one_width(query, key, value), bias, attention_mask, is_causal, scaling, first_visible
         )
@@ -97,6 +96,11 @@ def relative_bias_attention(
         block = reversed_query[:, :, q_len - stop : q_len - start]
         outputs.append(fused_attention(block, key[:, :, keys], value[:, :, keys], mask, scaling=scaling, dropout=dropout))
     return torch.cat(outputs, dim=2).flip(2)
+
+
+def is_exporting() -> bool:
+    """Tell whether `torch.export` is tracing; PyTorch before 2.7 does not say, and there the answer is no."""
+    return bool(getattr(torch.compiler, "is_exporting", bool)())
 
 
 def query_blocks(

@@ -39,6 +39,19 @@ def test_torch_export_gives_the_same_logits(case: str, family: str) -> None:
         assert torch.equal(program.module()(other), model(other))
 
 
+def test_torch_export_with_gradients_of_a_trained_bias() -> None:
+    """As PyTorch's pages call it, outside `no_grad`; the program trains the bias too."""
+    model, ids = Logits(swapped("gpt2", "t5")).eval(), token_ids(2, 12)
+    program = torch.export.export(model, (ids,), strict=False).module()
+    found, expected = program(ids), model(ids)
+    torch.testing.assert_close(found, expected)
+    (name,) = (name for name, _ in model.named_parameters() if name.endswith("wpe.schemes.0.table"))
+    gradients = [
+        torch.autograd.grad(x.square().sum(), of.get_parameter(name))[0] for x, of in ((found, program), (expected, model))
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("case", "family", "lengths"), [("rope", "gpt2", (12, 40)), ("t5", "bert", (12,))])
 def test_onnx_gives_the_same_logits(case: str, family: str, lengths: tuple[int, ...], tmp_path: Path) -> None:
     """Of any length where attention is the library's own; with a bias inside it, of the length of the example."""
