@@ -61,7 +61,8 @@ class PositionalReport:
 
     Attributes:
         title: the model and its schemes.
-        tolerance: the largest relative difference that counts as rounding, the square root of the dtype's machine epsilon.
+        tolerance: the largest relative difference that counts as rounding, the square root of the dtype's machine epsilon. In float64
+            that of float32: angles are computed in float32, and so are norms in many families.
         checks: one entry a property.
     """
 
@@ -152,7 +153,7 @@ class _Checker:
         self.is_causal = self.stack.is_causal(model.config)
         weight = holder.tokens.weight
         self.device, self.vocabulary = weight.device, weight.shape[0]
-        self.tolerance = float(torch.finfo(weight.dtype).eps ** 0.5)
+        self.tolerance = max(torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32)) ** 0.5
         self.length = min(LENGTH, holder.max_length or LENGTH)
 
     def report(self) -> PositionalReport:

@@ -39,6 +39,11 @@ def test_bfloat16_is_measured_by_its_own_rounding(backend: str) -> None:
     assert report.tolerance == pytest.approx(0.088, abs=1e-3)
 
 
+def test_float64_is_measured_by_the_rounding_of_angles_in_float32() -> None:
+    report = pe_swap.check_positional(swapped("gpt2", "rope").to(torch.float64))
+    assert report.passed, report
+
+
 def test_a_fresh_scheme_is_not_a_failure_and_missing_order_is_said() -> None:
     fresh = pe_swap.check_positional(pe_swap.swap_positional(build("bert"), "t5"))
     assert fresh.passed
