@@ -110,7 +110,8 @@ class SwappedModel(LoadedModel):
             config._attn_implementation_internal
         )  # ours again, where it was the library's to build
         base_model = family.base_model(self)
-        for stack in stacks:
+        present = family.stacks_in(base_model, config)  # an encoder alone, from the folder of the whole (T5EncoderModel)
+        for stack in (stack for stack in stacks if stack in present):
             if _is_swapped(base_model, stack):  # a head that built its base model from the same configuration
                 continue
             kind, original, module = stack.native, None, None

@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForTextEncoding,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -473,3 +474,17 @@ def test_a_loaded_rotary_model_swaps_on_and_back_to_its_own_rotation(family: str
     for scheme in ("rope", "hope", "rope"):
         found = outputs(pe_swap.swap_positional(loaded, scheme), ids)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("part", [None, "encoder", "decoder"])
+def test_an_encoder_alone_comes_from_the_folder_of_the_whole(part: str | None, tmp_path: Path) -> None:
+    """As transformers loads T5's; the decoder's scheme and its weights stay in the file."""
+    model = pe_swap.swap_positional(tiny("t5"), "kerple", part=part)
+    disturb(model)
+    ids = token_ids(2, 12)
+    with torch.no_grad():
+        expected = model.encoder(ids).last_hidden_state
+        for folder in ("whole", "encoder"):
+            model.save_pretrained(tmp_path / folder)
+            model = AutoModelForTextEncoding.from_pretrained(tmp_path / folder).eval()
+            assert torch.equal(model(ids).last_hidden_state, expected)
