@@ -15,12 +15,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pe_swap.attention.names import library_name
 from pe_swap.attention.shared_in_call import ARGUMENT, SharedInCall
-from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError
+from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError, UnsupportedModelError
 from pe_swap.families import base_model_of, composite_of
 from pe_swap.families.native import PatchLayout
 from pe_swap.patching.holder import SchemeHolder
 from pe_swap.patching.install import layer_hooks
-from pe_swap.patching.layer_cache import cache_argument
+from pe_swap.patching.layer_cache import cache_argument, parameters_of
 from pe_swap.patching.wrappers import acting_holder, inner_model
 from pe_swap.schemes import Scheme
 from pe_swap.swap import restore_positional, swap_positional
@@ -102,9 +102,10 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
 
     Raises:
         SwapStateError: the model is not swapped.
-        UnsupportedModelError: not a model of a supported family.
+        UnsupportedModelError: not a model of a supported family, or an encoder with a decoder.
     """
     model = swapped_inside(inner_model(model))
+    require_one_input(model)
     holder = acting_holder(model)
     if holder is None:
         raise SwapStateError(
@@ -135,6 +136,20 @@ def swapped_inside(model: PreTrainedModel) -> PreTrainedModel:
         f"{len(parts)} parts of this {type(model).__name__} are swapped, and one model is checked at a time. Give the model inside: "
         f"{', '.join(f'the {name} part' for name in parts or composite.models_in(model))}."
     )
+
+
+def require_one_input(model: PreTrainedModel) -> None:
+    """Refuse a model whose decoder has an input of its own (T5, BART, Whisper): the checks give one row of tokens and compare its states.
+
+    Raises:
+        UnsupportedModelError: it has.
+    """
+    if "decoder_input_ids" in parameters_of(base_model_of(model)):
+        raise UnsupportedModelError(
+            f"This {type(model).__name__} has a decoder with an input of its own, and check_positional runs models of one input. Check "
+            "the scheme on a model of one stack (of T5 the encoder: AutoModelForTextEncoding.from_pretrained of the saved folder), and "
+            "compare this model's logits with and without use_cache."
+        )
 
 
 class _Checker:

@@ -12,6 +12,7 @@ import pe_swap
 from pe_swap.patching.binding import LayerBinding
 from pe_swap.patching.install import holder_of
 from tests.support.covering import covering_pairs
+from tests.support.families import tiny
 from tests.support.models import BACKENDS, CASES, TRAINED_LENGTH, build, swapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:The scheme 'none' on an encoder")
@@ -137,6 +138,13 @@ def test_a_layer_bound_to_nothing_is_seen() -> None:
 def test_an_unswapped_model_is_refused() -> None:
     with pytest.raises(pe_swap.errors.SwapStateError, match=r"GPT2LMHeadModel is not swapped.*swap_positional"):
         pe_swap.check_positional(build("gpt2"))
+
+
+@pytest.mark.parametrize(("family", "part"), [("t5", None), ("bart", "decoder")])
+def test_a_decoder_with_an_input_of_its_own_is_refused(family: str, part: str | None) -> None:
+    model = pe_swap.swap_positional(tiny(family), "alibi", part=part)
+    with pytest.raises(pe_swap.errors.UnsupportedModelError, match="check_positional runs models of one input"):
+        pe_swap.check_positional(model)
 
 
 def test_a_base_that_changes_with_the_length_is_reported_where_it_changes() -> None:
