@@ -75,7 +75,10 @@ def main(arguments: Sequence[str]) -> None:
     else:
         figure = show_several(names, heads=known.heads, length=known.length, is_causal=is_causal)
     out = known.out or f"{names[0] if len(names) == 1 else 'gallery'}.png"
-    figure.savefig(out, dpi=150)
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:  # no such folder, or an ending that stands for no kind of picture
+        parser.error(f"--out is {out}, which cannot be written: {error}")
     print(f"wrote {out}")
 
 

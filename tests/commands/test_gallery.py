@@ -170,3 +170,12 @@ def test_bad_input_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["show", "alibi", "--heads", "0"])
     assert "--heads is 0; it must be from 1 to 4,096" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["missing/alibi.png", "alibi.word"])
+def test_a_picture_that_cannot_be_written_is_a_wrong_argument(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["show", "alibi", "--length", "8", "--out", str(tmp_path / name)])
+    assert "--out is" in capsys.readouterr().err
