@@ -56,8 +56,8 @@ class Scheme(nn.Module):
         starts_from_table: starts from the model's own position table, where there is one.
         keeps_mean: in a decoder whose positions are a table, the table's mean row stays beside the scheme unless a swap says otherwise. For
             schemes that it was measured to help: `configs/README.md`, "Keep the mean".
-        carries_tokens: names of parameters that token embeddings pass through. They are weights like the model's own, and are trained at
-            its learning rate, where the scheme's others may have a higher one.
+        at_model_rate: names of parameters that are trained at the model's own learning rate, where the scheme's others may have a higher
+            one: weights of projections, of which many make one number of a vector.
         keeps_function: as built, the scheme leaves the function of the model unchanged, as it replaces the model's own positions by the
             same ones; `start_from` finds out.
         on_a_grid: how the scheme acts where a position is a row and a column (images): by methods of its own, `"itself"`; by one copy per
@@ -78,7 +78,7 @@ class Scheme(nn.Module):
     bias_is_shared: bool = False
     starts_from_table: ClassVar[bool] = False
     keeps_mean: ClassVar[bool] = False
-    carries_tokens: ClassVar[frozenset[str]] = frozenset()
+    at_model_rate: ClassVar[frozenset[str]] = frozenset()
     keeps_function: bool = False
     on_a_grid: ClassVar[Literal["itself", "summed", "joined"] | None] = None
 

@@ -96,7 +96,7 @@ class Concat(Scheme):
 
     Options = ConcatOptions
     starts_from_table = True
-    carries_tokens = frozenset({"token_weight"})
+    at_model_rate = frozenset({"token_weight", "position_weight"})
     summary = "position vectors beside the tokens, projected back to the hidden size"
 
     options: ResolvedConcatOptions

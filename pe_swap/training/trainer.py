@@ -91,7 +91,7 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.positional_learning_rate is not None or self.transition.section.match_learning_rate is not None:
             model = self.accelerator.unwrap_model(self.model)
-            added = {id(parameter) for _, parameter in positional_parameters(model)} - token_weights(model)
+            added = {id(parameter) for _, parameter in positional_parameters(model)} - kept_at_model_rate(model)
             groups = list(optimizer.param_groups)
             optimizer.param_groups.clear()
             for group in groups:
@@ -151,14 +151,14 @@ class PositionalTrainer(Trainer):  # type: ignore[misc]  # transformers is untyp
             yield
 
 
-def token_weights(model: PreTrainedModel) -> set[int]:
-    """Return the identities of parameters that a swap brought and token embeddings pass through; see `Scheme.carries_tokens`."""
+def kept_at_model_rate(model: PreTrainedModel) -> set[int]:
+    """Return the identities of parameters that a swap brought and that have the rate of the rest; see `Scheme.at_model_rate`."""
     return {
         id(parameter)
         for holder in holders_of(model)
         for scheme in holder
         for name, parameter in scheme.named_parameters()
-        if name in scheme.carries_tokens
+        if name in scheme.at_model_rate
     }
 
 

@@ -352,7 +352,7 @@ def test_an_encoder_without_a_mask_token_is_refused(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(("case", "as_the_rest"), [("t5", set()), ("concat", {"token_weight"})])
+@pytest.mark.parametrize(("case", "as_the_rest"), [("t5", set()), ("concat-learned", {"token_weight", "position_weight"})])
 def test_positional_parameters_get_their_own_learning_rate(case: str, as_the_rest: set[str], tmp_path: Path) -> None:
     model = swapped("gpt2", case)
     trainer = PositionalTrainer(
