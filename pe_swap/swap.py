@@ -18,7 +18,7 @@ from pe_swap.attention.names import require_honoured
 from pe_swap.errors import FamilyError, OptionError, SwapStateError, UnsupportedModelError
 from pe_swap.families import Family, Stack, base_model_of, composite_of, family_for, known_loss_type
 from pe_swap.patching.devices import bring_back_offloaded, offloaded_at_hand
-from pe_swap.patching.holder import Original, SchemeHolder, TokenTable
+from pe_swap.patching.holder import Original, SchemeHolder, TokenTable, trained_together
 from pe_swap.patching.install import (
     assemble,
     attach,
@@ -293,7 +293,7 @@ def resolve(
         length = getattr(config, stack.length_field) if stack.length_field else None
         weight = token_table(stack, base_model).weight
         original: Original | None = Original(
-            module, weight.dtype, length, getattr(model, "loss_type", None), config, weight.requires_grad
+            module, weight.dtype, length, getattr(model, "loss_type", None), config, trained_together(module, weight)
         )
     else:
         original = current.original

@@ -113,7 +113,8 @@ class Original:
         length: what the length field said.
         loss_type: the model's own, None where transformers knows none.
         config: the unswapped configuration.
-        trains: whether the token embeddings were trained at the swap.
+        trains: whether the token embeddings were trained at the swap; None where the module's own weights differed from them in that, so
+            that they do not go together.
     """
 
     module: nn.Module
@@ -121,7 +122,7 @@ class Original:
     length: Any
     loss_type: str | None
     config: Any
-    trains: bool
+    trains: bool | None
 
     def with_numbers(self, device: torch.device) -> nn.Module:
         """Return the module with its frequencies: a load builds it on `meta`, and fills only what the model still holds."""
@@ -135,7 +136,7 @@ class Original:
 
         Weights that accelerate keeps elsewhere stay there: its hook on the module brings them at each call.
         """
-        if tokens.weight.requires_grad != self.trains:
+        if self.trains is not None and tokens.weight.requires_grad != self.trains:
             self.trains = tokens.weight.requires_grad
             self.module.requires_grad_(self.trains)
         if any(parameter.is_meta for parameter in self.module.parameters()):
@@ -143,6 +144,12 @@ class Original:
         device, dtype = tokens.device, tokens.weight.dtype
         self.with_numbers(device).to(device=device)
         return self.module if dtype == self.dtype else self.module.to(dtype=dtype)
+
+
+def trained_together(module: nn.Module | None, weight: Tensor) -> bool | None:
+    """Return whether a module's own weights and the token embeddings are all trained, or None where they differ in that."""
+    together = module is None or all(parameter.requires_grad == weight.requires_grad for parameter in module.parameters())
+    return weight.requires_grad if together else None
 
 
 def stand_in_weight(max_length: int | None) -> Tensor:

@@ -165,7 +165,7 @@ def shared_call(
             scheme, binding.index, query_slots, ids, slots.first_key, first_query, rotation, shared, kept, shared.sides
         )
         bias = None
-        if q_len == 1 and slots.num_keys is not None:
+        if q_len == 1 and slots.num_keys is not None and not autocasts(hidden_states):  # biases are computed outside autocast
             bias = bias_of_one_query(call, binding.hooks, slots.num_keys, binding.layer)
         return call if bias is None else replace(call, bias_of_one_query=bias)
 

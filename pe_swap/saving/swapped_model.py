@@ -16,7 +16,7 @@ from pe_swap.assignment import checked_format, from_saved, saved_stacks, short
 from pe_swap.errors import CheckpointError
 from pe_swap.families import FAMILIES, Family, Stack, described, family_name, known_loss_type
 from pe_swap.families.base import NO_LIMIT
-from pe_swap.patching.holder import Original, SchemeHolder
+from pe_swap.patching.holder import Original, SchemeHolder, trained_together
 from pe_swap.patching.install import assemble, attach, attention_hooks, token_table
 from pe_swap.patching.split_heads import require_whole_heads_in
 from pe_swap.saving.auto_classes import CLASS_PREFIX
@@ -122,7 +122,7 @@ class SwappedModel(LoadedModel):
                     module.config = unswapped
                 weight, length = token_table(stack, base_model).weight, entries[stack.name]["length"]
                 loss_type = getattr(self, "loss_type", None)
-                original = Original(module, weight.dtype, length, loss_type, unswapped, weight.requires_grad)
+                original = Original(module, weight.dtype, length, loss_type, unswapped, trained_together(module, weight))
             geometry = stack.geometry(base_model, unswapped, entries[stack.name]["trained_length"])
             natives = [Native(options=kind.options(unswapped, layer, module)) for layer in range(geometry.num_layers)]
             assignment, _ = assignments[stack.name].resolve(geometry, natives)

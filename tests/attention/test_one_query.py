@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from pe_swap.attention import backends
+from pe_swap.patching.install import holder_of
 from tests.support.models import left_padded, swapped_tiny, token_ids, with_cache
 
 LENGTH = 9
@@ -67,6 +68,24 @@ def test_not_beside_padding_a_cap_or_sinks(taken: list[bool]) -> None:
         model = swapped_tiny(family, "alibi").eval()
         decoded(model, token_ids(1, 3))
         assert not any(taken)
+
+
+@pytest.mark.parametrize("case", ["alibi", "sandwich"])
+def test_a_bias_is_never_computed_under_autocast(case: str, taken: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = swapped_tiny("llama", case).eval()
+    scheme, autocast = holder_of(model).scheme_at(0), []
+    own = scheme.relative_bias
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(scheme, "relative_bias", noted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoded(model, token_ids(1, 3))
+    assert autocast
+    assert not any(autocast)
+    assert not taken
 
 
 def test_not_with_a_static_cache_or_gradients(taken: list[bool]) -> None:

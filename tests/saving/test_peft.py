@@ -79,6 +79,23 @@ def test_what_is_inside_a_wrapper_is_swapped_and_restored_and_stays_frozen(famil
     assert [name for name, parameter in swapped_first.named_parameters() if parameter.requires_grad] == trained
 
 
+def test_a_table_that_was_frozen_alone_stays_so() -> None:
+    model = build("gpt2")
+    model.transformer.wpe.requires_grad_(False)
+    pe_swap.swap_positional(model, "alibi").requires_grad_(False)
+    assert not pe_swap.restore_positional(model).transformer.wpe.weight.requires_grad
+    pe_swap.swap_positional(model.requires_grad_(True), "alibi")
+    model.requires_grad_(False)
+    assert not pe_swap.restore_positional(model).transformer.wpe.weight.requires_grad
+    model.requires_grad_(False).transformer.wpe.requires_grad_(True)
+    pe_swap.swap_positional(model, "alibi").requires_grad_(True)
+    assert pe_swap.restore_positional(model).transformer.wpe.weight.requires_grad
+    model.transformer.wpe.requires_grad_(False)
+    pe_swap.swap_positional(model, "alibi").requires_grad_(False)
+    pe_swap.restore_positional(model.requires_grad_(True))
+    assert not model.transformer.wpe.weight.requires_grad
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_frozen_positional_weights_beside_an_adapter_are_warned_about(family: str) -> None:
     adapter = get_peft_model(swapped(family, "t5"), lora(family))
