@@ -70,6 +70,22 @@ def test_not_beside_padding_a_cap_or_sinks(taken: list[bool]) -> None:
         assert not any(taken)
 
 
+@pytest.mark.parametrize("keyword", ["softcap", "s_aux", "position_bias", "of_a_later_version"])
+def test_not_with_a_keyword_that_may_change_scores(keyword: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, Any]] = []
+    short = backends.one_query_attention
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor | None:
+        calls.append((args, kwargs))
+        return short(*args, **kwargs)
+
+    monkeypatch.setattr(backends, "one_query_attention", noted)
+    decoded(swapped_tiny("llama", "alibi").eval(), token_ids(1, 3))
+    args, kwargs = calls[-1]
+    assert short(*args, **kwargs) is not None
+    assert short(*args, **kwargs, **{keyword: torch.ones(1)}) is None
+
+
 @pytest.mark.parametrize("case", ["alibi", "sandwich"])
 def test_a_bias_is_never_computed_under_autocast(case: str, taken: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     model = swapped_tiny("llama", case).eval()
