@@ -1,4 +1,4 @@
-"""Whether a swapped model keeps what its schemes promise, measured on the model in hand."""
+"""The properties of a swapped model of texts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +14,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pe_swap.attention.names import library_name
 from pe_swap.attention.shared_in_call import ARGUMENT, SharedInCall
-from pe_swap.errors import PESwapError, PositionRangeError, SwapStateError, UnsupportedModelError
-from pe_swap.families import base_model_of, composite_of
-from pe_swap.families.native import PatchLayout
+from pe_swap.checks.report import Check, PositionalReport
+from pe_swap.errors import PESwapError, PositionRangeError
+from pe_swap.families import base_model_of
 from pe_swap.patching.holder import SchemeHolder
 from pe_swap.patching.install import layer_hooks
-from pe_swap.patching.layer_cache import cache_argument, parameters_of
-from pe_swap.patching.wrappers import acting_holder, inner_model
+from pe_swap.patching.layer_cache import cache_argument
 from pe_swap.schemes import Scheme
 from pe_swap.swap import restore_positional, swap_positional
 
@@ -38,121 +36,7 @@ ABOVE_ROUNDING = 10.0
 """How many times the measured rounding an effect must be to count as one."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One property, measured.
-
-    Attributes:
-        name: the property.
-        passed: whether it holds; None where the scheme does not claim it and the line is for information.
-        difference: relative difference of hidden states, `|a - b| / |b|` (Euclidean norms), or None where none was measured.
-        detail: what was compared, or why it was not.
-    """
-
-    name: str
-    passed: bool | None
-    difference: float | None
-    detail: str
-
-
-@dataclass(frozen=True)
-class PositionalReport:
-    """What `check_positional` found; `print` shows it as a table.
-
-    Attributes:
-        title: the model and its schemes.
-        tolerance: the largest relative difference that counts as rounding, the square root of the dtype's machine epsilon. In float64
-            that of float32: angles are computed in float32, and so are norms in many families.
-        checks: one entry a property.
-    """
-
-    title: str
-    tolerance: float
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every claimed property holds."""
-        return all(check.passed is not False for check in self.checks)
-
-    def __str__(self) -> str:
-        """Return the report as lines of text."""
-        mark = {True: "ok  ", False: "FAIL", None: "-   "}
-        lines = [f"{self.title}: {'all claims hold' if self.passed else 'NOT AS CLAIMED'} (rounding: {self.tolerance:.1e})"]
-        for check in self.checks:
-            measured = "" if check.difference is None else f"{check.difference:.1e}"
-            lines.append(f"  {mark[check.passed]} {check.name:<22} {measured:>8}  {check.detail}")
-        return "\n".join(lines)
-
-
-def check_positional(model: PreTrainedModel) -> PositionalReport:
-    """Run the properties that a swapped model's schemes claim, on the model itself.
-
-    Every scheme that acts inside attention is called in every layer it serves; the model's own scheme, swapped in, gives the unswapped
-    states (on a copy of the model, where what was replaced is at hand); later tokens do not change earlier states of a decoder; cached
-    chunks equal one uncached pass; a padded row equals the row alone; positions all moved by 17 change nothing where the scheme claims
-    that; the order of tokens matters; a length beyond the trained one gives finite numbers. Random tokens, the model's own weights,
-    dtype, device and attention implementation. Weights, random state and mode are left as they were.
-
-    Args:
-        model: a swapped model, or a wrapper around one (PEFT, DistributedDataParallel, `torch.compile`): the model inside is checked.
-
-    Returns:
-        The report; `report.passed` sums it up.
-
-    Raises:
-        SwapStateError: the model is not swapped.
-        UnsupportedModelError: not a model of a supported family, or an encoder with a decoder.
-    """
-    model = swapped_inside(inner_model(model))
-    require_one_input(model)
-    holder = acting_holder(model)
-    if holder is None:
-        raise SwapStateError(
-            f"This {type(model).__name__} is not swapped, so there is nothing to check. Call swap_positional(model, ...) first."
-        )
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return (_Checker if holder.patches is None else _ImageChecker)(model, holder).report()
-    finally:
-        model.train(was_training)
-
-
-def swapped_inside(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the swapped part of a composite, or the argument where it is no composite.
-
-    Raises:
-        SwapStateError: no part is swapped, or several are.
-    """
-    composite = composite_of(model)
-    if composite is None:
-        return model
-    parts = {name: found for name, found in composite.models_in(model).items() if hasattr(found.config, "pe_swap")}
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    raise SwapStateError(
-        f"{len(parts)} parts of this {type(model).__name__} are swapped, and one model is checked at a time. Give the model inside: "
-        f"{', '.join(f'the {name} part' for name in parts or composite.models_in(model))}."
-    )
-
-
-def require_one_input(model: PreTrainedModel) -> None:
-    """Refuse a model whose decoder has an input of its own (T5, BART, Whisper): the checks give one row of tokens and compare its states.
-
-    Raises:
-        UnsupportedModelError: it has.
-    """
-    if "decoder_input_ids" in parameters_of(base_model_of(model)):
-        raise UnsupportedModelError(
-            f"This {type(model).__name__} has a decoder with an input of its own, and check_positional runs models of one input. Check "
-            "the scheme on a model of one stack (of T5 the encoder: AutoModelForTextEncoding.from_pretrained of the saved folder), and "
-            "compare this model's logits with and without use_cache."
-        )
-
-
-class _Checker:
+class TextChecker:
     """The checks of one model. Hidden states of the base model are compared: every head shares them."""
 
     reordered = "last state, tokens before it reversed"
@@ -388,82 +272,6 @@ class _Checker:
         finite = bool(self.states(ids, **given).isfinite().all())
         detail = f"{length:,} tokens up to position {last:,}, trained at {trained:,}"
         return Check("beyond trained length", finite, None, detail)
-
-
-class _ImageChecker(_Checker):
-    """The checks of a model of images, on random images of the size that it was trained with."""
-
-    reordered = "mean state, patches in another order"
-
-    @property
-    def patches(self) -> PatchLayout:
-        """How the model makes its tokens."""
-        assert self.holder.patches is not None
-        return self.holder.patches
-
-    def checks(self) -> dict[str, Callable[[], Check]]:
-        """Return the checks by name, in the order of the report."""
-        return {
-            "every layer bound": self.bound,
-            "own scheme = unswapped": self.identity,
-            "order matters": self.order,
-            "backend = eager": self.eager,
-            "batch = alone": self.batched,
-            "another size": self.resized,
-        }
-
-    def images(self, batch: int, sides: tuple[int, int], seed: int = 0) -> Tensor:
-        """Return random images of so many rows and columns of patches, `[batch, colours, height, width]`."""
-        height, width = (side * pixels for side, pixels in zip(sides, self.patches.patch, strict=True))
-        weight, generator = self.holder.tokens.weight, torch.Generator().manual_seed(seed)
-        return torch.randn(batch, weight.shape[1], height, width, generator=generator).to(weight.device, weight.dtype)
-
-    def tokens(self, batch: int, length: int, seed: int = 0) -> Tensor:
-        """Return random images of the trained size, whatever the length."""
-        return self.images(batch, self.patches.trained_sides, seed)
-
-    def states(self, input_ids: Tensor, model: PreTrainedModel | None = None, **kwargs: Any) -> Tensor:
-        """Return the base model's last hidden states of images, `[batch, tokens, hidden_size]`, float32."""
-        base_model: Any = self.base_model if model is None else base_model_of(model)
-        noise = self.noise(self.patches.sides(*input_ids.shape[-2:]))
-        if noise is not None:
-            kwargs["noise"] = noise.expand(len(input_ids), -1)
-        output = base_model(pixel_values=input_ids, **kwargs)
-        if "last_hidden_state" in output:
-            return output.last_hidden_state.float()  # type: ignore[no-any-return]
-        return output.feature_maps[-1].float().flatten(2).transpose(1, 2)  # type: ignore[no-any-return]  # a backbone
-
-    def unshared(self) -> SharedInCall:
-        """Return what the layers of a call on `tokens` share, if each computes everything itself."""
-        sides = self.patches.trained_sides
-        return SharedInCall(self.patches.position_ids(sides, self.device, self.noise(sides)), shares=False, sides=sides)
-
-    def noise(self, sides: tuple[int, int]) -> Tensor | None:
-        """Return the noise that keeps the first patches in their order, `[1, patches]`, for a model that drops some; else None."""
-        if self.patches.kept is None:
-            return None
-        return torch.arange(sides[0] * sides[1], dtype=torch.float32, device=self.device)[None]
-
-    def order_difference(self) -> float:
-        """Return how much the mean state changes when the patches of an image change places."""
-        image, (rows, columns), (height, width) = self.tokens(1, 0), self.patches.trained_sides, self.patches.patch
-        cut = image.reshape(-1, rows, height, columns, width).permute(1, 3, 0, 2, 4).flatten(0, 1)
-        order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(1)).to(cut.device)
-        other = cut[order].reshape(rows, columns, -1, height, width).permute(2, 0, 3, 1, 4).reshape(image.shape)
-        first, second = (self.states(x).mean(1) for x in (image, other))
-        return float((first - second).norm() / first.norm())
-
-    def batched(self) -> Check:
-        """Check that an image among others equals the image alone."""
-        images = self.tokens(3, 0)
-        return self.compare("batch = alone", self.states(images)[1:2], self.states(images[1:2]), "one of three images")
-
-    def resized(self) -> Check:
-        """Check that an image of another size and shape gives finite states."""
-        rows, columns = self.patches.trained_sides
-        sides = (rows + 3, columns + 1)
-        finite = bool(self.states(self.images(1, sides)).isfinite().all())
-        return Check("another size", finite, None, f"{sides[0]} x {sides[1]} patches, trained with {rows} x {columns}")
 
 
 @contextmanager
