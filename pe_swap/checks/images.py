@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from pe_swap.attention.shared_in_call import SharedInCall
 from pe_swap.checks.report import Check
 from pe_swap.checks.text import TextChecker
-from pe_swap.families import base_model_of
 from pe_swap.families.native import PatchLayout
 
 
@@ -50,7 +49,7 @@ class ImageChecker(TextChecker):
 
     def states(self, input_ids: Tensor, model: PreTrainedModel | None = None, **kwargs: Any) -> Tensor:
         """Return the base model's last hidden states of images, `[batch, tokens, hidden_size]`, float32."""
-        base_model: Any = self.base_model if model is None else base_model_of(model)
+        base_model = self.running(model or self.model)
         noise = self.noise(self.patches.sides(*input_ids.shape[-2:]))
         if noise is not None:
             kwargs["noise"] = noise.expand(len(input_ids), -1)

@@ -8,10 +8,9 @@ from transformers import PreTrainedModel
 from pe_swap.checks.images import ImageChecker
 from pe_swap.checks.report import PositionalReport
 from pe_swap.checks.text import TextChecker
-from pe_swap.errors import SwapStateError, UnsupportedModelError
-from pe_swap.families import base_model_of, composite_of
-from pe_swap.patching.layer_cache import parameters_of
-from pe_swap.patching.wrappers import acting_holder, inner_model
+from pe_swap.errors import SwapStateError
+from pe_swap.families import composite_of
+from pe_swap.patching.wrappers import acting_holders, inner_model
 
 
 def check_positional(model: PreTrainedModel) -> PositionalReport:
@@ -23,6 +22,8 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
     that; the order of tokens matters; a length beyond the trained one gives finite numbers. Random tokens, the model's own weights,
     dtype, device and attention implementation. Weights, random state and mode are left as they were.
 
+    An encoder-decoder or a composite is checked part by part, each by itself; a decoder gets random states in place of its encoder's.
+
     Args:
         model: a swapped model, or a wrapper around one (PEFT, DistributedDataParallel, `torch.compile`): the model inside is checked.
 
@@ -31,51 +32,35 @@ def check_positional(model: PreTrainedModel) -> PositionalReport:
 
     Raises:
         SwapStateError: the model is not swapped.
-        UnsupportedModelError: not a model of a supported family, or an encoder with a decoder.
+        UnsupportedModelError: not a model of a supported family.
     """
-    model = swapped_inside(inner_model(model))
-    require_one_input(model)
-    holder = acting_holder(model)
-    if holder is None:
+    model = inner_model(model)
+    checkers = checkers_of(model)
+    if not checkers:
         raise SwapStateError(
             f"This {type(model).__name__} is not swapped, so there is nothing to check. Call swap_positional(model, ...) first."
         )
-    was_training = model.training
+    was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            return (TextChecker if holder.patches is None else ImageChecker)(model, holder).report()
+            checks = tuple(check for checker in checkers for check in checker.run_all())
     finally:
-        model.train(was_training)
+        for module, mode in was_training.items():
+            module.training = mode
+    said = dict.fromkeys([*(checker.title for checker in checkers), *(checker.implementation for checker in checkers)])
+    title = f"{type(model).__name__} with {', '.join(said)}"
+    return PositionalReport(title, max(checker.tolerance for checker in checkers), checks)
 
 
-def swapped_inside(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the swapped part of a composite, or the argument where it is no composite.
-
-    Raises:
-        SwapStateError: no part is swapped, or several are.
-    """
+def checkers_of(model: PreTrainedModel) -> list[TextChecker]:
+    """Return what checks a model: one per swapped stack of it, or of each model in a composite."""
     composite = composite_of(model)
-    if composite is None:
-        return model
-    parts = {name: found for name, found in composite.models_in(model).items() if hasattr(found.config, "pe_swap")}
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    raise SwapStateError(
-        f"{len(parts)} parts of this {type(model).__name__} are swapped, and one model is checked at a time. Give the model inside: "
-        f"{', '.join(f'the {name} part' for name in parts or composite.models_in(model))}."
-    )
-
-
-def require_one_input(model: PreTrainedModel) -> None:
-    """Refuse a model whose decoder has an input of its own (T5, BART, Whisper): the checks give one row of tokens and compare its states.
-
-    Raises:
-        UnsupportedModelError: it has.
-    """
-    if "decoder_input_ids" in parameters_of(base_model_of(model)):
-        raise UnsupportedModelError(
-            f"This {type(model).__name__} has a decoder with an input of its own, and check_positional runs models of one input. Check "
-            "the scheme on a model of one stack (of T5 the encoder: AutoModelForTextEncoding.from_pretrained of the saved folder), and "
-            "compare this model's logits with and without use_cache."
-        )
+    models = {"": model} if composite is None else composite.models_in(model)
+    swapped = {name: found for name, found in models.items() if composite is None or hasattr(found.config, "pe_swap")}
+    found = []
+    for name, inside in swapped.items():
+        for holder in acting_holders(inside):
+            part = holder.stack.name or (name if len(swapped) > 1 else "")
+            found.append((TextChecker if holder.patches is None else ImageChecker)(inside, holder, part))
+    return found

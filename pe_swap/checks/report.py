@@ -14,12 +14,19 @@ class Check:
         passed: whether it holds; None where the scheme does not claim it and the line is for information.
         difference: relative difference of hidden states, `|a - b| / |b|` (Euclidean norms), or None where none was measured.
         detail: what was compared, or why it was not.
+        part: what was checked, where a model has several parts (`encoder`, `decoder`, `text`); else empty.
     """
 
     name: str
     passed: bool | None
     difference: float | None
     detail: str
+    part: str = ""
+
+    @property
+    def label(self) -> str:
+        """The part and the property, as the report shows them."""
+        return f"{self.part}: {self.name}" if self.part else self.name
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class PositionalReport:
         """Return the report as lines of text."""
         mark = {True: "ok  ", False: "FAIL", None: "-   "}
         lines = [f"{self.title}: {'all claims hold' if self.passed else 'NOT AS CLAIMED'} (rounding: {self.tolerance:.1e})"]
+        width = max(22, *(len(check.label) for check in self.checks))
         for check in self.checks:
             measured = "" if check.difference is None else f"{check.difference:.1e}"
-            lines.append(f"  {mark[check.passed]} {check.name:<22} {measured:>8}  {check.detail}")
+            lines.append(f"  {mark[check.passed]} {check.label:<{width}} {measured:>8}  {check.detail}")
         return "\n".join(lines)

@@ -6,20 +6,22 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from pe_swap.attention.names import library_name
 from pe_swap.attention.shared_in_call import ARGUMENT, SharedInCall
-from pe_swap.checks.report import Check, PositionalReport
+from pe_swap.checks.report import Check
 from pe_swap.errors import PESwapError, PositionRangeError
 from pe_swap.families import base_model_of
 from pe_swap.patching.holder import SchemeHolder
 from pe_swap.patching.install import layer_hooks
-from pe_swap.patching.layer_cache import cache_argument
+from pe_swap.patching.layer_cache import cache_argument, parameters_of
 from pe_swap.schemes import Scheme
 from pe_swap.swap import restore_positional, swap_positional
 
@@ -32,35 +34,67 @@ SHIFT = 17
 LONGEST_ROW = 2048
 """Tokens: the longest row that the check beyond the trained length runs; beyond it, a short row stands at far position ids."""
 
+MEMORY_LENGTH = 8
+"""States that a decoder with an encoder attends to in place of the encoder's."""
+
 ABOVE_ROUNDING = 10.0
 """How many times the measured rounding an effect must be to count as one."""
 
 
 class TextChecker:
-    """The checks of one model. Hidden states of the base model are compared: every head shares them."""
+    """The checks of one swapped stack of layers.
+
+    Hidden states of the base model are compared: every head shares them. Where the decoder has an input of its own (T5, BART, Whisper),
+    the stack is called by itself.
+
+    Attributes:
+        part: the name of the stack in the report; empty where the model has no other.
+        memory: states that stand for an encoder's, `[1, MEMORY_LENGTH, hidden_size]`; None where the stack attends to none.
+        takes_ids: the stack takes position ids.
+    """
 
     reordered = "last state, tokens before it reversed"
 
-    def __init__(self, model: PreTrainedModel, holder: SchemeHolder) -> None:
+    def __init__(self, model: PreTrainedModel, holder: SchemeHolder, part: str) -> None:
         self.model = model
-        self.base_model: Any = base_model_of(model)
-        self.cache_argument = cache_argument(self.base_model) if holder.stack.has_cache else ""
         self.holder = holder
+        self.part = part
         self.schemes = list(holder)
         self.stack = holder.stack
         self.first_id = holder.first_id
         self.is_causal = self.stack.is_causal(model.config)
-        weight = holder.tokens.weight
+        base_model = base_model_of(model)
+        self.runs_alone = "decoder_input_ids" in parameters_of(base_model)
+        weight, takes = holder.tokens.weight, parameters_of(self.running(model))
         self.device, self.vocabulary = weight.device, weight.shape[0]
+        self.takes_ids = "position_ids" in takes and not self.stack.ids_from_mask
+        self.cache_argument = cache_argument(self.running(model)) if self.stack.has_cache else ""
+        self.memory: Tensor | None = None
+        if self.runs_alone and self.is_causal:
+            states = torch.randn(1, MEMORY_LENGTH, model.config.hidden_size, generator=torch.Generator().manual_seed(6))
+            self.memory = states.to(self.device, weight.dtype)
         self.tolerance = max(torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32)) ** 0.5
         self.length = min(LENGTH, holder.max_length or LENGTH)
 
-    def report(self) -> PositionalReport:
+    def running(self, model: PreTrainedModel) -> Any:
+        """Return the module of a model that is called: the base model, or the stack by itself."""
+        base_model: Any = base_model_of(model)
+        return base_model.get_submodule(self.stack.caller) if self.runs_alone else base_model
+
+    @property
+    def title(self) -> str:
+        """What is swapped, in words."""
+        names = "+".join(dict.fromkeys(scheme.name for scheme in self.schemes))
+        return f"{names} in the {self.part}" if self.part else names
+
+    @property
+    def implementation(self) -> str:
+        """The attention implementation in use, by transformers' name."""
+        return str(library_name(self.model.config._attn_implementation))
+
+    def run_all(self) -> list[Check]:
         """Run everything."""
-        names = "+".join(dict.fromkeys(scheme.name for scheme in self.schemes)) or "no scheme"
-        title = f"{type(self.model).__name__} with {names}, {library_name(self.model.config._attn_implementation)}"
-        checks = tuple(self.run(name, check) for name, check in self.checks().items())
-        return PositionalReport(title, self.tolerance, checks)
+        return [self.run(name, check) for name, check in self.checks().items()]
 
     def checks(self) -> dict[str, Callable[[], Check]]:
         """Return the checks by name, in the order of the report."""
@@ -81,9 +115,10 @@ class TextChecker:
     def run(self, name: str, check: Callable[[], Check]) -> Check:
         """Run one check; an error of ours is a failure that says so, and the other checks still run."""
         try:
-            return check()
+            found = check()
         except PESwapError as error:
-            return Check(name, False, None, str(error))
+            found = Check(name, False, None, str(error))
+        return replace(found, part=self.part)
 
     def tokens(self, batch: int, length: int, seed: int = 0) -> Tensor:
         """Return random token ids, `[batch, length]`, none of them padding: some families count positions by it."""
@@ -96,12 +131,13 @@ class TextChecker:
         """Return the base model's last hidden states, `[batch, length, hidden_size]`, float32; `position_ids` count from 0."""
         if self.is_causal and self.stack.has_cache and self.cache_argument not in kwargs:
             kwargs["use_cache"] = False
-        if self.stack.ids_from_mask:
-            kwargs.pop("position_ids", None)  # such a model takes none, and counts what the mask lets through
+        if not self.takes_ids:
+            kwargs.pop("position_ids", None)
         if "position_ids" in kwargs:
             kwargs["position_ids"] = kwargs["position_ids"] + self.first_id
-        base_model: Any = self.base_model if model is None else base_model_of(model)
-        hidden: Tensor = base_model(input_ids, **kwargs).last_hidden_state
+        if self.memory is not None:
+            kwargs["encoder_hidden_states"] = self.memory.expand(len(input_ids), -1, -1)
+        hidden: Tensor = self.running(model or self.model)(input_ids, **kwargs).last_hidden_state
         return hidden.float()
 
     def compare(self, name: str, found: Tensor, expected: Tensor, detail: str, *, claimed: bool = True) -> Check:
@@ -144,7 +180,7 @@ class TextChecker:
         name = "own scheme = unswapped"
         if self.holder.original is None:
             return Check(name, None, None, "not measured: the model was loaded already swapped, without what was replaced")
-        if self.base_model.get_submodule(self.stack.native.holder_path) is not self.holder:
+        if base_model_of(self.model).get_submodule(self.stack.native.holder_path) is not self.holder:
             return Check(name, None, None, "not measured: the module of the schemes is wrapped (PEFT's modules_to_save)")
         scheme = self.stack.native.own_scheme
         if scheme is None:
@@ -168,6 +204,9 @@ class TextChecker:
             if starts_neutral:
                 return Check("order matters", None, difference, "not yet: the scheme starts from adding nothing, train it")
         detail = f"{self.reordered}; rounding is {rounding:.1e}"
+        weight = self.holder.tokens.weight
+        if torch.finfo(weight.dtype).bits == 16 and rounding < difference <= ABOVE_ROUNDING * rounding:
+            return Check("order matters", None, difference, f"{detail}, too near to tell: check a float32 copy")
         return Check("order matters", difference > ABOVE_ROUNDING * rounding, difference, detail)
 
     def order_difference(self) -> float:
@@ -186,15 +225,20 @@ class TextChecker:
 
     def eager(self) -> Check:
         """Check that the attention implementation in use equals the plain one."""
-        config, ids = self.model.config, self.tokens(2, self.length)
-        implementation = library_name(config._attn_implementation)
+        ids = self.tokens(2, self.length)
+        modules = self.stack.attention_modules(base_model_of(self.model), self.model.config)
+        configs = [self.model.config, *(module.config for module in modules if hasattr(module, "config"))]
+        own: Any = {id(config): config for config in configs}  # the stacks of a T5 have copies of their own
+        implementations = {key: library_name(config._attn_implementation) for key, config in own.items()}
         found = self.states(ids)
-        try:  # on the configuration: model.set_attn_implementation would refuse to go back to what GPT-2 does not declare
-            config._attn_implementation = "eager"
+        try:  # on the configurations: model.set_attn_implementation would refuse to go back to what GPT-2 does not declare
+            for config in own.values():
+                config._attn_implementation = "eager"
             expected = self.states(ids)
         finally:
-            config._attn_implementation = implementation
-        return self.compare("backend = eager", found, expected, str(implementation))
+            for key, config in own.items():
+                config._attn_implementation = implementations[key]
+        return self.compare("backend = eager", found, expected, self.implementation)
 
     def padded(self, side: str) -> Check:
         """Check that a row padded on one side equals the row alone."""
@@ -207,9 +251,19 @@ class TextChecker:
         mask = torch.cat((torch.ones_like(whole), mask))
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         together = self.states(torch.cat((whole, torch.cat(parts, dim=1))), attention_mask=mask, position_ids=position_ids)
-        given = "counted from the mask" if self.stack.ids_from_mask else "given"
-        detail = f"{short} of {self.length}, position ids {given}"  # without them, a length that padding counts into may differ
-        return self.compare(f"{side}-padded = alone", together[1][mask[1].bool()], self.states(row)[0], detail)
+        how, claimed = "given", True  # without ids, a length that padding counts into may differ
+        if not self.takes_ids and self.stack.counts == "slots":
+            how, claimed = "count the padding", side == "right" or self.shift_invariant
+        elif not self.takes_ids:
+            how = "counted from the mask"
+        detail = f"{short} of {self.length}, position ids {how}" + ("" if claimed else ": not claimed")
+        found, expected = together[1][mask[1].bool()], self.states(row)[0]
+        return self.compare(f"{side}-padded = alone", found, expected, detail, claimed=claimed)
+
+    @property
+    def shift_invariant(self) -> bool:
+        """Whether all schemes claim that only differences of positions matter."""
+        return all(scheme.shift_invariant for scheme in self.schemes)
 
     def future(self) -> Check:
         """Check that later tokens do not change earlier states."""
@@ -226,9 +280,12 @@ class TextChecker:
         first = max(rescaled, default=0) - self.length // 2
         if self.holder.max_length is not None:
             first = min(first, self.holder.max_length - self.length)
-        first = 0 if self.stack.ids_from_mask else max(first, 0)
+        first = max(first, 0) if self.takes_ids else 0
         ids, where = self.tokens(2, self.length), torch.arange(self.length, device=self.device)[None] + first
-        cache, parts, start = DynamicCache(config=self.model.config), [], 0
+        cache: Cache = DynamicCache(config=self.model.config)
+        if self.memory is not None:
+            cache = EncoderDecoderCache(cache, DynamicCache(config=self.model.config))
+        parts, start = [], 0
         for length in (self.length // 2, self.length // 4, 1, self.length):
             chunk = slice(start, start + length)
             if ids[:, chunk].shape[1]:
@@ -243,9 +300,9 @@ class TextChecker:
 
     def shifted(self) -> Check:
         """Check that only differences of positions matter, where the schemes claim it."""
-        claimed = all(scheme.shift_invariant for scheme in self.schemes)
+        claimed = self.shift_invariant
         name, ids = "shift invariant", self.tokens(1, self.length)
-        if self.stack.ids_from_mask:
+        if not self.takes_ids:
             return Check(name, None, None, "not measured: this family takes no position ids")
         here, mask = torch.arange(self.length, device=self.device)[None], torch.ones_like(ids)
         try:
@@ -263,7 +320,7 @@ class TextChecker:
         last = min(trained + 8, limit or trained + 8)
         length = min(last, LONGEST_ROW)
         ids, given = self.tokens(1, length), {}
-        if length < last and self.stack.ids_from_mask:
+        if length < last and not self.takes_ids:
             return Check(
                 "beyond trained length", None, None, f"not measured: more than {LONGEST_ROW:,} tokens, and no position ids"
             )

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from pe_swap.families import base_model_of, family_for
 from pe_swap.patching.holder import SchemeHolder
-from pe_swap.patching.install import holder_of
+from pe_swap.patching.install import holder_in
 
 NAMES_INSIDE_WRAPPERS = ("module", "_orig_mod", "base_model", "model")
 """Where wrappers register what they wrap: data parallel ones, `torch.compile`, PEFT's model and PEFT's tuner."""
@@ -29,13 +29,23 @@ def inner_model(model: Any) -> Any:
     return found
 
 
-def acting_holder(model: PreTrainedModel) -> SchemeHolder | None:
-    """Return the module whose schemes act in a model: PEFT's `modules_to_save` puts a copy of it, to be trained, into its place.
+def acting_holders(model: PreTrainedModel) -> list[SchemeHolder]:
+    """Return the modules whose schemes act in a model, one per swapped stack, in the order of the stacks.
+
+    PEFT's `modules_to_save` puts a copy of such a module, to be trained, into its place.
 
     Raises:
-        SwapStateError: see `holder_of`.
+        SwapStateError: see `holder_in`.
     """
-    stack = family_for(model).stacks_in(base_model_of(model), model.config)[0]
-    place: Any = dict(base_model_of(model).named_modules()).get(stack.native.holder_path)
-    acting = getattr(getattr(place, "scheme_at", None), "__self__", None)  # a wrapper passes on the methods of what acts in it
-    return acting if isinstance(acting, SchemeHolder) and acting is not place else holder_of(model)
+    base_model = base_model_of(model)
+    modules = dict(base_model.named_modules())
+    found = []
+    for stack in family_for(model).stacks_in(base_model, model.config):
+        place: Any = modules.get(stack.native.holder_path)
+        acting = getattr(
+            getattr(place, "scheme_at", None), "__self__", None
+        )  # a wrapper passes on the methods of what acts in it
+        holder = acting if isinstance(acting, SchemeHolder) and acting is not place else holder_in(model, stack)
+        if holder is not None:
+            found.append(holder)
+    return found

@@ -40,6 +40,15 @@ def test_bfloat16_is_measured_by_its_own_rounding(backend: str) -> None:
     assert report.tolerance == pytest.approx(0.088, abs=1e-3)
 
 
+def test_an_effect_too_near_to_the_rounding_of_bfloat16_is_no_failure() -> None:
+    model = pe_swap.swap_positional(tiny("bart"), "learned")
+    assert of_part(pe_swap.check_positional(model), "encoder")["order matters"] is True
+    found = pe_swap.check_positional(model.to(torch.bfloat16))
+    check = next(check for check in found.checks if (check.part, check.name) == ("encoder", "order matters"))
+    assert check.passed is None
+    assert check.detail.endswith("too near to tell: check a float32 copy")
+
+
 def test_float64_is_measured_by_the_rounding_of_angles_in_float32() -> None:
     report = pe_swap.check_positional(swapped("gpt2", "rope").to(torch.float64))
     assert report.passed, report
@@ -140,11 +149,64 @@ def test_an_unswapped_model_is_refused() -> None:
         pe_swap.check_positional(build("gpt2"))
 
 
-@pytest.mark.parametrize(("family", "part"), [("t5", None), ("bart", "decoder")])
-def test_a_decoder_with_an_input_of_its_own_is_refused(family: str, part: str | None) -> None:
-    model = pe_swap.swap_positional(tiny(family), "alibi", part=part)
-    with pytest.raises(pe_swap.errors.UnsupportedModelError, match="check_positional runs models of one input"):
-        pe_swap.check_positional(model)
+ENCODER_DECODERS = [("t5", "alibi", None), ("bart", "sinusoidal", None), ("marian", "shaw", None), ("whisper", "rope", None)]
+
+
+@pytest.mark.parametrize(("family", "scheme", "part"), [*ENCODER_DECODERS, ("pegasus", "fox", "decoder")])
+def test_the_stacks_of_an_encoder_decoder_are_checked_one_by_one(family: str, scheme: str, part: str | None) -> None:
+    model = pe_swap.swap_positional(tiny(family), scheme, part=part)
+    model.get_encoder().train()
+    modes = [module.training for module in model.modules()]
+    report = pe_swap.check_positional(model)
+    assert report.passed, str(report)
+    assert [module.training for module in model.modules()] == modes
+    own_stacks = {"encoder", "decoder"} if part is None and family != "whisper" else {"decoder"}
+    assert {check.part for check in report.checks} == own_stacks
+    for name in own_stacks:
+        assert {"every layer bound": True, "own scheme = unswapped": True, "backend = eager": True}.items() <= of_part(
+            report, name
+        ).items()
+    assert of_part(report, "decoder")["cached = uncached"] is True
+    assert of_part(report, "decoder")["causal"] is True
+
+
+def of_part(report: pe_swap.checks.PositionalReport, part: str) -> dict[str, bool | None]:
+    return {check.name: check.passed for check in report.checks if check.part == part}
+
+
+def test_without_position_ids_padding_on_the_left_is_claimed_for_distances_only() -> None:
+    claimed = pe_swap.check_positional(pe_swap.swap_positional(tiny("bart"), "alibi"))
+    assert of_part(claimed, "decoder")["left-padded = alone"] is True
+    absolute = pe_swap.check_positional(pe_swap.swap_positional(tiny("bart"), "sinusoidal"))
+    assert of_part(absolute, "decoder")["left-padded = alone"] is None
+    assert of_part(absolute, "decoder")["right-padded = alone"] is True
+
+
+def test_a_bias_dropped_by_a_backend_is_seen_in_both_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pe_swap.swap_positional(tiny("t5"), "alibi")
+    heads = holder_of(model, "decoder").geometry.num_heads
+    monkeypatch.setattr(
+        "pe_swap.attention.call.AttentionCall.bias_by_distance",
+        lambda context, q_len, kv_len, device: torch.zeros(heads, q_len + kv_len - 1),
+    )
+    report = pe_swap.check_positional(model)
+    for part in ("encoder", "decoder"):
+        assert of_part(report, part)["backend = eager"] is False
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_fault_in_the_decoder_alone_is_seen_there(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pe_swap.swap_positional(tiny(family), "alibi")
+    scheme = holder_of(model, "decoder").scheme_at(0)
+    bias = scheme.relative_bias
+    # A call for one query has no later keys, and a call for several has.
+    monkeypatch.setattr(
+        scheme, "relative_bias", lambda distance, **kwargs: bias(distance, **kwargs) * (1 + float((distance > 0).any()))
+    )
+    report = pe_swap.check_positional(model)
+    assert of_part(report, "decoder")["cached = uncached"] is False
+    assert False not in of_part(report, "encoder").values()
+    assert "FAIL decoder: cached = uncached" in str(report)
 
 
 def test_a_base_that_changes_with_the_length_is_reported_where_it_changes() -> None:

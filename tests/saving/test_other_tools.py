@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 import pe_swap
 from pe_swap.errors import CheckpointError, SwapStateError
-from pe_swap.patching.wrappers import acting_holder, inner_model
+from pe_swap.patching.wrappers import acting_holders, inner_model
 from tests.support.models import build, swapped, token_ids
 
 pytestmark = [
@@ -86,7 +86,7 @@ def test_the_check_looks_into_wrappers() -> None:
     report = pe_swap.check_positional(model)
     assert report.passed, str(report)
     # What acts is the copy that PEFT trains, so its schemes are those to call.
-    assert acting_holder(base) is model.base_model.model.transformer.wpe.modules_to_save["default"]
+    assert acting_holders(base) == [model.base_model.model.transformer.wpe.modules_to_save["default"]]
 
 
 def test_no_model_inside_is_left_as_it_is() -> None:
