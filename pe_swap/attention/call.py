@@ -42,7 +42,7 @@ class CallShared:
         query_slots: `[q_len]`, int64.
         query_ids: `[batch or 1, q_len]`, int64; on a grid `[batch or 1, q_len, axes]`.
         first_key_slot: slot of the first key; above 0 where the cache has dropped keys.
-        first_query: index of the first query in the key buffer, or None where a static cache alone knows it.
+        first_query: index of the first query in the key buffer, or None where only a static cache has it.
         rotation: what the scheme's `prepare_positions` gave for the queries, or None where it transforms nothing.
         shared: what all layers share.
         kept: what calls with the same cache share, or None.
@@ -157,7 +157,7 @@ class AttentionCall:
     def keys_are_the_queries(self, kv_len: int) -> bool:
         """Tell whether the keys are those of this call's tokens alone, in order.
 
-        A static cache, which alone knows the first slot, has no room for anything else where keys are as many as queries.
+        Where only a static cache has the first slot, there is no room for anything else where keys are as many as queries.
         """
         return kv_len == len(self.call.query_slots) and self.call.first_query in (0, None)
 

@@ -295,7 +295,7 @@ class TextChecker:
         expected = self.states(ids, **({"position_ids": where} if rescaled else {}))
         detail = "prefill, chunk, token, chunk"
         if rescaled:
-            detail += f", from position {first:,}; not claimed: earlier tokens saw another scale of positions"
+            detail += f", from position {first:,}; not claimed: earlier keys were turned at another scale"
         return self.compare("cached = uncached", torch.cat(parts, dim=1), expected, detail, claimed=not rescaled)
 
     def shifted(self) -> Check:

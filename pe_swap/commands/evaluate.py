@@ -71,7 +71,7 @@ def evaluate(config: EvalConfig, known_text: text.Text | None = None, labels: Ma
     for name, configuration in configurations.items():
         if len(tokenizers[name]) > configuration.vocab_size:
             raise DataError(
-                f"The tokenizer has {len(tokenizers[name]):,} tokens, the model '{name}' knows {configuration.vocab_size:,}. Models "
+                f"The tokenizer has {len(tokenizers[name]):,} tokens, the model '{name}' has {configuration.vocab_size:,}. Models "
                 "compared on the same tokens need one vocabulary; name it with --tokenizer, or evaluate this model alone."
             )
     whole = text.load_documents(_all_for_evaluation(config).data, "eval") if known_text is None else known_text.held_out
@@ -282,7 +282,7 @@ def _update_card(folder: Path, rows: Sequence[Mapping[str, Any]], dataset: Mappi
     try:
         record_evaluation(folder, {row["length"]: row["perplexity"] for row in chosen}, measured_on=measured_on, dataset=dataset)
     except (OSError, CheckpointError) as error:
-        print(f"The model card in '{folder}' could not be told what was measured: {error}", file=sys.stderr)
+        print(f"What was measured could not be written into the model card in '{folder}': {error}", file=sys.stderr)
 
 
 def _all_for_evaluation(config: EvalConfig) -> EvalConfig:

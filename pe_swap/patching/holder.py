@@ -260,7 +260,7 @@ class SchemeHolder(Holder):
 
         Warns:
             UserWarning: a training begins in which other weights of the model move and no parameter of the schemes does: PEFT freezes
-                all that it is not told of, and parameters that a swap brought have not been trained by anybody.
+                all that its configuration does not name, and parameters that a swap brought have not been trained by anybody.
         """
         super().train(mode)
         parameters = list(self.parameters())

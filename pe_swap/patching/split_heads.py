@@ -13,7 +13,7 @@ from pe_swap.schemes.base import Scheme
 
 
 def require_whole_heads(attention: nn.Module, layer: int, scheme: Scheme, hooks: frozenset[str]) -> None:
-    """Refuse a layer whose heads are split, where the scheme has numbers for each of them: it knows nothing of which are at hand.
+    """Refuse a layer whose heads are split, where the scheme has numbers for each of them and cannot say which are at hand.
 
     What is refused is a bias per head, and every scheme with parameters in attention: they would get the gradient of the heads at hand
     alone, and the processes would train different schemes. The others (rotations) do the same to every head.

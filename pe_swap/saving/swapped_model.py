@@ -79,6 +79,8 @@ class LoadedModel:
 
         A method of transformers' own, called by its loading; without it the same refusal comes later, in `from_pretrained`.
         """
+        missing_keys = list(missing_keys)
+        _require_same_base_name(self, missing_keys)
         _require_positional_weights(self, "not in the checkpoint, or of another shape", missing_keys)
         super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)  # type: ignore[misc]
 
@@ -136,7 +138,7 @@ class SwappedModel(LoadedModel):
             holder.to(holder.tokens.weight.dtype)
             holder.kept = kept
             attach(stack, base_model, unswapped, holder)
-            # Told by the schemes, not by the file.
+            # From the schemes, not from the file.
             entries[stack.name]["attention_hooks"] = sorted(attention_hooks(holder))
             entries[stack.name]["rope_parameters"] = rope_parameters_of(holder, unswapped)
         self.loss_type = known_loss_type(self)
@@ -238,6 +240,24 @@ def _require_positional_weights(model: Any, what: str, keys: Iterable[str]) -> N
         raise CheckpointError(
             f"The checkpoint's positional weights do not fit the scheme in its config.json ({what}: {_listed(wrong)}). Loading it would "
             "give a model with wrong positions. Save the model again with save_pretrained, or load the folder it was made from."
+        )
+
+
+def _require_same_base_name(model: Any, missing: Iterable[str]) -> None:
+    """Refuse a class that keeps its base model under another name than the class that was saved: none of its weights would be found.
+
+    Transformers has one such head, that of question answering in Llama and its like, and draws all weights of it at random.
+
+    Raises:
+        CheckpointError: it does, and weights of the base model are missing.
+    """
+    saved_class = _saved_class(model)
+    here, there = model.base_model_prefix, saved_class.base_model_prefix
+    if here != there and here and any(key.startswith(f"{here}.") for key in missing):
+        raise CheckpointError(
+            f"{type(model).__name__} has its base model as '{here}', and the {saved_class.__name__} that was saved has it as '{there}': "
+            "all weights would be drawn at random, as for a model that is not swapped. Load the saved class, build this one with "
+            f"from_config, and copy: model.{here}.load_state_dict(saved.{there}.state_dict())."
         )
 
 

@@ -91,7 +91,7 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]  # transformers is u
 class LogWhereMeansEnd(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Has a step logged where the Trainer's mean of losses must end: a logged loss is the mean since the one before.
 
-    The last matching step, as no mean is over two objectives; and every step with a checkpoint, as a run that continues from it knows
+    The last matching step, as no mean is over two objectives; and every step with a checkpoint, as a run that continues from it has
     the steps from there on.
     """
 

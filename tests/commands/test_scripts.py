@@ -380,7 +380,7 @@ def test_an_evaluation_is_told_to_the_model_card(
     capsys.readouterr()
     assert call("eval_long_context", *line, str(alibi)) == 0
     assert (
-        f"The model card in '{alibi}' could not be told what was measured: [Errno 13] Permission denied: 'README.md'\n"
+        f"What was measured could not be written into the model card in '{alibi}': [Errno 13] Permission denied: 'README.md'\n"
         in capsys.readouterr().err
     )
 

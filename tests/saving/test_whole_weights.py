@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -43,6 +50,24 @@ def test_weights_that_are_written_in_another_form_come_back(family: str, loaded:
     kept = [name for name in plain if name in found and found[name].shape == plain[name].shape]
     assert len(kept) >= len(plain) - 2
     assert [name for name in kept if not torch.equal(found[name], plain[name])] == []
+
+
+@pytest.mark.parametrize("scheme", ["alibi", "t5"])  # without and with weights of its own
+def test_a_head_with_another_name_for_its_base_model_is_refused_with_the_way_that_works(scheme: str, tmp_path: Path) -> None:
+    saved = pe_swap.swap_positional(families.tiny("llama"), scheme)
+    saved.save_pretrained(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=r"has its base model as 'transformer'.*LlamaForCausalLM.* as 'model'.*from_config"):
+        AutoModelForQuestionAnswering.from_pretrained(tmp_path / "saved")
+    model = AutoModelForQuestionAnswering.from_config(AutoConfig.from_pretrained(tmp_path / "saved")).eval()
+    model.transformer.load_state_dict(saved.model.state_dict())
+    ids = token_ids(2, 20)
+    with torch.no_grad():
+        assert torch.equal(model.transformer(ids).last_hidden_state, saved.model(ids).last_hidden_state)
+        model.save_pretrained(tmp_path / "again")
+        again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "again").eval()
+        assert torch.equal(again(ids).start_logits, model(ids).start_logits)
+    with pytest.raises(CheckpointError, match=r"has its base model as 'model'.*QuestionAnswering.* as 'transformer'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again")
 
 
 def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

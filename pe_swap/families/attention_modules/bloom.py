@@ -10,7 +10,7 @@ from transformers.models.bloom import modeling_bloom
 from pe_swap.families.attention_modules.interface import attend, cached
 
 EAGER = "pe_swap_eager"
-"""The one implementation that BLOOM knows, by our name; its layers do not hold the configuration."""
+"""The one implementation that BLOOM has, by our name; its layers do not hold the configuration."""
 
 
 class BloomAttention(modeling_bloom.BloomAttention):  # type: ignore[misc]

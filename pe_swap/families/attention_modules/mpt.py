@@ -11,7 +11,7 @@ from transformers.models.mpt import modeling_mpt
 from pe_swap.families.attention_modules.interface import attend, cached
 
 EAGER = "pe_swap_eager"
-"""The one implementation that MPT knows, by our name; its layers do not hold the configuration."""
+"""The one implementation that MPT has, by our name; its layers do not hold the configuration."""
 
 
 class MptAttention(modeling_mpt.MptAttention):  # type: ignore[misc]

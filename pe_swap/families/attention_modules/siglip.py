@@ -11,7 +11,7 @@ from pe_swap.families.attention_modules.interface import attend
 
 
 class SiglipAttention(modeling_siglip.SiglipAttention):  # type: ignore[misc]
-    """`SiglipAttention` whose attention function is told the layer's scheme."""
+    """`SiglipAttention` whose attention function gets the layer's scheme."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, attention_call: Any = None, **kwargs: Any
