@@ -85,7 +85,7 @@ class TextChecker:
     def title(self) -> str:
         """What is swapped, in words."""
         names = "+".join(dict.fromkeys(scheme.name for scheme in self.schemes))
-        return f"{names} in the {self.part}" if self.part else names
+        return f"{names} ({self.part})" if self.part else names
 
     @property
     def implementation(self) -> str:

@@ -207,7 +207,7 @@ def test_an_encoder_decoder_is_swapped_as_a_whole_and_by_parts(tmp_path: Path) -
     report = pe_swap.check_positional(model)
     assert report.passed, str(report)
     assert {check.part for check in report.checks} == {"encoder", "decoder"}
-    assert str(report).startswith("EncoderDecoderModel with alibi in the encoder, rope in the decoder, sdpa: all claims hold")
+    assert str(report).startswith("EncoderDecoderModel with alibi (encoder), rope (decoder), sdpa: all claims hold")
     assert pe_swap.check_positional(model.encoder).passed
     assert torch.equal(result(pe_swap.restore_positional(model)), before)
 
