@@ -3,7 +3,6 @@
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import QuantizedLayer
 
 import pe_swap
 from pe_swap.errors import SwapStateError
@@ -74,32 +73,6 @@ def test_layers_of_their_own() -> None:
         parts = [model(ids[:, at : at + 4], **with_cache(model, past)).logits for at in (0, 4, 8)]
     assert [layer.keys.shape[-1] for layer in past.layers] == [8, 9]
     torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, ids, use_cache=False), atol=2e-5, rtol=1e-4)
-
-
-class _Quantized(QuantizedLayer):
-    """A layer of a quantized cache that needs no kernel: 4 bits, in groups of all channels."""
-
-    def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        step = tensor.abs().amax(dim=-1, keepdim=True).clamp(min=1e-6) / 7
-        return (tensor / step).round() * step
-
-    def _dequantize(self, q_tensor: torch.Tensor) -> torch.Tensor:
-        return q_tensor
-
-
-def test_a_quantized_cache_is_refused_by_name_and_serves_other_schemes() -> None:
-    ids = token_ids(1, 9)
-    for case in ("rope", CASE):
-        model, past = swapped("gpt2", case), DynamicCache()
-        past.layers.extend(_Quantized(residual_length=4) for _ in range(2))
-        if case == "rope":
-            parts = [logits(model, part, **with_cache(model, past)) for part in ids.split((5, 1, 3), dim=1)]
-            assert torch.cat(parts, dim=1).isfinite().all()
-        else:
-            with pytest.raises(
-                SwapStateError, match=r"^Layer 0 carries the scheme 'fox'.*quantized cache would round them\. Use a"
-            ):
-                logits(model, ids, **with_cache(model, past))
 
 
 def test_chunks_into_a_static_cache_that_generate_allocates() -> None:
