@@ -48,7 +48,7 @@ class TextChecker:
     the stack is called by itself.
 
     Attributes:
-        part: the name of the stack in the report; empty where the model has no other.
+        part: the name of the stack, or of the model inside a composite, in the report; empty where there is no name to tell it from others.
         memory: states that stand for an encoder's, `[1, MEMORY_LENGTH, hidden_size]`; None where the stack attends to none.
         takes_ids: the stack takes position ids.
     """
@@ -251,14 +251,19 @@ class TextChecker:
         mask = torch.cat((torch.ones_like(whole), mask))
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
         together = self.states(torch.cat((whole, torch.cat(parts, dim=1))), attention_mask=mask, position_ids=position_ids)
-        how, claimed = "given", True  # without ids, a length that padding counts into may differ
-        if not self.takes_ids and self.stack.counts == "slots":
-            how, claimed = "count the padding", side == "right" or self.shift_invariant
+        how, claimed = "given", True
+        if not self.takes_ids and self.stack.counts == "slots":  # padding moves what is on its right, and makes the row longer
+            how, claimed = "count the padding", not self.rescaled and (side == "right" or self.shift_invariant)
         elif not self.takes_ids:
             how = "counted from the mask"
         detail = f"{short} of {self.length}, position ids {how}" + ("" if claimed else ": not claimed")
         found, expected = together[1][mask[1].bool()], self.states(row)[0]
         return self.compare(f"{side}-padded = alone", found, expected, detail, claimed=claimed)
+
+    @property
+    def rescaled(self) -> list[int]:
+        """Original lengths of the schemes whose scale of positions changes with the length of a row."""
+        return [scheme.original_length for scheme in self.schemes if not scheme.cached_equals_uncached]
 
     @property
     def shift_invariant(self) -> bool:
@@ -276,7 +281,7 @@ class TextChecker:
 
     def cached(self) -> Check:
         """Check that a prefill, a chunk and a token equal one pass; where a scheme does not claim that, across its original length."""
-        rescaled = [scheme.original_length for scheme in self.schemes if not scheme.cached_equals_uncached]
+        rescaled = self.rescaled
         first = max(rescaled, default=0) - self.length // 2
         if self.holder.max_length is not None:
             first = min(first, self.holder.max_length - self.length)

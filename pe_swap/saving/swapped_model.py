@@ -253,7 +253,7 @@ def _require_same_base_name(model: Any, missing: Iterable[str]) -> None:
     """
     saved_class = _saved_class(model)
     here, there = model.base_model_prefix, saved_class.base_model_prefix
-    if here != there and here and any(key.startswith(f"{here}.") for key in missing):
+    if here and there and here != there and any(key.startswith(f"{here}.") for key in missing):
         raise CheckpointError(
             f"{type(model).__name__} has its base model as '{here}', and the {saved_class.__name__} that was saved has it as '{there}': "
             "all weights would be drawn at random, as for a model that is not swapped. Load the saved class, build this one with "

@@ -182,6 +182,15 @@ def test_without_position_ids_padding_on_the_left_is_claimed_for_distances_only(
     assert of_part(absolute, "decoder")["right-padded = alone"] is True
 
 
+def test_without_position_ids_no_padding_is_claimed_where_the_length_of_a_row_scales_positions() -> None:
+    model = pe_swap.swap_positional(tiny("bart"), "rope", rope_type="dynamic", factor=4.0, original_max_position_embeddings=8)
+    report = pe_swap.check_positional(model)
+    assert report.passed, str(report)
+    check = next(check for check in report.checks if (check.part, check.name) == ("decoder", "right-padded = alone"))
+    assert check.passed is None
+    assert check.difference > report.tolerance
+
+
 def test_a_bias_dropped_by_a_backend_is_seen_in_both_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pe_swap.swap_positional(tiny("t5"), "alibi")
     heads = holder_of(model, "decoder").geometry.num_heads
