@@ -1,7 +1,8 @@
 """`scripts/benchmark.py`: what a scheme costs in time and memory.
 
 Times are ratios of paired runs: the model and its reference run in turn, the order swapped each time, in one process and on the same
-weights, so that what slows the machine slows both. Each memory figure comes from a process of its own.
+weights, so that what slows the machine slows both. Each memory figure comes from a process of its own: on a CPU what the process held,
+on a GPU what torch held there.
 
 In a family of images, sizes are resolutions in pixels. The model is built for that resolution, so that the unswapped one adds its table as
 it is.
@@ -15,6 +16,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import platform
 import statistics
 import sys
 import time
@@ -58,11 +60,12 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     """Measure everything and write record, table and plot; return the record, which is also written after every row.
 
     Raises:
-        ConfigError: options of a scheme that is not measured, or lengths for memory on a system without peak figures.
+        ConfigError: options of a scheme that is not measured, lengths for memory on a system without peak figures, or a GPU that is
+            not there.
         UnsupportedModelError: a scheme that the family cannot have.
         UnknownNameError: no scheme or family has that name.
     """
-    watch, out = Stopwatch(), Path(config.out)
+    watch, out, device = Stopwatch(), Path(config.out), device_of(config)
     torch.set_num_threads(config.threads)
     causal = is_causal(config)
     of_images = FAMILIES[config.family].takes_images
@@ -82,6 +85,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         "status": "running",
         "config": resolved(config),
         **environment(),
+        "device": device_name(device),
         "cores": os.cpu_count(),
         "processor": processor(),
         "results": rows,
@@ -98,6 +102,22 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     write_whole(out / "benchmark.png", png(benchmark_plot(rows, str(record["unit"]))))
     print(table)
     return record
+
+
+def device_of(config: BenchmarkConfig) -> torch.device:
+    """Return the device that models run on.
+
+    Raises:
+        ConfigError: a GPU is asked for, and torch finds none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch finds no GPU. Use 'cpu', or a torch that is built for this machine's GPU.")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name, or the CPU's architecture, as records name them: `x86_64 cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " cpu"
 
 
 def require_whole_patches(config: BenchmarkConfig) -> None:
@@ -141,18 +161,25 @@ def processor() -> str:
 
 
 def build(config: BenchmarkConfig, contestant: str, longest: int) -> PreTrainedModel:
-    """Return a model without a head, float32, dropout off.
+    """Return a model without a head, on the device and in the dtype of `config`, dropout off.
 
     Args:
-        config: the sizes.
+        config: the sizes, device and dtype.
         contestant: `original`, or a scheme.
         longest: positions that a model with a table gets, or the resolution, in pixels; a swapped one starts from the same.
     """
     torch.manual_seed(0)
-    model = AutoModel.from_config(AutoConfig.for_model(config.family, **sizes(config, config.family, longest)))
+    model = _unswapped(config, config.family, longest)
     if contestant != ORIGINAL:
         swap_positional(model, contestant, **config.options.get(contestant, {}))
-    return model.eval()
+    return model.eval().to(device_of(config))
+
+
+def _unswapped(config: BenchmarkConfig, model_type: str, longest: int) -> PreTrainedModel:
+    """Return a new model of any family of transformers, in the dtype of `config`, on the CPU."""
+    shape = AutoConfig.for_model(model_type, **sizes(config, model_type, longest))
+    model: PreTrainedModel = AutoModel.from_config(shape, dtype=getattr(torch, config.dtype))
+    return model
 
 
 def build_pair(config: BenchmarkConfig, scheme: str, longest: int) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -225,8 +252,8 @@ def sizes(config: BenchmarkConfig, model_type: str, longest: int) -> dict[str, A
 
 def _peer(config: BenchmarkConfig, model_type: str, longest: int) -> PreTrainedModel:
     """Return a model of another family; of an encoder-decoder its decoder alone, without cross-attention."""
-    model = AutoModel.from_config(AutoConfig.for_model(model_type, **sizes(config, model_type, longest)))
-    return (model.decoder if model.config.is_encoder_decoder else model).eval()
+    model = _unswapped(config, model_type, longest)
+    return (model.decoder if model.config.is_encoder_decoder else model).eval().to(device_of(config))
 
 
 def forward_run(model: PreTrainedModel, ids: Tensor) -> Run:
@@ -311,28 +338,30 @@ def peer_rows(config: BenchmarkConfig) -> Iterator[BenchmarkRow]:
 
 
 def inputs(config: BenchmarkConfig, size: int) -> Tensor:
-    """Return `size` random token ids, or random images of `size` by `size` pixels, `[images, 3, size, size]`."""
+    """Return `size` random token ids, or random images of `size` by `size` pixels, `[images, 3, size, size]`, on the device."""
     if not FAMILIES[config.family].takes_images:
         return token_ids(config, size)
-    return torch.randn(config.images, 3, size, size, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(config.images, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return images.to(device_of(config), getattr(torch, config.dtype))
 
 
 def token_ids(config: BenchmarkConfig, length: int) -> Tensor:
-    """Return random token ids, `[1, length]`."""
-    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+    """Return random token ids, `[1, length]`, on the device."""
+    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1)).to(device_of(config))
 
 
 def ratio(config: BenchmarkConfig, run: Run, reference: Run) -> BenchmarkRow:
     """Return the median ratio of paired runs, its quartiles, and both median times in seconds."""
+    device = device_of(config)
     run(), reference()  # the first calls allocate
     gc.collect()
     times: list[tuple[float, float]] = []
     watch = Stopwatch()
     while len(times) < config.pairs and (len(times) < 3 or watch.seconds < config.seconds):
         if len(times) % 2:
-            second, first = timed(reference), timed(run)
+            second, first = timed(reference, device), timed(run, device)
         else:
-            first, second = timed(run), timed(reference)
+            first, second = timed(run, device), timed(reference, device)
         times.append((first, second))
     ratios = sorted(first / second for first, second in times)
     quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -346,16 +375,26 @@ def ratio(config: BenchmarkConfig, run: Run, reference: Run) -> BenchmarkRow:
     }
 
 
-def timed(run: Run) -> float:
-    """Return the seconds of one run."""
+def timed(run: Run, device: torch.device) -> float:
+    """Return the seconds of one run, from an idle device to an idle device."""
+    wait_for(device)
     start = time.perf_counter()
     run()
+    wait_for(device)
     return time.perf_counter() - start
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what was called: on a GPU a call returns before its work is done, on a CPU after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def memory_rows(config: BenchmarkConfig, schemes: Sequence[str]) -> Iterator[BenchmarkRow]:
     """Yield one row a scheme and length: the peak of a forward pass over the unswapped model's, each in its own process."""
     lengths = config.resolutions if FAMILIES[config.family].takes_images else config.lengths
+    gc.collect()
+    torch.cuda.empty_cache()  # what this process keeps of a GPU for later, the others could not use
     for length in tqdm(lengths, desc=f"{config.family} memory"):
         peaks = {name: _in_a_process(peak_bytes, config.model_dump_json(), name, length) for name in (ORIGINAL, *schemes)}
         for name in schemes:
@@ -391,15 +430,22 @@ def _in_a_process(function: Callable[..., int], *arguments: object) -> int:
 def peak_bytes(config_json: str, contestant: str, length: int) -> int:
     """Return the most memory this process has ever held, in bytes, after one forward pass: weights, activations and libraries.
 
+    On a GPU it is the most that torch's allocator has given out there: weights, activations, and what libraries take through it, such as
+    the workspace of cuBLAS. For a process that was just started, nothing was given out before.
+
     Raises:
         ConfigError: a system that does not tell.
     """
-    if sys.platform != "linux":
-        raise ConfigError(f"tasks names 'memory', whose peak is read as on Linux; this is {sys.platform}. Leave it out.")
     config = BenchmarkConfig(**json.loads(config_json))
+    device = device_of(config)
+    if device.type == "cpu" and sys.platform != "linux":
+        raise ConfigError(f"tasks names 'memory', whose peak is read as on Linux; this is {sys.platform}. Leave it out.")
     torch.set_num_threads(config.threads)
     warnings.simplefilter("ignore")
     forward_run(build(config, contestant, length), inputs(config, length))()
+    if device.type == "cuda":
+        wait_for(device)  # raises what went wrong there
+        return torch.cuda.max_memory_allocated(device)
     # Not getrusage's figure: on Linux a new process starts that one from its parent's peak.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))

@@ -34,7 +34,7 @@ class BenchmarkRow(TypedDict, total=False):
     """Median time of a run, and that of the reference; not for `memory`."""
     reference_seconds: float
     megabytes: float
-    """Peak of the process, MiB, and that of the reference's; for `memory` only."""
+    """Peak of the process, or on a GPU of its tensors there, MiB, and that of the reference's; for `memory` only."""
     reference_megabytes: float
 
 
@@ -42,7 +42,7 @@ TASK_TITLES = {
     "forward": "Forward pass, time over the unswapped model's",
     "train": "Training step (forward, loss, backward), time over the unswapped model's",
     "decode": "Decoding time over the unswapped model's, by number of cached tokens",
-    "memory": "Peak memory of a process that runs one forward pass, over the unswapped model's",
+    "memory": "Peak memory of a process that runs one forward pass (on a GPU: of its tensors there), over the unswapped model's",
     "peer": "Models of transformers with the scheme built in, time over ours with the same scheme",
 }
 
@@ -59,8 +59,9 @@ def benchmark_table(record: dict[str, Any]) -> str:
             f"{config['layers']} layers, {config['hidden_size']} wide, {config['heads']} heads, patches of {config['patch_size']}"
         )
         batch = f"{config['images']} images; columns are heights and widths in pixels"
-    lines = ["# What a scheme costs", "", f"{config['family']}, {shape}, float32, {batch}; {record['processor']},"]
-    flushed = ", denormal numbers flushed" if record.get("flushes_denormals") else ""
+    where = f"{config['dtype']} on {record['device']}"
+    lines = ["# What a scheme costs", "", f"{config['family']}, {shape}, {where}, {batch}; {record['processor']},"]
+    flushed = ", denormal numbers flushed on the CPU" if record.get("flushes_denormals") else ""
     lines += [f"{config['threads']} threads, torch {record['versions']['torch']}, commit {record['commit']}{flushed}.", ""]
     for task, title in TASK_TITLES.items():
         chosen = [row for row in rows if _benchmark_group(row) == task]

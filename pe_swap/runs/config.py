@@ -383,6 +383,8 @@ class BenchmarkConfig(Section):
         default=None, description="key heads, in families with grouped heads; else as many"
     )
     vocab_size: PositiveInt = Field(default=1024, description="vocabulary of every model")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where it runs; auto: on a GPU where there is one")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="precision of the models")
     threads: PositiveInt = Field(default=2, description="CPU threads")
     pairs: PositiveInt = Field(default=7, description="most pairs of runs behind a ratio")
     seconds: PositiveFloat = Field(default=20.0, description="no further pair after so many seconds, once there are three")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from pe_swap.runs.command_line import parse
 from pe_swap.runs.config import BenchmarkConfig
 
 TINY = {"layers": 1, "hidden_size": 24, "heads": 2, "vocab_size": 32, "pairs": 3, "seconds": 0.01, "threads": 1, "peer_length": 8}
+TINY |= {"device": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +162,74 @@ def test_a_model_of_images_is_measured_by_resolution(tmp_path: Path, capsys: pyt
     assert unswapped.embeddings.position_embeddings.shape == (1, 17, 24), "the table is the resolution's own"
     with pytest.raises(ConfigError, match=r"resolutions names 10 pixels, which patches of 4 do not divide\. Name multiples"):
         benchmark(config.model_copy(update={"resolutions": [10]}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "vit"])
+def test_every_task_runs_in_bfloat16_where_there_is_a_gpu_on_it(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_in_a_process", lambda function, *arguments: function(*arguments))
+    lengths = {"lengths": [8], "train_lengths": [8], "resolutions": [8], "patch_size": 4}
+    given = TINY | lengths | {"family": family, "device": "auto", "dtype": "bfloat16", "schemes": ["rope"], "out": str(tmp_path)}
+    config = BenchmarkConfig(**given)
+    model, device = build(config, "rope", 8), measuring.device_of(config)
+    found = {(tensor.device.type, tensor.dtype) for tensor in model.parameters()}
+    assert found == {(device.type, torch.bfloat16)}
+    record = benchmark(config)
+    tasks = [row["task"] for row in record["results"] if row["reference"] == "original"]
+    assert tasks == ["forward", "train", *(["decode"] if family == "gpt2" else []), "memory"]
+    assert record["config"]["dtype"] == "bfloat16"
+    assert f"bfloat16 on {record['device']}, " in (tmp_path / "report.md").read_text()
+
+
+def test_images_are_the_same_in_every_precision() -> None:
+    images = {
+        dtype: measuring.inputs(BenchmarkConfig(**TINY, family="vit", dtype=dtype), 8)
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+    for dtype, found in images.items():
+        assert torch.equal(found, images["float32"].to(getattr(torch, dtype)))
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = BenchmarkConfig(**TINY | {"device": "cuda", "out": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"device is 'cuda', but torch finds no GPU\. Use 'cpu'"):
+        benchmark(config)
+    assert list(tmp_path.iterdir()) == []
+    assert measuring.device_of(config.model_copy(update={"device": "auto"})) == torch.device("cpu")
+
+
+def test_auto_is_the_gpu_and_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {name: measuring.device_of(BenchmarkConfig(**TINY | {"device": name})).type for name in ("auto", "cuda", "cpu")}
+    assert found == {"auto": "cuda", "cuda": "cuda", "cpu": "cpu"}
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_names_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = measuring.environment()
+    monkeypatch.setattr(measuring, "environment", lambda: {**there, "device": "NVIDIA H100 80GB HBM3"})
+    config = BenchmarkConfig(**TINY, schemes=["rope"], tasks=["forward"], lengths=[8], peers=False, out=str(tmp_path))
+    assert benchmark(config)["device"] == f"{platform.machine()} cpu"
+    assert f"float32 on {platform.machine()} cpu, batch 1" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_clock_is_read_when_a_gpu_is_idle(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is waited for before either reading, so that no run's time holds another's work or misses its own."""
+    events: list[str] = []
+    clock = itertools.count()
+
+    def perf_counter() -> float:
+        events.append("clock")
+        return float(next(clock))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("wait"))
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=perf_counter))
+    config = BenchmarkConfig(**TINY | {"device": device})
+    found = measuring.ratio(config, lambda: events.append("run"), lambda: events.append("reference"))
+    assert found["pairs"] == 3
+    wait = ["wait"] if device == "cuda" else []
+    order = ["run", "reference", "reference", "run", "run", "reference"]
+    assert events == ["run", "reference", *(event for name in order for event in (*wait, "clock", name, *wait, "clock"))]
