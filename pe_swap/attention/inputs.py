@@ -239,12 +239,12 @@ def require_known_cache(attention_call: AttentionCall, q_len: int, kv_len: int) 
 
 
 def without_constant_bias(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return keywords without a `position_bias` (T5) that is one number for all keys: softmax removes it. Any other stays, and is refused.
+    """Return keywords without a `position_bias` (T5) that is a row for all heads and queries. Any other stays, and is refused.
 
-    The hook of such a family hands in zeros, `[1, 1, 1, 1]`, for the model's own bias.
+    The hook of such a family hands in zeros, `[1, 1, 1, kv_len]`, for the model's own bias, which has a row per head and query.
     """
     bias = keywords.get("position_bias")
-    if not isinstance(bias, Tensor) or bias.shape[-2:] != (1, 1):
+    if not isinstance(bias, Tensor) or bias.shape[:3] != (1, 1, 1):
         return keywords
     return {name: value for name, value in keywords.items() if name != "position_bias"}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pe_swap.attention.call import AttentionCall, CallShared
-from pe_swap.attention.fused import fused_attention
+from pe_swap.attention.fused import distance_mask, fused_attention
 from pe_swap.attention.inputs import HARMLESS_KEYWORDS
 
 HOOKS = frozenset({"relative_bias"})
@@ -67,4 +67,8 @@ def one_query_attention(
     if key.shape[2] != bias.shape[3] or query.shape[2] != 1 or key.device != bias.device:
         return None
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    return fused_attention(query, key, value, bias, scaling=scaling, dropout=dropout).transpose(1, 2).contiguous()
+    return (
+        fused_attention(query, key, value, distance_mask(bias, query), scaling=scaling, dropout=dropout)
+        .transpose(1, 2)
+        .contiguous()
+    )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pe_swap.attention.fused import FORBIDDEN, fused_attention, kernel_mask, of_one_width, per_head
+from pe_swap.attention.fused import FORBIDDEN, distance_mask, fused_attention, kernel_mask, of_one_width, per_head
 from pe_swap.attention.kept_with_cache import is_transformed
 from pe_swap.attention.masks import block_of
 
@@ -86,13 +86,13 @@ def relative_bias_attention(
             key, value, bias = key[:, :, first:], value[:, :, first:], bias[:, first:]
             attention_mask = block_of(attention_mask, slice(None), slice(first, None))
         mask = bias[None, :, None] if attention_mask is None else kernel_mask(bias[None, :, None], attention_mask)
-        return fused_attention(query, key, value, mask, scaling=scaling, dropout=dropout)
+        return fused_attention(query, key, value, distance_mask(mask, query), scaling=scaling, dropout=dropout)
     blocks = forward_blocks(q_len, key.shape[2], is_causal, attention_mask, first_visible)
     reversed_query = query.flip(2)
     outputs = []
     for start, stop, kv_start, kv_stop in reversed(blocks):
         keys = slice(kv_start, kv_stop)
-        mask = block_mask(bias, q_len, start, stop, keys, attention_mask)
+        mask = distance_mask(block_mask(bias, q_len, start, stop, keys, attention_mask), query)
         block = reversed_query[:, :, q_len - stop : q_len - start]
         outputs.append(fused_attention(block, key[:, :, keys], value[:, :, keys], mask, scaling=scaling, dropout=dropout))
     return torch.cat(outputs, dim=2).flip(2)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED, SharedInCall
 from pe_swap.errors import UnsupportedModelError
+from pe_swap.families.attention_modules.interface import CACHE_ARGUMENTS
 from pe_swap.families.native import AddedBias, Rotary
 from pe_swap.patching.holder import HolderRef
+from pe_swap.patching.layer_cache import self_attention_cache
 
 HANDED_ATTRIBUTE = "pe_swap_handed"
 
@@ -32,6 +34,13 @@ class Handed:
     layer_type: str | None
 
 
+def number_of_keys(hidden_states: Tensor, kwargs: dict[str, Any]) -> int:
+    """Return how many keys the first attention module of a call will have, those of its cache included."""
+    q_len = hidden_states.shape[1]
+    cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+    return q_len if cache is None else int(self_attention_cache(cache).get_mask_sizes(q_len, 0)[0])
+
+
 def hand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Replace the model's own positions in a layer's arguments."""
     handed: Handed = getattr(module, HANDED_ATTRIBUTE)
@@ -40,7 +49,7 @@ def hand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if isinstance(native, AddedBias):
         assert native.argument is not None
         fade = handed.holder_ref.holder.fade
-        bias = fade * kwargs[native.argument] if fade else native.neutral(hidden_states)
+        bias = fade * kwargs[native.argument] if fade else native.neutral(hidden_states, number_of_keys(hidden_states, kwargs))
         return args, {**kwargs, native.argument: bias}
     shared: SharedInCall = kwargs.get(ARGUMENT, NOTHING_SHARED)
     given = (

@@ -96,11 +96,15 @@ class Shaw(Scheme):
         return bias * scaling
 
     def value_bias(self, probabilities: Tensor, positions: Positions, *, layer: int) -> Tensor:
-        """Return `sum_j alpha_ij a_V[clip(j - i)]`; see `Scheme.value_bias`. Probabilities are summed by row first."""
-        table = of_layer(self.value_tables, layer).to(probabilities.dtype)
+        """Return `sum_j alpha_ij a_V[clip(j - i)]`; see `Scheme.value_bias`.
+
+        Probabilities are summed by row first, in float32: in a narrow dtype a GPU rounds after every one of them.
+        """
+        dtype = torch.promote_types(probabilities.dtype, torch.float32)
+        table = of_layer(self.value_tables, layer).to(dtype)
         rows = clipped_row(positions.distance, self.options.max_distance).expand(probabilities.shape)
-        by_row = probabilities.new_zeros(*probabilities.shape[:-1], table.shape[0]).scatter_add(-1, rows, probabilities)
-        return torch.matmul(by_row, table)
+        by_row = torch.zeros(*probabilities.shape[:-1], table.shape[0], dtype=dtype, device=probabilities.device)
+        return torch.matmul(by_row.scatter_add(-1, rows, probabilities.to(dtype)), table)
 
     def reset_parameters(self) -> None:
         """Set every table to zeros."""
