@@ -26,7 +26,14 @@ from pe_swap.evaluation.seeds import joined, joined_probes
 from pe_swap.evaluation.text import tokens_and_bytes, where_first_token_stands
 from pe_swap.runs import data as text
 from pe_swap.runs.config import DataSection, EvalConfig, MeasureSection, build, resolved
-from pe_swap.runs.models import content_hashes, is_causal_configuration, load_model, require_text_model, scheme_name
+from pe_swap.runs.models import (
+    content_hashes,
+    device_of_process,
+    is_causal_configuration,
+    load_model,
+    require_text_model,
+    scheme_name,
+)
 from pe_swap.runs.output import require_kind, require_output_folder
 from pe_swap.runs.progress import EveryMinute, on_terminal
 from pe_swap.runs.records import Stopwatch, environment, fingerprint, read_record, write_record
@@ -226,9 +233,7 @@ def _measure(config: EvalConfig, evaluator: Evaluator, name: str, label: str, ba
     """Return one model's rows."""
     causal = is_causal_configuration(require_model(name))
     with_head = evaluator.needs_vocabulary(causal=causal)
-    model = load_model(name, getattr(torch, config.dtype), with_head=with_head).eval()
-    if torch.cuda.is_available():
-        model = model.cuda()
+    model = load_model(name, getattr(torch, config.dtype), with_head=with_head).eval().to(device_of_process())
     scheme = scheme_name(model)
     minutes, watch = EveryMinute(), Stopwatch()
 

@@ -20,6 +20,7 @@ from pe_swap.runs.models import (
     apply_scheme,
     content_hashes,
     described,
+    device_of_process,
     is_causal_configuration,
     is_configuration,
     is_headless,
@@ -77,6 +78,7 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
         name = str(config.model)
         with_head = not (needs_no_head(config.train.transition, config.train.max_steps) and is_headless(name))
         model = load_model(name, with_head=with_head)
+    model.to(device_of_process())  # the Trainer would, but only after perplexities have been measured
     require_vocabulary(model, tokenizer)
     if not with_head and config.train.eval_steps:
         raise ConfigError(f"train.eval_steps measures perplexity, and '{config.model}' has no head for words. Leave it out.")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, set_seed
 
 from pe_swap.commands.evaluate import distinct, part_folder, trained_seeds
@@ -20,7 +19,7 @@ from pe_swap.families.native.grid import two_sides
 from pe_swap.runs.config import CompareConfig, FinetuneConfig, MeasureSection, resolved
 from pe_swap.runs.image_models import image_config, load_image_model, require_resolution, start_image_model
 from pe_swap.runs.images import Images
-from pe_swap.runs.models import apply_scheme, content_hashes, is_configuration, scheme_name
+from pe_swap.runs.models import apply_scheme, content_hashes, device_of_process, is_configuration, scheme_name
 from pe_swap.runs.records import Stopwatch, environment, fingerprint, is_main_process, read_record, write_record
 from pe_swap.training.images import require_image_training, train_on_images
 
@@ -87,6 +86,7 @@ def finetune_on_images(config: FinetuneConfig, images: Images) -> dict[str, Any]
         return finished
     set_seed(config.seed)
     model = start_image_model(config.model, images) if is_configuration(config.model) else load_image_model(str(config.model))
+    model.to(device_of_process())
     before = accuracy(model, images)
     apply_scheme(model, config.scheme)
     record: dict[str, Any] = {
@@ -163,9 +163,7 @@ def evaluate_on_images(config: CompareConfig, labels: Mapping[str, str], out: Pa
         key = fingerprint([PROTOCOL_VERSION, asked, images.key, name, content_hashes(name)])
         part = read_record(part_folder(out, name))
         if part is None or part.get("fingerprint") != key:
-            model = load_image_model(name).eval()
-            if torch.cuda.is_available():
-                model = model.cuda()
+            model = load_image_model(name).eval().to(device_of_process())
             found = [
                 accuracy_row(one.name, resolution, one.hits(model, images.held_out, resolution))
                 for one in measures

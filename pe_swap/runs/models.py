@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -39,6 +41,9 @@ CONTENT = (
 
 ADAPTER = "adapter_config.json"
 """The file that makes a folder an adapter of PEFT."""
+
+PLACED_BY_LAUNCHER = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+"""Variables of `accelerate launch` under which this package moves no model to a GPU."""
 
 UNUSED_IN_STATES = "pooler."
 """Where the weights begin that BERT's body has and its last hidden states do not come from."""
@@ -92,6 +97,16 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, *, with_head: bool
         require_one_direction(model, name)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def device_of_process() -> torch.device:
+    """Return the device on which this process trains and measures: its GPU, or the CPU where there is none.
+
+    It is the CPU too where a launcher says so, or splits the weights of a model over processes (FSDP, DeepSpeed) and places them itself.
+    """
+    if not torch.cuda.is_available() or any(map(parse_flag_from_env, PLACED_BY_LAUNCHER)):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def is_headless(name: str) -> bool:

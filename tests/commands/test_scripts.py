@@ -458,7 +458,7 @@ def test_two_processes_train_as_one_with_the_same_effective_batch(texts: list[st
     started = ["--model", str(model), "--vocab_size", "280", *read, "--train.max_steps", "2", "--out", str(tmp_path / "base")]
     assert call("finetune", *started) == 0
     script = [str(SCRIPTS / "finetune.py"), "--model", str(tmp_path / "base"), *read]
-    script += ["--scheme.name", "rope", "--train.max_steps", "4", "--train.logging_steps", "1"]
+    script += ["--scheme.name", "rope", "--train.max_steps", "4", "--train.logging_steps", "1", "--train.bf16", "false"]
     script += ["--train.transition.match", "attention", "--train.transition.match_share", "0.5"]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

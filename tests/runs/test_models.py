@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     BertForMaskedLM,
     BertModel,
@@ -20,7 +21,7 @@ from transformers import (
 
 import pe_swap
 from pe_swap.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
-from pe_swap.runs.models import is_causal, load_model, require_vocabulary, start_model
+from pe_swap.runs.models import PLACED_BY_LAUNCHER, device_of_process, is_causal, load_model, require_vocabulary, start_model
 from tests.support.models import build
 from tests.support.words import numbered_tokenizer, word_tokenizer
 
@@ -112,3 +113,25 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:
     require_vocabulary(build("gpt2", vocab_size=len(words)), words)
     with pytest.raises(DataError, match=rf"The tokenizer has {len(words)} tokens, but the model has rows for {len(words) - 1}"):
         require_vocabulary(build("gpt2", vocab_size=len(words) - 1), words)
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "variables", "expected"),
+    [
+        (False, {}, "cpu"),
+        (True, {}, "cuda:0"),
+        (True, {"LOCAL_RANK": "1"}, "cuda:1"),
+        (True, {"LOCAL_RANK": "1", "ACCELERATE_USE_FSDP": "true"}, "cpu"),
+        (True, {"ACCELERATE_USE_DEEPSPEED": "true"}, "cpu"),
+        (True, {"LOCAL_RANK": "1", "ACCELERATE_USE_CPU": "true"}, "cpu"),
+    ],
+)
+def test_the_device_of_a_process(
+    has_gpu: bool, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", *PLACED_BY_LAUNCHER):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert str(device_of_process()) == expected

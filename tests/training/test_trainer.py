@@ -238,7 +238,7 @@ def test_bf16_is_for_gpus_and_costs_a_line_on_other_cpus(
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
         assert training.uses_bf16(section) is available
         assert not training.uses_bf16(section.model_copy(update={"bf16": False}))
-    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     arguments = SimpleNamespace(bf16=True)
     training.warn_of_slow_training(build("gpt2", attn_pdrop=0.1), arguments, drops=True)  # type: ignore[arg-type]
