@@ -39,8 +39,8 @@ def bare_mask(attention_mask: Tensor | None) -> Tensor | None:
 def distance_mask(mask: Tensor, query: Tensor) -> Tensor:
     """Return bias and mask, of a bias that depends on the distance alone, in the dtype in which a kernel takes them beside these queries.
 
-    On a GPU that is the queries' own, as in transformers' ALiBi models. A bias `b` in bfloat16 is off by `|b| / 512` at most. What a key
-    loses or gains by that is a part of its probability, which falls with `exp(b)`: `|b| exp(b) / 512` is below 0.001 for any `b < 0`.
+    On a GPU that is the queries' own, as in transformers' ALiBi models. A bias `b` in bfloat16 is off by `|b| / 256` at most. What a key
+    loses or gains by that is a part of its probability, which falls with `exp(b)`: `|b| exp(b) / 256` is below 0.0015 for any `b < 0`.
     """
     return mask if query.device.type == "cpu" else mask.to(query.dtype)
 
@@ -103,7 +103,7 @@ def aligned(x: Tensor) -> Tensor:
         stride % unit == 0 for size, stride in zip(x.shape, x.stride()[:-1], strict=False) if size > 1
     )
     starts_well = torch.compiler.is_compiling() or x.storage_offset() % unit == 0  # a compiler knows no offsets
-    return x if fits and starts_well else x.contiguous()
+    return x if fits and starts_well else x.clone(memory_format=torch.contiguous_format)
 
 
 def for_kernel(query: Tensor, key: Tensor, value: Tensor, *, has_mask: bool) -> tuple[Tensor, Tensor, bool]:
