@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ def hand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if isinstance(native, AddedBias):
         assert native.argument is not None
         fade = handed.holder_ref.holder.fade
-        bias = fade * kwargs[native.argument] if fade else native.neutral(hidden_states, number_of_keys(hidden_states, kwargs))
+        num_keys = partial(number_of_keys, hidden_states, kwargs)
+        bias = fade * kwargs[native.argument] if fade else native.neutral(hidden_states, num_keys)
         return args, {**kwargs, native.argument: bias}
     shared: SharedInCall = kwargs.get(ARGUMENT, NOTHING_SHARED)
     given = (

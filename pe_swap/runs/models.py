@@ -106,7 +106,7 @@ def device_of_process() -> torch.device:
     """
     if not torch.cuda.is_available() or any(map(parse_flag_from_env, PLACED_BY_LAUNCHER)):
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def is_headless(name: str) -> bool:

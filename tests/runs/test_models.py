@@ -121,6 +121,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:
         (False, {}, "cpu"),
         (True, {}, "cuda:0"),
         (True, {"LOCAL_RANK": "1"}, "cuda:1"),
+        (True, {"LOCAL_RANK": "3"}, "cuda:1"),  # a launcher may show a process some of the GPUs
         (True, {"LOCAL_RANK": "1", "ACCELERATE_USE_FSDP": "true"}, "cpu"),
         (True, {"ACCELERATE_USE_DEEPSPEED": "true"}, "cpu"),
         (True, {"LOCAL_RANK": "1", "ACCELERATE_USE_CPU": "true"}, "cpu"),
@@ -134,4 +135,5 @@ def test_the_device_of_a_process(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert str(device_of_process()) == expected

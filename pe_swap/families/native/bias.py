@@ -36,12 +36,12 @@ class AddedBias(NativePositions):
         """A place of its own in the stack."""
         return f"{self.stack}.{NAME}" if self.stack else NAME
 
-    def neutral(self, hidden_states: Tensor, num_keys: int) -> Tensor | None:
+    def neutral(self, hidden_states: Tensor, num_keys: Callable[[], int]) -> Tensor | None:
         """Return a bias of zero for every pair, of as few elements as the family's own addition takes; None where it takes that.
 
         Args:
             hidden_states: `[batch, q_len, hidden_size]`.
-            num_keys: number of keys.
+            num_keys: returns the number of keys, those of a cache included.
         """
         raise NotImplementedError
 
@@ -90,12 +90,12 @@ class Bias(AddedBias):
         """Return number of buckets and largest distance, by the names of `t5`'s options."""
         return {"num_buckets": config.relative_attention_num_buckets, "max_distance": config.relative_attention_max_distance}
 
-    def neutral(self, hidden_states: Tensor, num_keys: int) -> Tensor:
+    def neutral(self, hidden_states: Tensor, num_keys: Callable[[], int]) -> Tensor:
         """Return a bias of zero for every pair, `[1, 1, 1, num_keys]`, so that the first layer works none out.
 
         One number for all keys would do on a CPU. Kernels for GPUs refuse a mask whose keys are one number in memory.
         """
-        return hidden_states.new_zeros(1, 1, 1, num_keys)
+        return hidden_states.new_zeros(1, 1, 1, num_keys())
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Alibi(AddedBias):
         """Return the length that the model was trained at: the model works its bias out at that length."""
         return getattr(config, self.length_field) if self.length_field else None
 
-    def neutral(self, hidden_states: Tensor, num_keys: int) -> Tensor:
+    def neutral(self, hidden_states: Tensor, num_keys: Callable[[], int]) -> Tensor:
         """Return a bias of zero for every pair, `[1, 1, 1]`."""
         return hidden_states.new_zeros(1, 1, 1)
 
@@ -190,7 +190,7 @@ class GridBias(AddedBias):
         """Return None: nothing is as long as the input."""
         return None
 
-    def neutral(self, hidden_states: Tensor, num_keys: int) -> None:
+    def neutral(self, hidden_states: Tensor, num_keys: Callable[[], int]) -> None:
         """Return None: no mask."""
         return None
 
