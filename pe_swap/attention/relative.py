@@ -8,16 +8,21 @@ vary by row (padding, packing) are added block by block.
 
 A bias that needs a gradient would send PyTorch to its unfused path, so it has a backward of its own, block by block
 (`_RelativeBiasAttention`).
+
+Kernels for GPUs read no strided view and keep their mask for the backward pass, which together would be heads x length x length numbers per
+layer. There every call goes in blocks, and the backward pass computes a block again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from pe_swap.attention.fused import FORBIDDEN, distance_mask, fused_attention, kernel_mask, of_one_width, per_head
 from pe_swap.attention.kept_with_cache import is_transformed
@@ -87,15 +92,22 @@ def relative_bias_attention(
             attention_mask = block_of(attention_mask, slice(None), slice(first, None))
         mask = bias[None, :, None] if attention_mask is None else kernel_mask(bias[None, :, None], attention_mask)
         return fused_attention(query, key, value, distance_mask(mask, query), scaling=scaling, dropout=dropout)
-    blocks = forward_blocks(q_len, key.shape[2], is_causal, attention_mask, first_visible)
-    reversed_query = query.flip(2)
-    outputs = []
-    for start, stop, kv_start, kv_stop in reversed(blocks):
+    on_cpu = query.device.type == "cpu"
+    blocks = forward_blocks(q_len, key.shape[2], is_causal, attention_mask, first_visible, reads_views=on_cpu)
+
+    def attend(
+        reversed_query: Tensor, key: Tensor, value: Tensor, bias: Tensor, start: int, stop: int, kv_start: int, kv_stop: int
+    ) -> Tensor:
+        """Return the output of the queries from `start` to `stop`, backwards."""
         keys = slice(kv_start, kv_stop)
         mask = distance_mask(block_mask(bias, q_len, start, stop, keys, attention_mask), query)
         block = reversed_query[:, :, q_len - stop : q_len - start]
-        outputs.append(fused_attention(block, key[:, :, keys], value[:, :, keys], mask, scaling=scaling, dropout=dropout))
-    return torch.cat(outputs, dim=2).flip(2)
+        return fused_attention(block, key[:, :, keys], value[:, :, keys], mask, scaling=scaling, dropout=dropout)
+
+    again_in_backward = not on_cpu and len(blocks) > 1 and torch.is_grad_enabled() and not is_transformed()
+    run = partial(checkpoint, attend, use_reentrant=False) if again_in_backward else attend
+    inputs = query.flip(2), key, value, bias
+    return torch.cat([run(*inputs, *block) for block in reversed(blocks)], dim=2).flip(2)
 
 
 def is_exporting() -> bool:
@@ -115,13 +127,28 @@ def query_blocks(
 
 
 def forward_blocks(
-    q_len: int, kv_len: int, is_causal: bool, attention_mask: Tensor | None, first_visible: FirstVisible | None
+    q_len: int,
+    kv_len: int,
+    is_causal: bool,
+    attention_mask: Tensor | None,
+    first_visible: FirstVisible | None,
+    *,
+    reads_views: bool = True,
 ) -> list[tuple[int, int, int, int]]:
-    """Return the blocks of the forward pass; all queries together where no key is skipped and no mask has to be written out."""
+    """Return the blocks of the forward pass; all queries together where no key is skipped and no mask has to be written out.
+
+    Args:
+        q_len: number of queries.
+        kv_len: number of keys.
+        is_causal: see `relative_bias_attention`.
+        attention_mask: see `relative_bias_attention`.
+        first_visible: see `relative_bias_attention`.
+        reads_views: the kernel reads a strided view of the bias; else the bias of a block is written out.
+    """
     if attention_mask is not None:
         return query_blocks(q_len, kv_len, False, MASKED_BLOCK, first_visible)
-    skips_keys = is_causal or first_visible is not None
-    return query_blocks(q_len, kv_len, is_causal, CAUSAL_BLOCK if skips_keys else q_len, first_visible)
+    needs_blocks = is_causal or first_visible is not None or not reads_views
+    return query_blocks(q_len, kv_len, is_causal, CAUSAL_BLOCK if needs_blocks else q_len, first_visible)
 
 
 def hankel(bias: Tensor, q_len: int, start: int, stop: int, keys: slice) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from pe_swap.attention import fused
 from pe_swap.attention.fused import ALIGNED_BYTES, aligned, fused_attention, of_one_width
-from pe_swap.attention.relative import relative_bias_attention
+from pe_swap.attention.relative import CAUSAL_BLOCK, relative_bias_attention
 from pe_swap.patching.layer_cache import cache_argument
 from tests.support.families import tiny, token_ids
 from tests.support.models import swapped_tiny
@@ -95,6 +95,33 @@ def test_a_bias_of_the_distance_is_in_the_queries_dtype_and_written_out(q_len: i
     relative_bias_attention(query, key, key, bias, attention_mask=None, is_causal=q_len > 1, scaling=1.0, dropout=0.0)
     assert {handed[0][name].dtype for name in ("query", "key", "attn_mask")} == {torch.bfloat16}
     assert handed[0]["attn_mask"].stride(-1) == 1
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_no_bias_of_all_pairs_is_written_out_or_kept_for_the_backward_pass(
+    trained: bool, is_causal: bool, handed: Handed
+) -> None:
+    length, heads = 2000, 3
+    query, key = (torch.empty(1, heads, length, 8, device=GPU, requires_grad=True) for _ in range(2))
+    bias = torch.empty(heads, 2 * length - 1, device=GPU, requires_grad=trained)
+    kept: list[int] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        output = relative_bias_attention(
+            query, key, key, bias, attention_mask=None, is_causal=is_causal, scaling=1.0, dropout=0.0
+        )
+    assert len(handed) > 1
+    assert all(call["attn_mask"].shape[2] <= CAUSAL_BLOCK for call in handed)
+    assert sum(kept) < 20 * heads * length * 8
+    forward = len(handed)
+    output.sum().backward()
+    assert len(handed) == 2 * forward, "blocks are computed again"
+    assert all(x.grad is not None for x in (query, key, *([bias] if trained else [])))
 
 
 def test_the_rounding_of_a_bias_of_the_distance_is_below_what_its_docstring_says() -> None:
