@@ -17,7 +17,7 @@ from pe_swap.patching.install import holders_of
 from pe_swap.patching.layer_cache import CACHE_ARGUMENTS, parameters_of
 from pe_swap.schemes import SCHEMES
 from tests.support.covering import COVERING, COVERING_TWO_SIDED
-from tests.support.families import ROUNDING, auto_class, config_of, difference, outputs, takes_sdpa, tiny, token_ids
+from tests.support.families import ROUNDING, auto_class, difference, looks_back_only, outputs, takes_sdpa, tiny, token_ids
 from tests.support.models import CASES, LENGTH_DEPENDENT
 from tests.support.models import swapped_tiny as swapped
 
@@ -39,12 +39,6 @@ ARCHETYPES = tuple(
     if name in FAMILIES
 )
 """Attention written by hand; ids from the padding; no cache; grouped heads; a cap; windows; sinks; part of a head; interleaved planes."""
-
-
-def looks_back_only(family: str) -> bool:
-    """Tell whether every stack of a family is causal."""
-    config = config_of(family)
-    return all(stack.is_causal(config) for stack in FAMILIES[family].stacks_of(config))
 
 
 PAIRS = [

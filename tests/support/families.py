@@ -217,6 +217,12 @@ def is_causal(family: str) -> bool:
     return FAMILIES[model_type_of(family)].is_causal(config_of(family))
 
 
+def looks_back_only(family: str) -> bool:
+    """Tell whether every stack of a family is causal."""
+    config = config_of(family)
+    return all(stack.is_causal(config) for stack in FAMILIES[family].stacks_of(config))
+
+
 def config_of(family: str, **overrides: Any) -> Any:
     """Return the tiny configuration of a family in `TINY`, or of one of its `VARIANTS`; fields by their standard names or the family's."""
     model_type, changes = VARIANTS.get(family, (family, {}))
