@@ -117,6 +117,7 @@ class AttentionCall:
         query_is_scaled: the module multiplies its queries by `head_dim ** -0.5` itself, and hands on a scaling of 1.
         carried: what the scheme's `extra_key_channels` gave, `[batch, heads, q_len, channels]`, or None where it carries nothing. With a
             cache, the keys of the call have these channels after their own.
+        native_bias_is_zero: the model hands the module a bias of its own (`position_bias`), which a hook has set to zero for all layers.
     """
 
     layer: int
@@ -128,6 +129,7 @@ class AttentionCall:
     keys_are_transformed: bool
     query_is_scaled: bool = False
     carried: Tensor | None = None
+    native_bias_is_zero: bool = False
 
     @property
     def scheme(self) -> Scheme:

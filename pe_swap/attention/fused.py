@@ -41,6 +41,7 @@ def distance_mask(mask: Tensor, query: Tensor) -> Tensor:
 
     On a GPU that is the queries' own, as in transformers' ALiBi models. A bias `b` in bfloat16 is off by `|b| / 256` at most. What a key
     loses or gains by that is a part of its probability, which falls with `exp(b)`: `|b| exp(b) / 256` is below 0.0015 for any `b < 0`.
+    A trained bias may be positive; it is then as coarse as the numbers of a bfloat16 model are.
     """
     return mask if query.device.type == "cpu" else mask.to(query.dtype)
 

@@ -187,7 +187,8 @@ def resolve_call(
     """
     require_known_cache(attention_call, query.shape[2], key.shape[2])
     if not keywords.keys() <= KNOWN_KEYWORDS:
-        keywords = without_constant_bias(keywords)
+        if attention_call.native_bias_is_zero:
+            keywords.pop("position_bias", None)
         require_known_keywords(attention_call, keywords)
     scale_of_width = query.shape[-1] ** -0.5
     scaling = scale_of_width if scaling is None else scaling
@@ -236,17 +237,6 @@ def require_known_cache(attention_call: AttentionCall, q_len: int, kv_len: int) 
             f"The cache of layer {call.layer}, which has the scheme '{call.scheme.name}', returned {kv_len} keys, but its "
             f"get_mask_sizes said {call.num_keys}: the positions would be wrong. Use a cache of transformers, or use_cache=False."
         )
-
-
-def without_constant_bias(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return keywords without a `position_bias` (T5) that is a row for all heads and queries. Any other stays, and is refused.
-
-    The hook of such a family hands in zeros, `[1, 1, 1, kv_len]`, for the model's own bias, which has a row per head and query.
-    """
-    bias = keywords.get("position_bias")
-    if not isinstance(bias, Tensor) or bias.shape[:3] != (1, 1, 1):
-        return keywords
-    return {name: value for name, value in keywords.items() if name != "position_bias"}
 
 
 def require_known_keywords(attention_call: AttentionCall, keywords: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ class LayerBinding:
         cache_argument: which of them is the cache, or None where the module takes none (encoders).
         ids_from_mask: the module is handed no position ids; see `Stack.ids_from_mask`.
         query_is_scaled: the module multiplies its queries by `head_dim ** -0.5` itself, and hands on a scaling of 1 (OPT, Whisper, ESM).
+        native_bias_is_zero: the bias that the module is handed as `position_bias` is a hook's zeros, as no layer is to add the model's own.
     """
 
     holder_ref: HolderRef
@@ -36,6 +37,7 @@ class LayerBinding:
     cache_argument: str | None
     query_is_scaled: bool = False
     ids_from_mask: bool = False
+    native_bias_is_zero: bool = False
 
     @property
     def scheme(self) -> Scheme:

@@ -68,6 +68,7 @@ def hand_on_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         transforms_into_cache,
         binding.query_is_scaled,
         carried,
+        binding.native_bias_is_zero,
     )
     kwargs["attention_call"] = attention_call
     if cache is not None and (transforms_into_cache or carried is not None):

@@ -236,6 +236,7 @@ def attach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolde
                         taken,
                         stack.query_is_scaled,
                         stack.ids_from_mask,
+                        hands_zeros_on(holder),
                     ),
                 )
                 add_pre_hook(module, hand_on_positions)
@@ -272,10 +273,15 @@ def handed_to(holder: SchemeHolder, holder_ref: HolderRef, config: Any, layer: i
         takes_type = "layer_type" in inspect.signature(holder.kept[name].forward).parameters
         return Handed(holder_ref, native, name, layer_types[layer] if takes_type and layer_types else None)
     if isinstance(native, AddedBias):
-        layers = holder.assignment.layers
-        silent = layers[layer] is not None if native.each_layer else layer == 0 and None not in layers
+        silent = holder.assignment.layers[layer] is not None if native.each_layer else layer == 0 and hands_zeros_on(holder)
         return Handed(holder_ref, native, "", None) if silent else None
     return None
+
+
+def hands_zeros_on(holder: SchemeHolder) -> bool:
+    """Tell whether the first layer is handed zeros for a bias that it would work out and hand on: no layer is to add the model's own."""
+    native = holder.stack.native
+    return isinstance(native, AddedBias) and not native.each_layer and None not in holder.assignment.layers
 
 
 def detach(stack: Stack, base_model: nn.Module, config: Any, holder: SchemeHolder) -> None:

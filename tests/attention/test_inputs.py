@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+import pe_swap
 from pe_swap.attention import backends, blockwise
 from pe_swap.attention.call import per_key_head, per_query_head
 from pe_swap.errors import UnsupportedBackendError
@@ -33,6 +34,7 @@ from tests.attention.direct_calls import (
     factor_of,
 )
 from tests.references import attention as reference
+from tests.support.families import tiny, token_ids
 
 KINDS = [Turning, Relative, Scoring, ScoringAndRelative, Valuing, Carrying]
 BACKENDS = ["eager", "sdpa"]
@@ -200,9 +202,24 @@ def test_a_keyword_that_may_change_scores_is_refused_by_name(backend: str, keywo
 
 @every_backend
 @pytest.mark.parametrize("kind", [Turning, Relative])
-def test_a_position_bias_of_one_number_changes_nothing(backend: str, kind: type[Scheme]) -> None:
-    call = direct_call(build(kind), WHOLE)
-    assert torch.equal(call.run(backend, position_bias=torch.zeros(1, 1, 1, 1)), call.run(backend))
+def test_the_zeros_that_a_hook_hands_in_change_nothing_and_whatever_else_looks_like_them_is_refused(
+    backend: str, kind: type[Scheme]
+) -> None:
+    call, zeros = direct_call(build(kind), WHOLE), torch.zeros(1, 1, 1, WHOLE.kv_len)
+    with pytest.raises(UnsupportedBackendError, match="'position_bias'"):
+        call.run(backend, position_bias=zeros)
+    silenced = replace(call, context=replace(call.context, native_bias_is_zero=True))
+    assert torch.equal(silenced.run(backend, position_bias=zeros), call.run(backend))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_heads": 1, "d_kv": 96}], ids=["heads", "one head"])
+def test_a_t5_that_keeps_its_bias_in_a_layer_is_refused_token_by_token_too(sizes: dict[str, int]) -> None:
+    """The bias of one head for one query has the shape of the zeros that stand for it."""
+    model, ids = tiny("t5", **sizes), token_ids(1, 5)
+    pe_swap.swap_positional(model, "alibi", part="decoder", layers=[1])
+    for length in (1, 5):
+        with pytest.raises(UnsupportedBackendError, match="'position_bias'"):
+            model.generate(ids, decoder_input_ids=ids[:, :length], max_new_tokens=3, min_new_tokens=3)
 
 
 @pytest.mark.parametrize("kind", [Turning, Relative])
