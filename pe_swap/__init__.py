@@ -8,6 +8,7 @@ from typing import Literal, overload
 from pe_swap import errors
 from pe_swap.checks import check_positional
 from pe_swap.families import FAMILIES
+from pe_swap.patching.install import positional_parameters
 from pe_swap.saving.class_names import register_auto_classes
 from pe_swap.saving.relative_key_bert import load_relative_key_bert
 from pe_swap.schemes import OPTIONS, SCHEMES, Scheme, SchemeOptions
@@ -63,6 +64,7 @@ __all__ = [
     "list_families",
     "list_schemes",
     "load_relative_key_bert",
+    "positional_parameters",
     "restore_positional",
     "swap_positional",
 ]

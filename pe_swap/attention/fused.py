@@ -39,9 +39,10 @@ def bare_mask(attention_mask: Tensor | None) -> Tensor | None:
 def distance_mask(mask: Tensor, query: Tensor) -> Tensor:
     """Return bias and mask, of a bias that depends on the distance alone, in the dtype in which a kernel takes them beside these queries.
 
-    On a GPU that is the queries' own, as in transformers' ALiBi models. A bias `b` in bfloat16 is off by `|b| / 256` at most. What a key
-    loses or gains by that is a part of its probability, which falls with `exp(b)`: `|b| exp(b) / 256` is below 0.0015 for any `b < 0`.
-    A trained bias may be positive; it is then as coarse as the numbers of a bfloat16 model are.
+    On a GPU that is the queries' own, as in transformers' ALiBi models. A bias `b` in bfloat16 is off by `|b| / 256` at most, and a key
+    loses or gains that part of its probability. Where queries and keys do not make up for the bias, the probability falls with `exp(b)`,
+    and `|b| exp(b) / 256` is below 0.0015 for any `b < 0`. Where they do, and where a trained bias is positive, it is as coarse as the
+    numbers of a bfloat16 model are.
     """
     return mask if query.device.type == "cpu" else mask.to(query.dtype)
 

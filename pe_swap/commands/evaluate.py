@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -108,7 +109,7 @@ def evaluate(config: EvalConfig, known_text: text.Text | None = None, labels: Ma
         except DataError:  # of the text, which is the same for all
             raise
         except PESwapError as error:
-            failures[name] = error
+            failures[name] = error.with_traceback(None)  # whose frames hold the model
             bar.write(f"{label}: {error}", file=sys.stderr)
             rows += _error_rows(config, label, trained_seeds(name), str(error))
             continue
@@ -233,6 +234,7 @@ def _measure(config: EvalConfig, evaluator: Evaluator, name: str, label: str, ba
     """Return one model's rows."""
     causal = is_causal_configuration(require_model(name))
     with_head = evaluator.needs_vocabulary(causal=causal)
+    clear_device_cache(garbage_collection=True)  # of the model before: a swapped one is a reference cycle
     model = load_model(name, getattr(torch, config.dtype), with_head=with_head).eval().to(device_of_process())
     scheme = scheme_name(model)
     minutes, watch = EveryMinute(), Stopwatch()

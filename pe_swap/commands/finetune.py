@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from pe_swap.commands.held_out import before_swap, by_step, held_out_evaluator, perplexities, require_measurable
@@ -78,6 +79,7 @@ def finetune(config: FinetuneConfig, text: data.Text | None = None) -> dict[str,
         name = str(config.model)
         with_head = not (needs_no_head(config.train.transition, config.train.max_steps) and is_headless(name))
         model = load_model(name, with_head=with_head)
+    clear_device_cache(garbage_collection=True)  # of the training before: a swapped model is a reference cycle
     model.to(device_of_process())  # the Trainer would, but only after perplexities have been measured
     require_vocabulary(model, tokenizer)
     if not with_head and config.train.eval_steps:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel, set_seed
 
 from pe_swap.commands.evaluate import distinct, part_folder, trained_seeds
@@ -86,6 +87,7 @@ def finetune_on_images(config: FinetuneConfig, images: Images) -> dict[str, Any]
         return finished
     set_seed(config.seed)
     model = start_image_model(config.model, images) if is_configuration(config.model) else load_image_model(str(config.model))
+    clear_device_cache(garbage_collection=True)  # of the training before
     model.to(device_of_process())
     before = accuracy(model, images)
     apply_scheme(model, config.scheme)
@@ -163,6 +165,7 @@ def evaluate_on_images(config: CompareConfig, labels: Mapping[str, str], out: Pa
         key = fingerprint([PROTOCOL_VERSION, asked, images.key, name, content_hashes(name)])
         part = read_record(part_folder(out, name))
         if part is None or part.get("fingerprint") != key:
+            clear_device_cache(garbage_collection=True)  # of the model before: a swapped one is a reference cycle
             model = load_image_model(name).eval().to(device_of_process())
             found = [
                 accuracy_row(one.name, resolution, one.hits(model, images.held_out, resolution))

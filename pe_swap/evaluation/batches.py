@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -40,7 +41,7 @@ def in_batches(count: int, size: int, compute: Callable[[slice], Result]) -> lis
         else:
             start = stop
             continue
-        torch.cuda.empty_cache()  # outside the handler, whose error holds what the failed batch had allocated
+        clear_device_cache(garbage_collection=True)  # outside the handler, whose error holds what the failed batch had allocated
         print(f"Out of memory: {size} windows at a time from here. A smaller --batch_tokens starts so.", file=sys.stderr)
     return found
 

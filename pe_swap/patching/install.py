@@ -357,7 +357,15 @@ def holders_of(model: PreTrainedModel) -> list[SchemeHolder]:
     return [holder for holder in found if holder is not None]
 
 
-def positional_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
-    """Return the parameters that a swap brought, with their names in `model`: those that start untrained."""
-    ours = {id(parameter) for holder in holders_of(model) for parameter in holder.parameters()}
+def positional_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that a swap brought, with their names in `model`: those that start untrained.
+
+    A training gives them a higher learning rate than the rest (README, "Training").
+
+    Args:
+        model: a swapped model; also one in a wrapper (PEFT, DDP), one made of several models, and one that is not swapped, which has none.
+            Where PEFT trains a copy of them (`modules_to_save`), copy and original are there, and the original is frozen.
+    """
+    holders = (module for module in model.modules() if isinstance(module, SchemeHolder))
+    ours = {id(parameter) for holder in holders for parameter in holder.parameters()}
     return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in ours]

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pe_swap.attention.names import library_name
 from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED, SharedInCall
 from pe_swap.errors import UnsupportedModelError
 from pe_swap.families.attention_modules.interface import CACHE_ARGUMENTS
-from pe_swap.families.native import AddedBias, Rotary
+from pe_swap.families.native import AddedBias, Bias, Rotary
 from pe_swap.patching.holder import HolderRef
 from pe_swap.patching.layer_cache import self_attention_cache
 
@@ -52,6 +53,10 @@ def hand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         fade = handed.holder_ref.holder.fade
         num_keys = partial(number_of_keys, hidden_states, kwargs)
         bias = fade * kwargs[native.argument] if fade else native.neutral(hidden_states, num_keys)
+        if isinstance(native, Bias) and library_name(module.config._attn_implementation) == "flex_attention":
+            # transformers reads it there by row, head, query and key; on a GPU nothing checks that it has as many
+            assert bias is not None
+            bias = bias.expand(len(hidden_states), module.n_heads, hidden_states.shape[1], -1)
         return args, {**kwargs, native.argument: bias}
     shared: SharedInCall = kwargs.get(ARGUMENT, NOTHING_SHARED)
     given = (

@@ -27,7 +27,7 @@ from pe_swap.families.native import Table
 from pe_swap.patching.install import holder_in, holder_of
 from pe_swap.registry import did_you_mean
 from pe_swap.runs.config import ORIGINAL, SchemeSection
-from pe_swap.runs.records import file_hash
+from pe_swap.runs.records import file_hash, uses_gpu
 from pe_swap.runs.yaml_reader import read_yaml
 from pe_swap.saving.relative_key_bert import require_absolute_positions
 from pe_swap.swap import swap_positional
@@ -42,8 +42,8 @@ CONTENT = (
 ADAPTER = "adapter_config.json"
 """The file that makes a folder an adapter of PEFT."""
 
-PLACED_BY_LAUNCHER = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-"""Variables of `accelerate launch` under which this package moves no model to a GPU."""
+SPLITS_WEIGHTS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+"""Variables of `accelerate launch` under which the weights of a model are split over processes, each of which places its own."""
 
 UNUSED_IN_STATES = "pooler."
 """Where the weights begin that BERT's body has and its last hidden states do not come from."""
@@ -104,7 +104,7 @@ def device_of_process() -> torch.device:
 
     It is the CPU too where a launcher says so, or splits the weights of a model over processes (FSDP, DeepSpeed) and places them itself.
     """
-    if not torch.cuda.is_available() or any(map(parse_flag_from_env, PLACED_BY_LAUNCHER)):
+    if not uses_gpu() or any(map(parse_flag_from_env, SPLITS_WEIGHTS)):
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from pe_swap.runs.files import write_whole
 
@@ -34,10 +35,15 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " cpu",
+        "device": torch.cuda.get_device_name() if uses_gpu() else platform.machine() + " cpu",
         "threads": torch.get_num_threads(),
         "flushes_denormals": flushes_denormals(),
     }
+
+
+def uses_gpu() -> bool:
+    """Tell whether this process trains and measures on a GPU: there is one, and no launcher says `ACCELERATE_USE_CPU`."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def flush_denormals() -> None:

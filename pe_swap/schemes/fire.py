@@ -95,7 +95,7 @@ class Fire(Scheme):
     """`b(i, j) = f(psi(i - j) / psi(max(L, i)))`, in logits; it depends on the query's position, not on the distance alone.
 
     Start on a pretrained model: a decoder prefers near keys from the first, `f(x) = -8 x`; from zero it is the model without its table,
-    which disturbs an encoder less. The README has the figures of either.
+    which disturbs an encoder less. `configs/README.md` has the figures of either.
     """
 
     Options = FireOptions

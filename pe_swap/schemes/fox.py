@@ -78,7 +78,7 @@ class Fox(Scheme):
     left does not, padding inside a row (a padded prompt that is decoded further) does.
 
     Start on a pretrained model: `w = 0` and a `b` that lets older tokens fade evenly (`initial_reach`), as a bias against distance
-    would. A large reach is nearly the model without its table. The README has the figures.
+    would. A large reach is nearly the model without its table. `configs/README.md` has the figures.
     """
 
     Options = FoxOptions

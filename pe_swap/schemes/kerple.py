@@ -85,8 +85,8 @@ class Kerple(Scheme):
     """`bias[h](distance) = -p[h] * log(1 + a[h] * |distance|)`, or `-a[h] * |distance| ** p[h]`, in logits.
 
     Start on a pretrained model: a decoder prefers near keys from the first, in the middle of the paper's ranges; a flat start is nearly
-    the model without its table, which disturbs an encoder less. The README has the figures. For a long trained length, `power` with
-    p = 1 in every head leaves almost no weight for distant keys; `"random"` gives some heads a slower decay.
+    the model without its table, which disturbs an encoder less. `configs/README.md` has the figures. For a long trained length, `power`
+    with p = 1 in every head leaves almost no weight for distant keys; `"random"` gives some heads a slower decay.
     """
 
     Options = KerpleOptions

@@ -144,7 +144,8 @@ class T5(Scheme):
 
     Start on a pretrained model: a decoder prefers near keys from the first (`start="recency"`). That replaces the recency that the
     removed table had provided, and buckets that a short training never reaches continue the same curve: from zero they would stay there.
-    A sentence encoder (MiniLM) is disturbed less by no bias at all. The README has the figures. In a model with such a bias: that bias.
+    A sentence encoder (MiniLM) is disturbed less by no bias at all. `configs/README.md` has the figures. In a model with such a bias:
+    that bias.
     """
 
     Options = T5Options

@@ -106,6 +106,7 @@ def train_on_images(
         on_start()
         with nullcontext() if section.dropout else without_dropout(model):
             trainer.train_from(checkpoint)
+        vars(model).pop("forward", None)  # what accelerate has put around it: mixed precision, in which nothing is measured
         log = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
     else:
         on_start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -31,7 +32,7 @@ from pe_swap.runs.config import PositionSampling, TrainSection, TransitionSectio
 from pe_swap.runs.models import is_causal, longest_input, require_vocabulary
 from pe_swap.runs.output import OutputFolder, whole_folder
 from pe_swap.runs.progress import on_terminal
-from pe_swap.runs.records import is_main_process
+from pe_swap.runs.records import is_main_process, uses_gpu
 from pe_swap.saving.model_card import record_fine_tuning
 from pe_swap.training.batches import collator
 from pe_swap.training.callbacks import AfterCheckpoint, LogWhereMeansEnd, LossTotal, PerplexityAtSteps, ProgressLines
@@ -341,7 +342,7 @@ def without_dropout(model: PreTrainedModel) -> Iterator[None]:
 
 def warn_of_slow_training(model: PreTrainedModel, arguments: TrainingArguments, *, drops: bool) -> None:
     """Print one line for each setting that makes a training on a CPU several times slower."""
-    if torch.cuda.is_available() or not is_main_process():
+    if uses_gpu() or not is_main_process():
         return
     instructions: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if arguments.bf16 and not (instructions.get("avx512_bf16") or instructions.get("amx_bf16")):
@@ -359,11 +360,17 @@ def warn_of_slow_training(model: PreTrainedModel, arguments: TrainingArguments, 
 
 
 def require_training_settings(section: TrainSection) -> None:
-    """Refuse a schedule, a tracker or a step to measure after that cannot work, before anything is written.
+    """Refuse, before anything is written, a schedule, tracker or step to measure after that cannot work, and a launcher's precision.
 
     Raises:
         ConfigError: there is one.
     """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no" and not uses_bf16(section):
+        raise ConfigError(
+            f"The launcher's mixed precision is '{launched}' (ACCELERATE_MIXED_PRECISION), which would overrule train.bf16: "
+            f"{section.bf16!r}. Set train.bf16 to true, or launch with --mixed_precision no."
+        )
     late = max(section.eval_steps, default=0)
     if late > section.max_steps:
         raise ConfigError(
@@ -414,9 +421,9 @@ def require_training_settings(section: TrainSection) -> None:
 
 
 def uses_bf16(section: TrainSection) -> bool:
-    """Tell whether a training runs in mixed precision; 'auto' is where a GPU has bfloat16."""
+    """Tell whether a training runs in mixed precision; 'auto' is where a GPU has instructions for bfloat16."""
     if section.bf16 == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return uses_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
     return section.bf16
 
 
@@ -428,7 +435,7 @@ def training_arguments(section: TrainSection, seed: int, out: Path) -> TrainingA
     """
     require_training_settings(section)
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(out / CHECKPOINTS),
             max_steps=section.max_steps,
             per_device_train_batch_size=section.batch_size,
@@ -447,7 +454,7 @@ def training_arguments(section: TrainSection, seed: int, out: Path) -> TrainingA
             data_seed=seed,
             dataloader_pin_memory=False,
             disable_tqdm=not on_terminal(),
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=not uses_gpu(),
             ddp_find_unused_parameters=True
             if section.transition.match != "none"
             else None,  # an error on attention reaches no head
@@ -456,3 +463,5 @@ def training_arguments(section: TrainSection, seed: int, out: Path) -> TrainingA
         raise ConfigError(
             f"transformers refuses the section 'train': {error}. Correct it in the YAML file or as --train.*."
         ) from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with more, the Trainer would copy the model, hooks and all, by DataParallel
+    return arguments

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
@@ -31,6 +32,7 @@ from pe_swap.patching.holder import SchemeHolder
 from pe_swap.patching.install import holders_of, positional_parameters
 from pe_swap.runs.config import PositionSampling, TransitionSection
 from pe_swap.runs.data import IGNORED
+from pe_swap.runs.models import SPLITS_WEIGHTS
 from pe_swap.schemes.rope import LENGTH_DEPENDENT
 from pe_swap.training.chunked_loss import States, summed_divergence, summed_loss
 
@@ -81,8 +83,8 @@ def require_transition(
         block_size: tokens in a block.
 
     Raises:
-        ConfigError: it was loaded already swapped; it has random weights; or its positions end before a block does, or are none that
-            fade.
+        ConfigError: it was loaded already swapped; it has random weights; a launcher splits weights over processes; or its positions end
+            before a block does, or are none that fade.
     """
     keys = [
         key
@@ -107,6 +109,11 @@ def require_transition(
     if not is_trained:
         raise ConfigError(
             f"{asked}, and this one starts with random weights, which are worth nothing to match. Name a trained model."
+        )
+    if needs_teacher(section) and any(map(parse_flag_from_env, SPLITS_WEIGHTS)):
+        raise ConfigError(
+            f"{asked} beside the one that is trained, and the launcher splits the weights of models over processes (FSDP or DeepSpeed). "
+            "Launch with --multi_gpu."
         )
     if positions is not None:
         raise ConfigError(

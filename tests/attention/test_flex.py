@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache, T5Config, T5EncoderModel
 
 import pe_swap
 from pe_swap.attention import flex
@@ -28,6 +28,7 @@ from tests.support.models import (
     DECODERS,
     LENGTH_DEPENDENT,
     ROUNDING,
+    VOCABULARY,
     build,
     disturb,
     logits,
@@ -159,6 +160,15 @@ def test_bert_takes_it_by_transformers_own_call() -> None:
     torch.testing.assert_close(logits(model, ids), expected_logits, **ROUNDING)
     pe_swap.restore_positional(model)
     assert model.config._attn_implementation == "flex_attention"
+
+
+@pytest.mark.parametrize("scheme", ["none", "sinusoidal"])
+def test_zeros_in_place_of_t5_s_bias_are_read_for_every_row_head_and_query(scheme: str) -> None:
+    config = T5Config(d_model=48, num_layers=2, num_heads=4, d_kv=12, d_ff=64, vocab_size=VOCABULARY, dropout_rate=0.0)
+    model, ids = pe_swap.swap_positional(T5EncoderModel(config).eval(), scheme), token_ids(3, 20)
+    expected_states = model(ids).last_hidden_state
+    model.set_attn_implementation("flex_attention")
+    torch.testing.assert_close(model(ids).last_hidden_state, expected_states, **ROUNDING)
 
 
 def test_dropout_is_refused() -> None:

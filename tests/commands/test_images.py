@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import runpy
 import sys
@@ -102,6 +103,25 @@ def test_a_comparison_on_images(quick: Path, tmp_path: Path, capsys: pytest.Capt
     for trained in ("base", "schemes/rope"):
         with pytest.raises(UnsupportedModelError, match=r"reads images, and the data are text\. Name a language model"):
             load_model(str(out / trained))
+
+
+@pytest.mark.filterwarnings("ignore:.*bf16.*:UserWarning")
+def test_nothing_is_measured_in_the_precision_of_the_training(
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_in, measured_in = set(), set()
+    forward = ViTForImageClassification.forward
+
+    @functools.wraps(forward)
+    def noted(self: ViTForImageClassification, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        inside = torch.is_autocast_enabled("cpu")
+        (trained_in if self.training else measured_in).add(inside)
+        return output
+
+    monkeypatch.setattr(ViTForImageClassification, "forward", noted)
+    assert call("--config", str(quick), "--out", str(tmp_path / "out"), "--train.bf16", "true", "--base.bf16", "true") == 0
+    assert (trained_in, measured_in) == ({True}, {False})
 
 
 REFUSED: list[tuple[list[str], str]] = [

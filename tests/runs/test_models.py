@@ -21,7 +21,7 @@ from transformers import (
 
 import pe_swap
 from pe_swap.errors import CheckpointError, ConfigError, DataError, UnsupportedModelError
-from pe_swap.runs.models import PLACED_BY_LAUNCHER, device_of_process, is_causal, load_model, require_vocabulary, start_model
+from pe_swap.runs.models import SPLITS_WEIGHTS, device_of_process, is_causal, load_model, require_vocabulary, start_model
 from tests.support.models import build
 from tests.support.words import numbered_tokenizer, word_tokenizer
 
@@ -130,7 +130,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:
 def test_the_device_of_a_process(
     has_gpu: bool, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("LOCAL_RANK", *PLACED_BY_LAUNCHER):
+    for name in ("LOCAL_RANK", "ACCELERATE_USE_CPU", *SPLITS_WEIGHTS):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
 
 from pe_swap.commands.finetune import finetune, run_fingerprint
 from pe_swap.errors import CheckpointError, ConfigError, DataError, DivergedError, PESwapError
@@ -19,6 +19,7 @@ from pe_swap.patching.install import positional_parameters
 from pe_swap.runs.config import FinetuneConfig, SchemeSection, TrainSection
 from pe_swap.runs.config import build as build_config
 from pe_swap.runs.output import OutputFolder
+from pe_swap.runs.records import environment
 from pe_swap.swap import swap_positional
 from pe_swap.training import trainer as training
 from pe_swap.training.batches import MaskedBatch, causal_batch
@@ -218,6 +219,33 @@ def test_schedules_and_trackers_that_cannot_work_are_refused(changes: dict[str, 
     assert not (tmp_path / "run").exists()
 
 
+def test_mixed_precision_of_a_launcher_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(
+        ConfigError, match=r"mixed precision is 'fp16' .* would overrule train\.bf16: 'auto'\. Set train\.bf16 to true"
+    ):
+        finetune(config(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_that_says_cpu_is_believed_beside_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert environment()["device"] == "a GPU"
+    assert training.uses_bf16(config(tmp_path).train)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert environment()["device"].endswith(" cpu")
+    arguments = training.training_arguments(config(tmp_path).train, 0, tmp_path)
+    assert (arguments.use_cpu, arguments.bf16, arguments.device.type) == (True, False, "cpu")
+
+
+def test_a_process_trains_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = property(lambda self: 1 if vars(self)["_n_gpu"] == 1 else 2)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", several)
+    assert training.training_arguments(config(tmp_path).train, 0, tmp_path).n_gpu == 1
+
+
 def test_a_schedule_takes_its_arguments(tmp_path: Path) -> None:
     wanted = {"schedule": "warmup_stable_decay", "schedule_options": {"num_decay_steps": 2}}
     assert finetune(config(tmp_path, train={**config(tmp_path).train.model_dump(), **wanted}))["status"] == "done"
@@ -235,7 +263,7 @@ def test_bf16_is_for_gpus_and_costs_a_line_on_other_cpus(
     section = config(tmp_path).train
     for available in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: not including_emulation)
         assert training.uses_bf16(section) is available
         assert not training.uses_bf16(section.model_copy(update={"bf16": False}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -336,6 +336,16 @@ def test_a_model_that_was_loaded_already_swapped_has_no_teacher(section: dict[st
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_teacher_beside_weights_that_a_launcher_splits_is_refused(
+    variable: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ConfigError, match=r"the launcher splits the weights .* Launch with --multi_gpu"):
+        finetune(run(base, train=transition(**ATTENTION), out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_old_rotations_do_not_fade_beside_new_ones() -> None:
     for rope in ({"rope_type": "yarn", "factor": 8.0}, {"rope_type": "dynamic", "factor": 2.0}):
         scaled = build("llama", rope_parameters={"rope_theta": 1e4, **rope})
