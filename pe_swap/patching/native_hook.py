@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pe_swap.attention.names import library_name
 from pe_swap.attention.shared_in_call import ARGUMENT, NOTHING_SHARED, SharedInCall
@@ -43,7 +43,7 @@ def number_of_keys(hidden_states: Tensor, kwargs: dict[str, Any]) -> int:
     return q_len if cache is None else int(self_attention_cache(cache).get_mask_sizes(q_len, 0)[0])
 
 
-def hand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def hand_in(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Replace the model's own positions in a layer's arguments."""
     handed: Handed = getattr(module, HANDED_ATTRIBUTE)
     hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
